@@ -1,0 +1,266 @@
+"""Lower: a workload under a sequence, with prices -> Program. Here is decided when each byte comes and goes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hardware_models.kernel import Kernel
+from simulator.program import Kind, MemoryClass, Program, Stream
+from simulator.sequence import Operation, check_sequence, runs_twice
+from simulator.workload import MemoryEvent, Pass, Workload
+
+Price = Callable[[Sequence[Kernel]], NDArray[np.float64]]
+"""Seconds of each kernel, the time that its launch takes included."""
+
+OPTIMIZER_STATES = {"adamw": 2, "sgd": 0}
+"""Tensors of the parameter's own size that an optimizer keeps."""
+STEP_COUNT_BYTES = {"adamw": 4, "sgd": 0}
+"""The step count that torch's optimizers keep for each parameter tensor."""
+OPTIMIZER_PASSES = {"adamw": (4, 3), "sgd": (2, 1)}
+"""(reads, writes) of the parameter's size in one fused step: parameter, gradient and states."""
+
+
+@dataclass(slots=True)
+class _Builder:
+    """Instructions as they are issued; one device, one stream: each depends on the one before."""
+
+    kinds: list[int] = field(default_factory=list)
+    durations: list[float] = field(default_factory=list)
+    micro_batches: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    options: list[str] = field(default_factory=list)
+    memory: list[list[tuple[float, int, MemoryClass]]] = field(default_factory=list)
+
+    def issue(self, kind: Kind, duration_s: float, *, micro_batch: int = -1, block: int = -1, option: str = "") -> None:
+        self.kinds.append(kind)
+        self.durations.append(duration_s)
+        self.micro_batches.append(micro_batch)
+        self.blocks.append(block)
+        self.options.append(option)
+        self.memory.append([])
+
+    def change(self, time_s: float, delta_bytes: int, memory_class: MemoryClass) -> None:
+        """A memory event of the instruction issued last."""
+        if delta_bytes:
+            self.memory[-1].append((time_s, delta_bytes, memory_class))
+
+    def program(self, resident_bytes: tuple[int, ...]) -> Program:
+        count = len(self.kinds)
+        events = [event for group in self.memory for event in group]
+        return Program(
+            kind=np.array(self.kinds, np.int8), device=np.zeros(count, np.int32), stream=np.full(count, Stream.COMPUTE, np.int8),
+            duration_s=np.array(self.durations, np.float64), micro_batch=np.array(self.micro_batches, np.int32),
+            block=np.array(self.blocks, np.int32), option=tuple(self.options),
+            dependency_offsets=np.zeros(count + 1, np.int64), dependencies=np.zeros(0, np.int64),
+            memory_offsets=np.cumsum([0, *(len(group) for group in self.memory)], dtype=np.int64),
+            memory_time_s=np.array([event[0] for event in events], np.float64),
+            memory_bytes=np.array([event[1] for event in events], np.int64),
+            memory_class=np.array([event[2] for event in events], np.int8),
+            resident_bytes=(resident_bytes,),
+        )  # fmt: skip
+
+
+def resident_bytes(workload: Workload, *, num_microbatches: int, optimizer: str) -> tuple[int, ...]:
+    """Bytes alive before a step begins, by `MemoryClass`: parameters, optimizer states and the whole batch; no gradients."""
+    sizes = [0] * len(MemoryClass)
+    sizes[MemoryClass.PARAMETERS] = workload.parameter_bytes + workload.buffer_bytes
+    sizes[MemoryClass.OPTIMIZER_STATES] = (
+        OPTIMIZER_STATES[optimizer] * workload.gradient_bytes + STEP_COUNT_BYTES[optimizer] * len(workload.optimizer_tensors)
+    )
+    sizes[MemoryClass.BATCH] = num_microbatches * workload.batch_bytes
+    return tuple(sizes)
+
+
+def optimizer_pass(workload: Workload, *, optimizer: str) -> Pass:
+    """The optimizer's fused step, one kernel a parameter tensor."""
+    element_bytes = workload.gradient_bytes // max(1, workload.parameter_elements)
+    reads, writes = OPTIMIZER_PASSES[optimizer]
+    kernels = tuple(
+        Kernel(
+            kernel_class="optimizer", op=optimizer, shape=(elements,), dtype="float32", flops=0,
+            read_bytes=reads * elements * element_bytes, written_bytes=writes * elements * element_bytes,
+        )
+        for elements in workload.optimizer_tensors
+    )  # fmt: skip
+    return Pass(kernels=kernels, memory=())
+
+
+def lower(
+    workload: Workload, operations: Sequence[Operation], price: Price, *, num_microbatches: int = 1, optimizer: str = "adamw"
+) -> Program:
+    """The program of one training step on one device.
+
+    Args:
+        workload: one micro-batch.
+        operations: the order in which each micro-batch runs the blocks.
+        price: seconds of kernels on the device.
+        num_microbatches: gradients of so many micro-batches are accumulated before the optimizer's step.
+        optimizer: ``adamw`` or ``sgd``.
+
+    Raises:
+        InputError: the sequence is illegal for the workload's chain.
+
+    Not modelled: what the step of the data loader takes; gradient clipping.
+    """
+    check_sequence(operations, len(workload.blocks))
+    builder = _Builder()
+    prices = _PassPrices(price)
+    for micro_batch in range(num_microbatches):
+        _MicroBatchLowering(workload, prices, builder, micro_batch, runs_twice(operations)).run(operations)
+    step = optimizer_pass(workload, optimizer=optimizer)
+    builder.issue(Kind.OPTIMIZER, prices.offsets(step)[-1])
+    builder.change(builder.durations[-1], -workload.gradient_bytes, MemoryClass.GRADIENTS)
+    return builder.program(resident_bytes(workload, num_microbatches=num_microbatches, optimizer=optimizer))
+
+
+class _PassPrices:
+    """Times within passes, each distinct pass priced once."""
+
+    def __init__(self, price: Price) -> None:
+        self._price = price
+        self._offsets: dict[int, NDArray[np.float64]] = {}
+
+    def offsets(self, run: Pass) -> NDArray[np.float64]:
+        """Start time of each kernel within a pass, and last the pass's duration; shape (kernels + 1,)."""
+        key = id(run)
+        if key not in self._offsets:
+            times = self._price(run.kernels) if run.kernels else np.zeros(0)
+            self._offsets[key] = np.concatenate(([0.0], np.cumsum(times)))
+        return self._offsets[key]
+
+
+class _MicroBatchLowering:
+    """Issues one micro-batch's operations. Boundaries are freed when the last of their holders lets go."""
+
+    def __init__(self, workload: Workload, prices: _PassPrices, builder: _Builder, micro_batch: int, twice: frozenset[int]) -> None:
+        self.workload, self.prices, self.builder, self.micro_batch = workload, prices, builder, micro_batch
+        self.twice = twice
+        self.state_bytes = 0
+        self.holders: dict[int, set[str]] = {}
+        self.tapes: dict[int, str] = {}
+        self.ran_before: set[int] = set()
+        self.gradient_of: dict[int, int] = {}
+        """Bytes of the gradient of each boundary that has one now."""
+        self.carried_bytes = 0
+        self.shared_bytes = 0
+        self.first_micro_batch = micro_batch == 0
+
+    def run(self, operations: Sequence[Operation]) -> None:
+        for position, operation in enumerate(operations):
+            if operation.kind == "B":
+                self._backward(operation.block)
+            else:
+                following = operations[position + 1] if position + 1 < len(operations) else None
+                consumed = following is not None and following.kind != "B" and following.block == operation.block + 1
+                self._forward(operation, output_needed=consumed)
+        self._finish()
+
+    def _boundary_bytes(self, boundary: int) -> int:
+        return self.workload.blocks[boundary - 1].output_bytes if boundary else 0
+
+    def _let_go(self, boundary: int, holder: str, time_s: float) -> None:
+        holders = self.holders.get(boundary, set())
+        if holder in holders:
+            holders.remove(holder)
+            if not holders:
+                self.builder.change(time_s, -self._boundary_bytes(boundary), MemoryClass.ACTIVATIONS)
+
+    def _forward(self, operation: Operation, *, output_needed: bool) -> None:
+        kind, index, name = operation
+        block = self.workload.blocks[index]
+        saves = kind == "F_all"
+        option = block.option(name) if saves else None
+        run = option.forward if option else block.discard
+        again = index in self.ran_before
+        offsets = self.prices.offsets(run)
+        self.builder.issue(Kind.RECOMPUTE if again else Kind.FORWARD, offsets[-1], micro_batch=self.micro_batch, block=index, option=name)
+        self._copy_state(index, float(offsets[-1]), again=again)
+        for event in run.memory:
+            self._forward_event(event, offsets, index, again=again)
+        self.ran_before.add(index)
+        end = float(offsets[-1])
+        if again:
+            self._drop_duplicates(run, end)
+        if kind == "F_ck":
+            self.holders.setdefault(index, set()).add("checkpoint")
+        if option:
+            self.tapes[index] = name
+            if option.keeps_input:
+                self.holders.setdefault(index, set()).add(f"tape {index}")
+            if option.keeps_output:
+                self.holders[index + 1].add(f"tape {index}")
+        self._let_go(index, "flow", end)
+        if kind != "F_ck":
+            self._let_go(index, "checkpoint", end)
+        if not output_needed:
+            self._let_go(index + 1, "flow", end)
+
+    def _copy_state(self, index: int, end: float, *, again: bool) -> None:
+        """A block that runs twice keeps its state before the first run, and sets the present one aside while it runs again."""
+        if index not in self.twice:
+            return
+        state_bytes = self.workload.blocks[index].state_bytes
+        self.builder.change(0.0, state_bytes, MemoryClass.ACTIVATIONS)
+        if again:
+            self.builder.change(end, -state_bytes, MemoryClass.ACTIVATIONS)
+        else:
+            self.state_bytes += state_bytes
+
+    def _forward_event(self, event: MemoryEvent, offsets: NDArray[np.float64], index: int, *, again: bool) -> None:
+        time_s = float(offsets[event.kernel])
+        memory_class = MemoryClass.TRANSIENT if event.buffer == "transient" else MemoryClass.ACTIVATIONS
+        if event.buffer == "output":
+            self.holders.setdefault(index + 1, set()).add("flow")
+        elif event.buffer == "carried" and not again:
+            self.carried_bytes += event.delta_bytes
+        self.builder.change(time_s, event.delta_bytes, memory_class)
+
+    def _drop_duplicates(self, run: Pass, end: float) -> None:
+        """A second forward pass makes carried tensors again; the first ones stay, these go."""
+        again = sum(event.delta_bytes for event in run.memory if event.buffer == "carried")
+        self.builder.change(end, -again, MemoryClass.ACTIVATIONS)
+
+    def _backward(self, index: int) -> None:
+        block = self.workload.blocks[index]
+        option = block.option(self.tapes.pop(index))
+        run = option.backward if self.first_micro_batch else option.backward_accumulate
+        offsets = self.prices.offsets(run)
+        self.builder.issue(Kind.BACKWARD, offsets[-1], micro_batch=self.micro_batch, block=index)
+        if option.name != "all":
+            self._copy_state(index, float(offsets[-1]), again=True)
+        if index == len(self.workload.blocks) - 1:
+            self.gradient_of[index + 1] = self._boundary_bytes(index + 1)
+            self.builder.change(0.0, self.gradient_of[index + 1], MemoryClass.ACTIVATIONS)
+        for event in run.memory:
+            self._backward_event(event, float(offsets[event.kernel]), index)
+        self.builder.change(float(offsets[-1]), -self.gradient_of.pop(index + 1), MemoryClass.ACTIVATIONS)
+
+    def _backward_event(self, event: MemoryEvent, time_s: float, index: int) -> None:
+        if event.buffer == "saved_input":
+            self._let_go(index, f"tape {index}", time_s)
+            return
+        if event.buffer == "saved_output":
+            self._let_go(index + 1, f"tape {index}", time_s)
+            return
+        memory_class = MemoryClass.ACTIVATIONS
+        if event.buffer == "transient":
+            memory_class = MemoryClass.TRANSIENT
+        elif event.buffer in {"gradient", "shared_gradient"}:
+            memory_class = MemoryClass.GRADIENTS
+        if event.buffer == "shared_gradient":
+            self.shared_bytes += event.delta_bytes
+        elif event.buffer == "grad_input":
+            self.gradient_of[index] = self.gradient_of.get(index, 0) + event.delta_bytes
+        self.builder.change(time_s, event.delta_bytes, memory_class)
+
+    def _finish(self) -> None:
+        """Hands shared gradients over and lets the carried tensors go."""
+        if self.shared_bytes and not self.first_micro_batch:
+            offsets = self.prices.offsets(self.workload.shared_accumulate)
+            self.builder.issue(Kind.REDUCE, offsets[-1], micro_batch=self.micro_batch)
+            self.builder.change(float(offsets[-1]), -self.shared_bytes, MemoryClass.GRADIENTS)
+        self.builder.change(self.builder.durations[-1], -self.carried_bytes - self.state_bytes, MemoryClass.ACTIVATIONS)

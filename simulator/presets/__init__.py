@@ -1,0 +1,1 @@
+"""Presets: transformer families generated from their configurations, without torch."""

@@ -1,0 +1,176 @@
+"""Capture: any ``nn.Module`` and its example inputs -> one straight graph of the operators that it calls.
+
+The graph is taken above autograd (pre-dispatch), so running it again builds the same autograd graph as the module itself:
+the same operators, in the same order, on the module's own parameters and buffers.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode, UnsupportedOperatorException
+from torch.autograd.function import BackwardCFunction
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_flatten
+
+from hardware_models.errors import InputError
+from simulator.tracing.side_values import fake_activations, new_fake_mode, to_fake
+
+LossFunction = Callable[[Any], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capture:
+    """A module's forward pass and loss as a graph; its placeholders are parameters, buffers, then tensor inputs, in order."""
+
+    graph: GraphModule | None
+    """None when the module has autograd functions of its own, which a graph of operators would not keep."""
+    forward: Callable[[list[torch.Tensor]], torch.Tensor]
+    """The module and loss as they are, from the placeholders' values."""
+    fake_mode: FakeTensorMode
+    parameters: dict[str, torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+    inputs: dict[str, torch.Tensor]
+    notes: tuple[str, ...]
+    has_batch_statistics: bool
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Placeholders' names in order: ``p:<parameter>``, ``b:<buffer>``, ``i:<input>``."""
+        groups = (("p", self.parameters), ("b", self.buffers), ("i", self.inputs))
+        return tuple(f"{prefix}:{name}" for prefix, group in groups for name in group)
+
+
+def loss_of(output: Any) -> torch.Tensor:
+    """The loss in a module's output: a scalar, an output's ``loss``, else the mean of squares of its first tensor.
+
+    Raises:
+        InputError: the output holds no floating-point tensor.
+    """
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(found, torch.Tensor):
+        return found
+    for leaf in tree_flatten(output)[0]:
+        if isinstance(leaf, torch.Tensor) and leaf.dtype.is_floating_point:
+            return leaf if leaf.ndim == 0 else leaf.square().mean()
+    raise InputError(
+        source="model", key="output", value=type(output).__name__, rule="the forward pass must return a tensor or a loss",
+        remedy="return a scalar loss, or an object with .loss",
+    )  # fmt: skip
+
+
+def build_fake(factory: Callable[[], Any]) -> tuple[Any, FakeTensorMode]:
+    """What a factory of (module, example inputs) returns, built without memory for weights."""
+    fake_mode = new_fake_mode()
+    with fake_activations(fake_mode):
+        return factory(), fake_mode
+
+
+def capture(
+    module: torch.nn.Module, example_inputs: Mapping[str, Any], *, loss: LossFunction = loss_of, name: str = "model"
+) -> Capture:
+    """The graph of ``loss(module(**example_inputs))``.
+
+    Args:
+        module: real, or built by `build_fake`; it is not changed.
+        example_inputs: keyword arguments; tensors among them may be nested no deeper than the top level.
+        loss: picks or computes the scalar loss from the module's output.
+        name: for messages.
+
+    Raises:
+        InputError: the module cannot be traced: names the operator and the line of the model that calls it.
+    """
+    existing = next((p.fake_mode for p in module.parameters() if isinstance(p, FakeTensor)), None)
+    fake_mode = existing or new_fake_mode()
+    parameters = {key: _fake_parameter(value, fake_mode) for key, value in module.named_parameters()}
+    buffers = {key: to_fake(value, fake_mode) for key, value in module.named_buffers()}
+    tensors = {key: to_fake(value, fake_mode) for key, value in example_inputs.items() if isinstance(value, torch.Tensor)}
+    constants = {key: value for key, value in example_inputs.items() if not isinstance(value, torch.Tensor)}
+    own_functions: list[str] = []
+
+    def forward(values: list[torch.Tensor]) -> torch.Tensor:
+        split = (len(parameters), len(parameters) + len(buffers))
+        state = dict(zip(parameters, values[: split[0]], strict=True)) | dict(
+            zip(buffers, values[split[0] : split[1]], strict=True)
+        )
+        inputs = dict(zip(tensors, values[split[1] :], strict=True)) | constants
+        return loss(torch.func.functional_call(module, state, kwargs=inputs, tie_weights=True))
+
+    def traced(values: list[torch.Tensor]) -> torch.Tensor:
+        result = forward(values)
+        own_functions.extend(_autograd_functions(result))
+        return result
+
+    values = [*parameters.values(), *buffers.values(), *tensors.values()]
+    try:
+        with _attributes_kept(module), fake_activations(fake_mode), torch.enable_grad():
+            graph: GraphModule | None = make_fx(traced, pre_dispatch=True, tracing_mode="real", _error_on_data_dependent_ops=False)(values)
+    except InputError:
+        raise
+    except Exception as error:
+        raise _trace_error(error, name) from error
+    notes: tuple[str, ...] = ()
+    if own_functions:
+        graph = None
+        notes = (f"one block: the module defines autograd functions ({', '.join(sorted(set(own_functions)))})",)
+    return Capture(
+        graph=graph, forward=forward, fake_mode=fake_mode, parameters=parameters, buffers=buffers, inputs=tensors, notes=notes,
+        has_batch_statistics=any(isinstance(part, _BatchNorm) and part.training for part in module.modules()),
+    )  # fmt: skip
+
+
+@contextmanager
+def _attributes_kept(module: torch.nn.Module) -> Iterator[None]:
+    """Takes back what the forward pass sets on its modules: a cache filled with fakes must not outlive the trace."""
+    before = [(part, dict(part.__dict__)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, attributes in before:
+            part.__dict__.clear()
+            part.__dict__.update(attributes)
+
+
+def _fake_parameter(value: torch.Tensor, fake_mode: FakeTensorMode) -> torch.Tensor:
+    return to_fake(value, fake_mode).detach().requires_grad_(value.requires_grad)
+
+
+def _autograd_functions(loss: torch.Tensor) -> list[str]:
+    """Names of user-defined autograd functions in a loss's graph."""
+    found, seen, stack = [], set(), [loss.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if isinstance(node, BackwardCFunction):
+            found.append(node.name())
+        stack.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
+def _trace_error(error: Exception, name: str) -> InputError:
+    """The operator that stopped a trace and the model's line that called it."""
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__)
+        if "/torch/" not in frame.filename and frame.filename != __file__
+    ]  # fmt: skip
+    line = f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else "an unknown line"
+    operator = getattr(error, "func", None)
+    if isinstance(error, DataDependentOutputException | UnsupportedOperatorException) and operator is not None:
+        what = f"operator {operator} needs the values of an activation" if isinstance(
+            error, DataDependentOutputException
+        ) else f"operator {operator} has no shape rule"  # fmt: skip
+    else:
+        what = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    return InputError(
+        source="model", key=name, value=None, rule=f"cannot be traced: {what}, called at {line}",
+        remedy="make shapes and branches independent of activations' values there, or pass a module that is",
+    )  # fmt: skip
