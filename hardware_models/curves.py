@@ -25,7 +25,14 @@ TERMS = ("launch_s", "s_per_flop", "s_per_read_byte", "s_per_written_byte")
 
 
 def work_flops(kernel: Kernel) -> float:
-    """Arithmetic that the price rests on: the kernel's FLOPs, or ``5 n log2 n`` for a transform (half for a real one)."""
+    """Arithmetic that the price rests on.
+
+    **Model**: the kernel's FLOPs; for causal attention the part that is not masked, ``(kv_len + 1) / (2 kv_len)`` of them, since fused
+    kernels skip masked blocks; for a transform, whose FLOPs the project's definition leaves out, ``5 n log2 n`` (half for a real one).
+    """
+    if kernel.kernel_class == "attention" and kernel.shape[-1]:
+        kv_len = kernel.shape[4]
+        return kernel.flops * (kv_len + 1) / (2 * kv_len)
     if kernel.kernel_class != "fft":
         return float(kernel.flops)
     batch, *lengths = kernel.shape

@@ -34,8 +34,13 @@ class InfeasibleError(ValueError):
     """No schedule satisfies the limits: names the limit and the smallest change that fits (exit status 3).
 
     The one exception that a search catches.
+
+    Args:
+        limit: the limit that nothing satisfies, with its value.
+        smallest_change: what would.
+        needed_bytes: the least memory that would fit, where memory is the limit.
     """
 
-    def __init__(self, *, limit: str, smallest_change: str) -> None:
-        self.limit, self.smallest_change = limit, smallest_change
+    def __init__(self, *, limit: str, smallest_change: str, needed_bytes: int = 0) -> None:
+        self.limit, self.smallest_change, self.needed_bytes = limit, smallest_change, needed_bytes
         super().__init__(f"infeasible: {limit}; {smallest_change}")

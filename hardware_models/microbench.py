@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,7 +77,7 @@ def environment(device: str) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         info |= {
             "device_name": properties.name, "memory_bytes": properties.total_memory, "num_multiprocessors": properties.multi_processor_count,
-            "cuda": str(torch.version.cuda), "clock_mhz": _gpu_clock_mhz(),
+            "cuda": str(torch.version.cuda), "clock_mhz": _gpu_clock_mhz(), "context_bytes": _context_bytes(),
         }  # fmt: skip
     else:
         info |= {
@@ -84,6 +85,13 @@ def environment(device: str) -> dict[str, Any]:
             "num_multiprocessors": 0, "capability": torch.backends.cpu.get_cpu_capability(), "clock_mhz": _cpu_clock_mhz(),
         }  # fmt: skip
     return info
+
+
+def _context_bytes() -> int:
+    """What the device holds beyond this process's allocator (other processes included: measure on an idle GPU)."""
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free - torch.cuda.memory_reserved())
 
 
 def _processor_name() -> str:
@@ -209,10 +217,17 @@ def measure(
 
 
 def _grid(dtype: str, *, full: bool) -> list[Case]:
-    """Heavy and light cases dealt like cards, so that a stop in mid-round spoils no class."""
+    """The grid coarse first: each operator's cases in bit-reversed order, dealt like cards, so that a stop spoils no class."""
     cases = [*heavy_cases(dtype, full=full), *light_cases(dtype, full=full)]
-    order = np.random.default_rng(0).permutation(len(cases))
-    return [cases[i] for i in order]
+    counts: dict[tuple[str, str, str], int] = {}
+    ranked: list[tuple[float, int]] = []
+    sizes = Counter((case.kernel_class, case.op, case.dtype) for case in cases)
+    for position, case in enumerate(cases):
+        group = case.kernel_class, case.op, case.dtype
+        number = counts[group] = counts.get(group, -1) + 1
+        bits = max(1, (sizes[group] - 1).bit_length())
+        ranked.append((int(f"{number:0{bits}b}"[::-1], 2) / 2**bits, position))
+    return [cases[position] for _, position in sorted(ranked)]
 
 
 def _rounds(

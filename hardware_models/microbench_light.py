@@ -99,7 +99,7 @@ COPIES: Mapping[str, Callable[[Pool, int], Call]] = {
 
 
 def _adamw(pool: Pool, elements: int) -> Call:
-    count = max(1, min(8, 2**20 // elements))
+    count = max(1, min(4, 2**20 // elements))
     params, grads, averages = ([pool.own(elements) for _ in range(count)] for _ in range(3))
     squares = [pool.own(elements).abs_() for _ in range(count)]
     steps = [torch.ones((), device=pool.device) for _ in range(count)]
@@ -226,7 +226,7 @@ def _embedding_backward(pool: Pool, num_indices: int, width: int, vocabulary: in
 
 def light_cases(dtype: str, *, full: bool) -> list[Case]:
     """Pointwise kernels, copies, the optimizer, normalizations, softmaxes, reductions, poolings and embeddings."""
-    exponents = (10, 14, 16, 18, 19, 20, 21, 22, 23, 24, 25, 25.6) if full else (10, 15, 17.5, 19, 20, 21, 22, 23, 24.5)
+    exponents = (10, 14, 16, 18, 19, 20, 21, 22, 23, 24, 25, 25.6) if full else (10, 15, 17.5, 19, 20, 21, 22, 23, 24.2)
     sizes = [int(2**exponent) // 1024 * 1024 for exponent in exponents]
 
     def case(kernel_class: KernelClass, op: str, shape: tuple[int, ...], build: Callable[..., Call]) -> Case:

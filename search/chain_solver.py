@@ -178,7 +178,7 @@ class ChainTable:
 
     Args:
         problem: the chain.
-        max_limit_bytes: the largest limit that will be asked, boundary 0 included; the slots cover no more than storing everything needs.
+        max_limit_bytes: the largest limit that will be asked, boundary 0 included; slots cover at most what `store_all` needs.
         num_slots: memory slots of the table; time grows in proportion, rounding shrinks.
 
     Raises:

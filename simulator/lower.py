@@ -24,6 +24,26 @@ OPTIMIZER_PASSES = {"adamw": (4, 3), "sgd": (2, 1)}
 """(reads, writes) of the parameter's size in one fused step: parameter, gradient and states."""
 
 
+class PassPrices:
+    """Times within passes; each distinct pass is priced once for the life of this object."""
+
+    def __init__(self, price: Price) -> None:
+        self._price = price
+        self._offsets: dict[int, tuple[Pass, NDArray[np.float64]]] = {}
+
+    def offsets(self, run: Pass) -> NDArray[np.float64]:
+        """Start time of each kernel within a pass, and last the pass's duration; shape (kernels + 1,)."""
+        key = id(run)
+        if key not in self._offsets:
+            times = self._price(run.kernels) if run.kernels else np.zeros(0)
+            self._offsets[key] = (run, np.concatenate(([0.0], np.cumsum(times))))
+        return self._offsets[key][1]
+
+    def seconds(self, run: Pass) -> float:
+        """Duration of a pass."""
+        return float(self.offsets(run)[-1])
+
+
 @dataclass(slots=True)
 class _Builder:
     """Instructions as they are issued; one device, one stream: each depends on the one before."""
@@ -90,14 +110,14 @@ def optimizer_pass(workload: Workload, *, optimizer: str) -> Pass:
 
 
 def lower(
-    workload: Workload, operations: Sequence[Operation], price: Price, *, num_microbatches: int = 1, optimizer: str = "adamw"
+    workload: Workload, operations: Sequence[Operation], prices: PassPrices, *, num_microbatches: int = 1, optimizer: str = "adamw"
 ) -> Program:
     """The program of one training step on one device.
 
     Args:
         workload: one micro-batch.
         operations: the order in which each micro-batch runs the blocks.
-        price: seconds of kernels on the device.
+        prices: times of the workload's passes on the device.
         num_microbatches: gradients of so many micro-batches are accumulated before the optimizer's step.
         optimizer: ``adamw`` or ``sgd``.
 
@@ -108,35 +128,18 @@ def lower(
     """
     check_sequence(operations, len(workload.blocks))
     builder = _Builder()
-    prices = _PassPrices(price)
     for micro_batch in range(num_microbatches):
         _MicroBatchLowering(workload, prices, builder, micro_batch, runs_twice(operations)).run(operations)
     step = optimizer_pass(workload, optimizer=optimizer)
-    builder.issue(Kind.OPTIMIZER, prices.offsets(step)[-1])
+    builder.issue(Kind.OPTIMIZER, prices.seconds(step))
     builder.change(builder.durations[-1], -workload.gradient_bytes, MemoryClass.GRADIENTS)
     return builder.program(resident_bytes(workload, num_microbatches=num_microbatches, optimizer=optimizer))
-
-
-class _PassPrices:
-    """Times within passes, each distinct pass priced once."""
-
-    def __init__(self, price: Price) -> None:
-        self._price = price
-        self._offsets: dict[int, NDArray[np.float64]] = {}
-
-    def offsets(self, run: Pass) -> NDArray[np.float64]:
-        """Start time of each kernel within a pass, and last the pass's duration; shape (kernels + 1,)."""
-        key = id(run)
-        if key not in self._offsets:
-            times = self._price(run.kernels) if run.kernels else np.zeros(0)
-            self._offsets[key] = np.concatenate(([0.0], np.cumsum(times)))
-        return self._offsets[key]
 
 
 class _MicroBatchLowering:
     """Issues one micro-batch's operations. Boundaries are freed when the last of their holders lets go."""
 
-    def __init__(self, workload: Workload, prices: _PassPrices, builder: _Builder, micro_batch: int, twice: frozenset[int]) -> None:
+    def __init__(self, workload: Workload, prices: PassPrices, builder: _Builder, micro_batch: int, twice: frozenset[int]) -> None:
         self.workload, self.prices, self.builder, self.micro_batch = workload, prices, builder, micro_batch
         self.twice = twice
         self.state_bytes = 0

@@ -15,7 +15,7 @@ from hardware_models.errors import InputError, UnknownNameError
 
 SizeKey = Literal["seq_len", "size"]
 
-_INSTALL = MappingProxyType({"transformers": "models", "neuralop": "models"})
+_INSTALL = MappingProxyType({"transformers": "demo", "neuralop": "demo"})
 """Importable name of an optional dependency -> extra of this project that brings it."""
 
 

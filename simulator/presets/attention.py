@@ -94,6 +94,10 @@ def _repeated(tape: Tape, x: Value, times: int) -> Value:
 def _attention_by_products(tape: Tape, query: Value, key: Value, value: Value, size: AttentionShape, setting: Setting) -> Value:
     """Attention operator by operator: scores, scale, mask, softmax, dropout, product with the values."""
     batch, s, t = size.batch * size.heads, size.query_len, size.kv_len
+    rotated = setting.config.positions == "rotary"
+    query, key, value = (
+        part if rotated and part is not value else gradient_copy(tape, part) for part in (query, key, value)
+    )  # fmt: skip
     query = _contiguous(tape, query, 1, size)
     key, value = (_contiguous(tape, part, size.heads // size.kv_heads, size) for part in (key, value))
     scores = scale(tape, view(tape, batched_product(tape, query, key, batch=batch, m=s, n=t, k=size.head_dim), (batch * s, t)))

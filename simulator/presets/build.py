@@ -7,7 +7,7 @@ from collections.abc import Callable
 from hardware_models.units import DTYPE_BYTES
 from simulator.presets.attention import attention_half
 from simulator.presets.config import TransformerConfig
-from simulator.presets.ends import IMAGE_CHANNELS, back, front, word_table
+from simulator.presets.ends import IMAGE_CHANNELS, back, buffer_bytes, front, word_table
 from simulator.presets.halves import network, norm, residual
 from simulator.presets.mixture import mixture
 from simulator.presets.passes import Section, block_of
@@ -63,16 +63,14 @@ def build_workload(
     )  # fmt: skip
     words = word_table(setting)
     sections = _sections(setting, words)
-    made: dict[int, Block] = {}
-    for section in sections:
-        made.setdefault(id(section), block_of(section))
+    made: dict[int, Block] = {id(section): block_of(section) for section in dict.fromkeys(sections)}
     parameters = [parameter for section in sections for parameter in section.tape.parameters if not parameter.shared]
     parameters += [] if words is None else [words]
     size_bytes = sum(parameter.size_bytes for parameter in parameters)
     return Workload(
         model=config.name, micro_batch=micro_batch, tokens=micro_batch if config.head == "image" else micro_batch * seq_len,
         blocks=tuple(made[id(section)] for section in sections),
-        parameter_elements=sum(parameter.elements for parameter in parameters), parameter_bytes=size_bytes, buffer_bytes=0,
+        parameter_elements=sum(parameter.elements for parameter in parameters), parameter_bytes=size_bytes, buffer_bytes=buffer_bytes(setting),
         gradient_bytes=size_bytes, shared_gradient_bytes=0 if words is None else words.size_bytes,
         shared_accumulate=_shared_accumulate(words), optimizer_tensors=tuple(parameter.elements for parameter in parameters),
         batch_bytes=_batch_bytes(setting), mixes_samples=False, notes=_notes(setting),

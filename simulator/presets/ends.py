@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from hardware_models.units import DTYPE_BYTES
 from simulator.presets.attention import rotary_dim
 from simulator.presets.halves import gathered, norm, project
 from simulator.presets.pointwise import add, cast, dropout, gelu, softmax
 from simulator.presets.products import embedding, linear, negative_log_likelihood
 from simulator.presets.setting import Setting
-from simulator.presets.tape import FLOAT, INDEX_DTYPE, Gradient, Parameter, Tape, Value, copy, kernel, pointwise, reduction, view
+from simulator.presets.tape import FLOAT, INDEX_DTYPE, Gradient, Parameter, Role, Tape, Value, copy, kernel, pointwise, reduction, view
 
 IMAGE_CHANNELS = 3
 
@@ -32,7 +33,7 @@ def front(tape: Tape, setting: Setting, words: Parameter | None) -> Value:
         x = add(tape, x, _rows(tape, setting, types, repeats=setting.micro_batch))
     if config.positions == "learned":
         positions = tape.parameter("positions.weight", (config.max_positions, config.hidden), setting.dtype)
-        x = add(tape, x, _rows(tape, setting, positions, repeats=1))
+        x = add(tape, x, _rows(tape, setting, positions, repeats=1, buffered=config.token_types > 0))
     if config.positions == "rotary":
         _rotary_tables(tape, setting)
     if config.causal and not setting.flash_attention:
@@ -46,14 +47,24 @@ def front(tape: Tape, setting: Setting, words: Parameter | None) -> Value:
     return dropout(tape, x, config.dropout, device=setting.device)
 
 
+def buffer_bytes(setting: Setting) -> int:
+    """Bytes of the model's buffers: positions and token types (BERT), rotary frequencies in two copies."""
+    config = setting.config
+    if config.token_types:
+        return 2 * config.max_positions * DTYPE_BYTES[INDEX_DTYPE]
+    return rotary_dim(setting) * DTYPE_BYTES[FLOAT] if config.positions == "rotary" else 0
+
+
 def _batch(tape: Tape, shape: tuple[int, ...]) -> Value:
     return tape.new("batch", shape, INDEX_DTYPE, needs_gradient=False, role="outside")
 
 
-def _rows(tape: Tape, setting: Setting, table: Parameter, *, repeats: int) -> Value:
-    """Rows of a table by position; the positions are made here and saved once."""
-    indices = tape.new("arange", (setting.local_len,), INDEX_DTYPE, needs_gradient=False)
-    tape.record("arange", kernels=(copy("arange", setting.local_len, INDEX_DTYPE),), inputs=(), outputs=(indices,))
+def _rows(tape: Tape, setting: Setting, table: Parameter, *, repeats: int, buffered: bool = False) -> Value:
+    """Rows of a table by position; the positions are made here and saved once, or are a buffer of the model."""
+    role: Role = "outside" if buffered else "activation"
+    indices = tape.new("arange", (setting.local_len,), INDEX_DTYPE, needs_gradient=False, role=role)
+    if not buffered:
+        tape.record("arange", kernels=(copy("arange", setting.local_len, INDEX_DTYPE),), inputs=(), outputs=(indices,))
     every = Value(shape=(repeats * setting.local_len,), storage=indices.storage, needs_gradient=False, dtype=INDEX_DTYPE)
     return embedding(tape, every, table)
 
@@ -126,14 +137,17 @@ def back(tape: Tape, setting: Setting, x: Value, words: Parameter | None) -> Val
 
 
 def _labels(tape: Tape, setting: Setting) -> Value:
-    """Targets per token: the batch's own, or a copy shifted by one for causal models."""
+    """Targets per token: the batch's own, or padded and shifted by one for causal models (a view where there is one sample)."""
     given = _batch(tape, (setting.tokens,))
     if not setting.config.causal:
         return given
-    shifted = tape.new("clone", (setting.tokens,), INDEX_DTYPE, needs_gradient=False)
     padded = setting.tokens + setting.micro_batch
-    work = (copy("constant_pad_nd", padded, INDEX_DTYPE), copy("clone", setting.tokens, INDEX_DTYPE))
-    tape.record("clone", kernels=work, inputs=(given,), outputs=(shifted,))
+    work = [copy("constant_pad_nd", padded, INDEX_DTYPE)]
+    if setting.micro_batch > 1:
+        work.append(copy("clone", setting.tokens, INDEX_DTYPE))
+    kept = setting.tokens if setting.micro_batch > 1 else padded
+    shifted = tape.new("clone", (kept,), INDEX_DTYPE, needs_gradient=False)
+    tape.record("clone", kernels=tuple(work), inputs=(given,), outputs=(shifted,))
     return shifted
 
 

@@ -14,7 +14,8 @@ def norm(tape: Tape, setting: Setting, x: Value, name: str, width: int | None = 
     weight = tape.parameter(f"{name}.weight", (width,), setting.dtype)
     if setting.config.norm == "rms_norm":
         return rms_norm(tape, x, weight)
-    return layer_norm(tape, x, weight, tape.parameter(f"{name}.bias", (width,), setting.dtype))
+    bias = tape.parameter(f"{name}.bias", (width,), setting.dtype)
+    return layer_norm(tape, x, weight, bias, device=setting.device)
 
 
 def gathered(tape: Tape, setting: Setting, x: Value) -> Value:

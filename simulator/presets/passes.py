@@ -11,14 +11,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from hardware_models.kernel import Kernel
-from simulator.presets.tape import Gradient, Parameter, Step, Storage, Tape, Value, pointwise
+from simulator.presets.tape import Gradient, Parameter, Step, Storage, Tape, Target, Value, pointwise
 from simulator.workload import Block, BlockOption, Buffer, MemoryEvent, Pass, SavedTensor
 
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "_grouped_mm", "attention"})
 """Operators whose results the option ``selective`` keeps; all others run again inside the backward pass."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Section:
     """Steps between two cuts of the chain."""
 
@@ -139,20 +139,18 @@ class _Backward:
         """Recomputes what is missing, then walks the steps from the last to the first."""
         section = self.section
         saved = section.saved
-        if set(saved) - set(self.kept):
-            self._recompute(saved)
-        alive = dict.fromkeys(saved)
+        unread = self._recompute(saved) if set(saved) - set(self.kept) else ()
         first_use: dict[Storage, int] = {}
         for index, step in enumerate(section.tape.steps):
             for value in step.saved:
                 first_use.setdefault(value.storage, index)
+        ending: dict[int, list[Storage]] = {}
+        for storage in saved:
+            ending.setdefault(first_use[storage], []).append(storage)
         for index in reversed(range(len(section.tape.steps))):
-            step = section.tape.steps[index]
-            self._step(step)
-            for storage in dict.fromkeys(value.storage for value in step.saved):
-                if storage in alive and first_use[storage] == index:
-                    del alive[storage]
-                    self.ledger.free(storage)
+            self._step(section.tape.steps[index], ending.get(index, []))
+        for storage in unread:
+            self.ledger.free(storage)
         if section.entering is not None:
             self.buffers[self.gradients[section.entering]] = "grad_input"
             self.buffers[section.entering.storage] = "saved_input"
@@ -161,8 +159,8 @@ class _Backward:
         self.buffers[section.leaving.storage] = "saved_output"
         return self.ledger.finish(self.buffers)
 
-    def _recompute(self, saved: tuple[Storage, ...]) -> None:
-        """Runs again what made the saved storages that were not kept."""
+    def _recompute(self, saved: tuple[Storage, ...]) -> tuple[Storage, ...]:
+        """Runs again what made the saved storages that were not kept; returns the kept ones that this does not reach."""
         steps, entering = self.section.tape.steps, self.section.entering
         missing = set(saved) - set(self.kept)
         end = 1 + max(index for index, step in enumerate(steps) for value in step.outputs if value.storage in missing)
@@ -170,20 +168,23 @@ class _Backward:
         outside |= {value.storage for step in steps for value in step.outputs if value.storage.role == "carried"}
         _run(self.ledger, steps[:end], outside=outside, staying=set(saved), cached=set(self.kept))
         read = {value.storage for step in steps[:end] for value in (*step.inputs, *step.outputs)}
-        for storage in self.kept:
-            if storage not in saved and storage not in read:
-                self.ledger.free(storage)
+        return tuple(storage for storage in self.kept if storage not in saved and storage not in read)
 
-    def _step(self, step: Step) -> None:
+    def _step(self, step: Step, ending: Sequence[Storage]) -> None:
+        """One step's gradients, all made before its incoming gradient and saved tensors go and before any is handed on."""
         incoming = [self.gradients.pop(value) for value in step.outputs if value in self.gradients]
-        if not incoming:
-            return
-        for gradient in step.gradients:
-            self._gradient(gradient, incoming[0])
+        made = [pair for gradient in step.gradients if incoming for pair in self._make(gradient, incoming[0])]
         for storage in incoming:
             self._release(storage)
+        for storage in ending:
+            self.ledger.free(storage)
+        for target, storage in made:
+            if isinstance(target, Parameter):
+                self._deliver_parameter(target, storage)
+            else:
+                self._deliver(target, storage)
 
-    def _gradient(self, gradient: Gradient, incoming: Storage) -> None:
+    def _make(self, gradient: Gradient, incoming: Storage) -> list[tuple[Target, Storage]]:
         targets = [target for target in gradient.targets if isinstance(target, Parameter) or target.needs_gradient]
         if gradient.passes_on:
             made = [incoming] * len(targets)
@@ -195,12 +196,8 @@ class _Backward:
             self.ledger.allocate(scratch)
             self.ledger.kernels.extend(gradient.kernels)
             self.ledger.free(scratch)
-        for target, storage in zip(targets, made, strict=True):
-            self.holders[storage] += 1
-            if isinstance(target, Parameter):
-                self._deliver_parameter(target, storage)
-            else:
-                self._deliver(target, storage)
+        self.holders.update(made)
+        return list(zip(targets, made, strict=True))
 
     def _deliver(self, target: Value, storage: Storage) -> None:
         known = self.gradients.get(target)
@@ -212,7 +209,7 @@ class _Backward:
         if own is None:
             self.ledger.allocate(total)
             self.holders[total] += 1
-        self.ledger.kernels.append(pointwise("add" if own is None else "add_", target.elements, target.dtype, num_read=2))
+        self.ledger.kernels.append(pointwise("add", target.elements, target.dtype, num_read=2))
         self.gradients[target] = total
         for held in (known, storage):
             if held is not total:

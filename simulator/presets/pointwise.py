@@ -182,11 +182,11 @@ def dropout(tape: Tape, a: Value, probability: float, *, device: str) -> Value:
     return out
 
 
-def layer_norm(tape: Tape, a: Value, weight: Parameter, bias: Parameter) -> Value:
-    """Layer norm over the last axis in one kernel; saves its input, means and reciprocal deviations (float32)."""
+def layer_norm(tape: Tape, a: Value, weight: Parameter, bias: Parameter, *, device: str) -> Value:
+    """Layer norm over the last axis in one kernel; saves its input, means and reciprocal deviations (float32 on CUDA)."""
     rows, columns = a.elements // a.shape[-1], a.shape[-1]
     out = tape.new("native_layer_norm", a.shape, a.dtype)
-    statistics_dtype = FLOAT if DTYPE_BYTES[a.dtype] <= DTYPE_BYTES[FLOAT] else a.dtype
+    statistics_dtype = FLOAT if device == "cuda" and DTYPE_BYTES[a.dtype] < DTYPE_BYTES[FLOAT] else a.dtype
     statistics = tuple(tape.new("native_layer_norm", (rows, 1), statistics_dtype, needs_gradient=False) for _ in range(2))
     forward = kernel("normalization", "native_layer_norm", (rows, columns), a.dtype, read_bytes=a.size_bytes + weight.size_bytes + bias.size_bytes,
                      written_bytes=out.size_bytes + sum(s.size_bytes for s in statistics))  # fmt: skip

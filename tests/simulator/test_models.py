@@ -101,7 +101,7 @@ def test_sizes_must_fit_the_model() -> None:
 
 def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "neuralop", None)
-    with pytest.raises(InputError, match=r"'neuralop': this model is built by a package .*pip install 'schedlab\[models\]'"):
+    with pytest.raises(InputError, match=r"'neuralop': this model is built by a package .*pip install 'schedlab\[demo\]'"):
         build("fno2d")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +16,14 @@ from simulator.presets.build import build_workload
 from simulator.presets.config import Experts, LatentAttention, TransformerConfig
 from simulator.workload import Workload
 
-SAVED_TOLERANCE = 0.01
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors gain nothing from threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,9 +60,9 @@ class CountFlops(TorchDispatchMode):
 
 
 def measure(module: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Measured:
-    """Each saved storage once; parameters and inputs left out."""
+    """Each saved storage once; parameters, buffers and inputs left out."""
     module.train()
-    known = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *inputs.values())}
+    known = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers(), *inputs.values())}
     saved: dict[int, int] = {}
     alive = []
 
@@ -67,7 +75,8 @@ def measure(module: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> Measure
 
     with CountFlops() as count:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = module(**inputs).loss
+            output = module(**inputs)
+            loss = getattr(output, "loss", output)
         loss.backward()
     return Measured(parameters=sum(p.numel() for p in module.parameters()), flops=count.flops, saved_bytes=sum(saved.values()))
 
@@ -100,8 +109,7 @@ def compare(config: TransformerConfig, module: torch.nn.Module, inputs: dict[str
     assert sorted(workload.optimizer_tensors) == sorted(p.numel() for p in module.parameters()) or config.kv_heads or config.experts
     assert workload.model_flops == measured.flops
     total = saved_bytes(workload) + carried_tables_bytes(workload, mask_bytes)
-    print("DEV", config.name, flash, dtype, (batch, seq_len), total / measured.saved_bytes - 1, total - measured.saved_bytes, workload.model_flops - measured.flops)
-    assert total == pytest.approx(measured.saved_bytes, rel=SAVED_TOLERANCE)
+    assert total == measured.saved_bytes
 
 
 def tokens(batch: int, seq_len: int, vocab: int) -> dict[str, torch.Tensor]:
@@ -181,3 +189,44 @@ def test_bert(shape: tuple[int, ...], attention: str, dropout: float) -> None:
     )  # fmt: skip
     module = transformers.BertForMaskedLM(config)
     compare(ours, module, tokens(batch, seq_len, vocab), flash=attention == "sdpa")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deepseek_v3_has_the_same_parameters_and_products(dtype: torch.dtype) -> None:
+    """What is saved is generated within 2%: the router's group selection is not written out."""
+    batch, seq_len, vocab = 2, 12, 64
+    config = transformers.DeepseekV3Config(
+        num_hidden_layers=3, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_attention_heads=4,
+        num_key_value_heads=4, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16,
+        n_routed_experts=8, num_experts_per_tok=2, n_shared_experts=1, first_k_dense_replace=1, n_group=2, topk_group=1,
+        vocab_size=vocab, use_cache=False, attn_implementation="sdpa", experts_implementation="grouped_mm",
+    )  # fmt: skip
+    ours = TransformerConfig(
+        name="deepseek", source="test", layers=3, hidden=64, heads=4, ffn=96, vocab=vocab, max_positions=4096, norm="rms_norm",
+        activation="swiglu", positions="rotary", bias=False, tied=False, fused_qkv=False, softmax_float32=True,
+        experts=Experts(num_experts=8, top_k=2, ffn=32, num_shared=1, dense_first_layers=1, router="sigmoid"),
+        latent=LatentAttention(query_rank=24, kv_rank=16, nope_dim=16, rope_dim=8, value_dim=16),
+    )  # fmt: skip
+    workload = build_workload(ours, micro_batch=batch, seq_len=seq_len, dtype=str(dtype).removeprefix("torch."), device="cpu")
+    measured = measure(transformers.DeepseekV3ForCausalLM(config).to(dtype), tokens(batch, seq_len, vocab))
+    assert workload.parameter_elements == measured.parameters
+    assert workload.model_flops == measured.flops
+    assert saved_bytes(workload) + carried_tables_bytes(workload, 0) == pytest.approx(measured.saved_bytes, rel=0.02)
+
+
+def test_vit_agrees_with_the_plain_module() -> None:
+    from simulator.models.losses import image_inputs
+    from simulator.models.vit import VisionTransformer
+
+    batch, size = 3, 64
+    ours = TransformerConfig(
+        name="vit", source="test", layers=2, hidden=48, heads=4, ffn=192, vocab=0, max_positions=17, activation="gelu",
+        positions="none", tied=False, head="image", patch=16, num_classes=10,
+    )  # fmt: skip
+    module = VisionTransformer(size=size, hidden=48, layers=2, heads=4, num_classes=10)
+    measured = measure(module, image_inputs(batch=batch, size=size, num_classes=10))
+    workload = build_workload(ours, micro_batch=batch, seq_len=17, dtype="float32", device="cpu")
+    convolutions = 2 * 2 * batch * 16 * 48 * 3 * 16**2
+    assert workload.parameter_elements == measured.parameters
+    assert workload.model_flops == measured.flops + convolutions
+    assert saved_bytes(workload) == measured.saved_bytes

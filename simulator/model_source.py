@@ -1,0 +1,148 @@
+"""What a user means by a model: a preset, a ``config.json``, a named definition or ``package.module:function``.
+
+Families of transformers are generated from their configuration, without torch, for GPUs; what runs on a CPU, and everything else,
+is traced, so that replay can run what was predicted.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hardware_models.errors import InputError, UnknownNameError
+from hardware_models.profile import DeviceProfile
+from simulator.models import MODELS
+from simulator.plan import Plan, check_model, check_single_device, resolve_batch
+from simulator.presets import PRESETS, TransformerConfig, build_workload, load_config, preset
+from simulator.workload import Workload
+
+COMPUTE_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+"""Precisions of a plan that a generated workload can have; a traced one is as the module is."""
+DEFAULT_BATCH = 8
+DEFAULT_SEQ_LEN = 2048
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A model whose workload can be had at any micro-batch."""
+
+    name: str
+    config: TransformerConfig | None
+    """None: the model is traced."""
+    batch: int | None = None
+    """Samples per step; None: the model's own."""
+    seq_len: int | None = None
+    _workloads: dict[tuple[int, str], Workload] = field(default_factory=dict, repr=False, compare=False)
+    _traces: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @cached_property
+    def _tracing(self) -> Any:
+        """The one part that needs torch, loaded when a model is traced."""
+        return importlib.import_module("simulator.tracing.traced_model")
+
+    @cached_property
+    def definition(self) -> Any:
+        """The `simulator.tracing.traced_model.TracedModel`.
+
+        Raises:
+            InputError: the model has no definition that can run.
+        """
+        return self._tracing.traced_model(self.name, batch=self.batch, seq_len=self.seq_len)
+
+    @cached_property
+    def global_batch(self) -> int:
+        """Samples per step unless a plan says otherwise."""
+        if self.batch is not None:
+            return self.batch
+        if self.config is not None:
+            return DEFAULT_BATCH
+        if self.name in MODELS:
+            return MODELS[self.name].batch
+        return int(self.traced(None).workload.micro_batch)
+
+    def traced(self, micro_batch: int | None) -> Any:
+        """The `simulator.tracing.trace.Traced` of a micro-batch, traced once."""
+        key = micro_batch or 0
+        if key not in self._traces:
+            self._traces[key] = self.definition.traced(micro_batch)
+        return self._traces[key]
+
+    def workload(self, micro_batch: int, *, compute: str = "fp32") -> Workload:
+        """One micro-batch's workload.
+
+        Raises:
+            InputError: the trace fails, or the precision cannot be had for this model.
+        """
+        key = (micro_batch, compute)
+        if key not in self._workloads:
+            self._workloads[key] = self._generated(micro_batch, compute) if self.config else self._traced(micro_batch, compute)
+        return self._workloads[key]
+
+    def _traced(self, micro_batch: int, compute: str) -> Workload:
+        if compute != "fp32":
+            raise InputError(
+                source="plan", key="precision.compute", value=compute, rule="a traced model computes as its module does (fp32)",
+                remedy='leave it at "fp32"',
+            )  # fmt: skip
+        workload: Workload = self.traced(micro_batch).workload
+        return workload
+
+    def _generated(self, micro_batch: int, compute: str) -> Workload:
+        assert self.config is not None  # noqa: S101 - the caller's branch
+        seq_len = self.seq_len or min(self.config.max_positions, DEFAULT_SEQ_LEN)
+        return build_workload(self.config, micro_batch=micro_batch, seq_len=seq_len, dtype=COMPUTE_DTYPES[compute])
+
+    def resolve(self, plan: Plan) -> Plan:
+        """The plan with this model's batch where it gives none, checked against the model and what one device can do.
+
+        Raises:
+            InputError: names the rule that the plan breaks.
+        """
+        if self.config is not None:
+            config = self.config
+            experts = config.experts.num_experts if config.experts else None
+            check_model(
+                plan, heads=config.heads, kv_heads=config.num_kv_heads, layers=config.layers, experts=experts,
+                seq_len=self.seq_len or min(config.max_positions, DEFAULT_SEQ_LEN),
+            )  # fmt: skip
+        check_single_device(plan, compute=tuple(COMPUTE_DTYPES) if self.config else ("fp32",))
+        return resolve_batch(plan, batch=self.global_batch, seq_len=self.seq_len)
+
+    def with_plan_batch(self, plan: Plan) -> ModelSource:
+        """This model at the batch and sequence length that a plan asks for."""
+        batch, seq_len = plan.batch.global_batch or self.batch, plan.batch.seq_len or self.seq_len
+        return self if (batch, seq_len) == (self.batch, self.seq_len) else replace(self, batch=batch, seq_len=seq_len, _workloads={}, _traces={})
+
+
+def model_source(
+    name: str, *, device: DeviceProfile | None = None, batch: int | None = None, seq_len: int | None = None
+) -> ModelSource:
+    """The model of a name.
+
+    Args:
+        name: a preset, the path of a Hugging Face ``config.json``, a named definition, or ``package.module:function``.
+        device: decides for names that are both: generated for GPUs, traced for a CPU or for None.
+        batch: samples per step; default: the model's.
+        seq_len: tokens per sample; default: the model's.
+
+    Raises:
+        UnknownNameError: none of these; lists the known names.
+        InputError: a file that is no configuration of a known family.
+    """
+    generated = device is not None and device.kind != "cpu"
+    config: TransformerConfig | None = None
+    if name.endswith(".json"):
+        config = load_config(Path(name))
+    elif ":" in name:
+        pass
+    elif name in PRESETS and (generated or name not in MODELS):
+        config = preset(name)
+    elif name not in MODELS:
+        known = tuple(sorted({*PRESETS, *MODELS}))
+        raise UnknownNameError(
+            source="--model", key="name", value=name, known=known, remedy="or give a config.json, or package.module:function"
+        )
+    return ModelSource(name=name, config=config, batch=batch, seq_len=seq_len)

@@ -1,0 +1,66 @@
+"""Which sequence a plan's ``memory.recompute`` means on a workload. ``optimal`` is the search's to decide, and refused here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from simulator.plan import FILE_PREFIX, Plan, expand_ranges
+from simulator.plan_sections import plan_refusal
+from simulator.sequence import Operation, check_sequence, checkpoint_blocks, parse_sequence
+from simulator.workload import Workload
+
+
+def operations_of(plan: Plan, workload: Workload, *, folder: Path | None = None) -> tuple[Operation, ...]:
+    """The order in which each micro-batch runs the workload's blocks under a plan on one device.
+
+    ``none`` keeps what autograd keeps, ``selective`` keeps the results of products in every block that can, ``full`` keeps each
+    block's input only, save in the last block, whose backward follows at once. ``[[memory.block]]`` sections change single blocks.
+
+    Args:
+        folder: where a relative ``file:SEQ`` begins.
+
+    Raises:
+        InputError: ``optimal`` (to be resolved by the search), a file that is not there or no legal sequence, a block number too
+            large, a section for some micro-batches only.
+    """
+    memory = plan.memory
+    if memory.recompute.startswith(FILE_PREFIX):
+        return _from_file(memory.recompute, workload, folder or Path())
+    if memory.recompute == "optimal":
+        raise plan_refusal("memory.recompute", "optimal", "stands for what the search finds", "resolve it with search.optimal_recompute")
+    choices = [memory.recompute] * len(workload.blocks)
+    if memory.recompute == "full":
+        choices[-1] = "none"
+    for position, exception in enumerate(memory.block):
+        key = f"memory.block[{position}]"
+        if exception.microbatches != "all":
+            rule = "recompute per micro-batch is not simulated yet on a single device"
+            raise plan_refusal(f"{key}.microbatches", exception.microbatches, rule, 'leave it at "all"')
+        if exception.recompute is not None:
+            for block in expand_ranges(exception.blocks, len(choices), key=f"{key}.blocks"):
+                choices[block] = exception.recompute
+    return _from_choices(choices, workload)
+
+
+def _from_choices(choices: list[str], workload: Workload) -> tuple[Operation, ...]:
+    names = [
+        block.options[-1].name if choice == "selective" else block.options[0].name
+        for block, choice in zip(workload.blocks, choices, strict=True)
+    ]
+    checkpointed = [index for index, choice in enumerate(choices) if choice == "full"]
+    return checkpoint_blocks(len(names), checkpointed, names)
+
+
+def _from_file(value: str, workload: Workload, folder: Path) -> tuple[Operation, ...]:
+    path = folder / value.removeprefix(FILE_PREFIX)
+    if not path.is_file():
+        raise plan_refusal("memory.recompute", value, f"no such file: {path}", "write one operation a line: F_ck 0, F_all 1:all, B 1")
+    operations = parse_sequence(path.read_text(encoding="utf-8"), source=str(path))
+    check_sequence(operations, len(workload.blocks), source=str(path))
+    for number, operation in enumerate(operations, start=1):
+        known = [option.name for option in workload.blocks[operation.block].options]
+        if operation.kind == "F_all" and operation.option not in known:
+            raise plan_refusal(
+                "memory.recompute", f"{path}: operation {number}: {operation}", f"block {operation.block} has the options {', '.join(known)}"
+            )
+    return operations

@@ -1,0 +1,169 @@
+"""Simulate: workload, sequence and device -> step time and memory, with the breakdown that explains them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from hardware_models.kernel import Kernel
+from hardware_models.pricing import Price, price, price_together
+from hardware_models.profile import DeviceProfile
+from hardware_models.units import MIB
+from simulator import engine_simpy
+from simulator.lower import PassPrices, lower, optimizer_pass
+from simulator.program import Kind, MemoryClass, Program
+from simulator.sequence import Operation
+from simulator.timeline import MemoryProfile, Timeline
+from simulator.workload import Workload
+
+TIME_CLASSES = ("compute", "recompute", "bubble", "tp", "cp", "ep", "pp", "dp", "offload", "optimizer", "host")
+KIND_CLASS = {
+    Kind.FORWARD: "compute", Kind.BACKWARD: "compute", Kind.RECOMPUTE: "recompute", Kind.OPTIMIZER: "optimizer", Kind.REDUCE: "compute",
+}  # fmt: skip
+SEGMENT_BYTES = 2 * MIB
+"""Granularity in which CUDA's caching allocator takes memory from the device."""
+INTERVAL_Z = 1.2816
+"""Half-width of an 80% interval in standard errors of a normal distribution."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSetting:
+    """What a step does beyond its workload."""
+
+    num_microbatches: int = 1
+    optimizer: str = "adamw"
+    budget_bytes: int | None = None
+    """Most bytes allocated on the device; None: what the device has."""
+    dtype: str = "float32"
+    """In which ``mfu`` counts the device's peak."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Simulation:
+    """A step's predicted consequence."""
+
+    workload: Workload
+    device: DeviceProfile
+    setting: StepSetting
+    timeline: Timeline
+    profiles: tuple[MemoryProfile, ...]
+    program: Program
+    price: Price
+    """All kernels of the step together."""
+    hardware_flops: int
+    """FLOPs of a step with recompute."""
+
+    @property
+    def step_time_s(self) -> float:
+        """From the step's start to the end of the optimizer."""
+        return self.timeline.makespan_s
+
+    @property
+    def step_time_interval_s(self) -> tuple[float, float]:
+        """80% interval from the residuals of the prices."""
+        half = INTERVAL_Z * self.price.relative_standard_error * self.step_time_s
+        return max(0.0, self.step_time_s - half), self.step_time_s + half
+
+    @property
+    def peak_memory_bytes(self) -> tuple[int, ...]:
+        """Most bytes of live tensors, per device."""
+        return tuple(profile.peak_bytes for profile in self.profiles)
+
+    @property
+    def peak_reserved_bytes(self) -> tuple[int, ...]:
+        """What the allocator holds at least: on CUDA whole segments; on a CPU, which keeps no pool, the same as allocated."""
+        if self.device.kind == "cpu":
+            return self.peak_memory_bytes
+        return tuple(-(-peak // SEGMENT_BYTES) * SEGMENT_BYTES for peak in self.peak_memory_bytes)
+
+    @property
+    def fits(self) -> bool:
+        """Reserved bytes and context within the device, allocated ones within the budget."""
+        budget = self.setting.budget_bytes
+        within_device = max(self.peak_reserved_bytes) + self.device.context_bytes <= self.device.memory_bytes
+        return within_device and (budget is None or max(self.peak_memory_bytes) <= budget)
+
+    @property
+    def time_breakdown_s(self) -> dict[str, float]:
+        """Exposed seconds by class; they sum to the step."""
+        times = dict.fromkeys(TIME_CLASSES, 0.0)
+        for span in self.timeline.spans:
+            times[KIND_CLASS[span.kind]] += span.duration_s
+        times["bubble"] = max(0.0, self.step_time_s - sum(times.values()))
+        return times
+
+    def to_json(self) -> dict[str, object]:
+        """The keys of ``schedlab simulate --json``."""
+        step_s = self.step_time_s
+        model_flops = self.workload.model_flops * self.setting.num_microbatches
+        peak = self.device.peak(self.setting.dtype)
+        breakdown = self.time_breakdown_s
+        return {
+            "step_time_s": step_s,
+            "step_time_interval_s": list(self.step_time_interval_s),
+            "tokens_per_s_per_gpu": self.workload.tokens * self.setting.num_microbatches / step_s,
+            "model_flops_per_s_per_gpu": model_flops / step_s,
+            "mfu": model_flops / step_s / peak,
+            "hfu": self.hardware_flops / step_s / peak,
+            "peak_memory_bytes": list(self.peak_memory_bytes),
+            "peak_reserved_bytes": list(self.peak_reserved_bytes),
+            "peak_host_bytes": 0,
+            "peak_memory_breakdown": self.profiles[0].peak_breakdown_bytes,
+            "fits": self.fits,
+            "time_breakdown_s": breakdown,
+            "bottleneck": max(breakdown, key=lambda name: breakdown[name]),
+            "num_events": self.program.num_instructions + len(self.program.memory_bytes),
+            "evidence": list(self.price.evidence),
+        }
+
+
+def simulate(
+    workload: Workload, operations: Sequence[Operation], device: DeviceProfile, setting: StepSetting = StepSetting()
+) -> Simulation:
+    """One training step on one device, on the reference engine.
+
+    Raises:
+        InputError: the sequence is illegal for the workload, or the device has no price for a dtype.
+    """
+    program = lower(
+        workload, operations, PassPrices(partial(price, profile=device)), num_microbatches=setting.num_microbatches, optimizer=setting.optimizer
+    )
+    timeline, profiles = engine_simpy.run(program)
+    kernels = step_kernels(workload, operations, setting)
+    return Simulation(
+        workload=workload, device=device, setting=setting, timeline=timeline, profiles=profiles, program=program,
+        price=price_together(kernels, device), hardware_flops=sum(kernel.flops for kernel in kernels),
+    )  # fmt: skip
+
+
+def step_kernels(workload: Workload, operations: Sequence[Operation], setting: StepSetting) -> list[Kernel]:
+    """All kernels of a step in launch order."""
+    kernels: list[Kernel] = []
+    for micro_batch in range(setting.num_microbatches):
+        options: dict[int, str] = {}
+        for kind, index, name in operations:
+            block = workload.blocks[index]
+            if kind == "B":
+                option = block.option(options.pop(index))
+                kernels.extend((option.backward if micro_batch == 0 else option.backward_accumulate).kernels)
+            elif kind == "F_all":
+                options[index] = name
+                kernels.extend(block.option(name).forward.kernels)
+            else:
+                kernels.extend(block.discard.kernels)
+        if micro_batch:
+            kernels.extend(workload.shared_accumulate.kernels)
+    kernels.extend(optimizer_pass(workload, optimizer=setting.optimizer).kernels)
+    return kernels
+
+
+def static_peak_bytes(program: Program) -> int:
+    """Most bytes alive on the only device of a program with one stream, whose order its indices give.
+
+    The engines' answer without running them: what a search asks for many sequences of one workload.
+    """
+    if program.num_devices != 1 or len(set(program.stream.tolist())) > 1:
+        raise ValueError("static_peak_bytes needs a program of one device and one stream")
+    base = sum(program.resident_bytes[0][memory_class] for memory_class in MemoryClass)
+    return base + max(0, int(program.memory_bytes.cumsum().max(initial=0)))
