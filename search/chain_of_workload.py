@@ -8,7 +8,7 @@ from functools import partial
 from hardware_models.pricing import price
 from hardware_models.profile import DeviceProfile
 from search.chain_problem import ChainProblem
-from simulator.workload import Block, BlockOption, MemoryEvent, Pass, Workload
+from simulator.workload import BlockOption, MemoryEvent, Pass, Workload
 
 
 def chain_of_workload(workload: Workload, device: DeviceProfile, *, first_micro_batch: bool) -> ChainProblem:

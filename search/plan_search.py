@@ -101,7 +101,9 @@ class PlanSearch:
     def setting(self, micro_batch: int) -> StepSetting:
         """The step at a micro-batch."""
         return StepSetting(
-            num_microbatches=self.request.global_batch // micro_batch, optimizer=self.request.optimizer, budget_bytes=self.request.budget_bytes
+            num_microbatches=self.request.global_batch // micro_batch,
+            optimizer=self.request.optimizer,
+            budget_bytes=self.request.budget_bytes,
         )
 
     def micro_batches(self) -> tuple[int, ...]:
@@ -223,7 +225,9 @@ def search(
     started = time.perf_counter()
     space = PlanSearch(request)
     points = space.points()
-    study = run_study(points, space.outcome, request=request.text, storage=storage, time_limit_s=time_limit_s, on_trial=on_trial)
+    study = run_study(
+        points, space.outcome, request=request.text, storage=storage, time_limit_s=time_limit_s, on_trial=on_trial
+    )
     found = study.best.user_attrs
     micro_batch, operations = int(found["micro_batch"]), parse_sequence(str(found["sequence"]))
     plan = space.plan_of(micro_batch, str(found["recompute"]))

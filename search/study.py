@@ -98,7 +98,11 @@ class BestBoundFirst(BaseSampler):
         return {POINT: (point or self._ordered[0]).text}
 
     def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution  # noqa: ARG002
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,  # noqa: ARG002
     ) -> Any:
         """Never needed: the space is known from the start."""
         raise AssertionError(f"{param_name} is not a parameter of this study")
@@ -183,4 +187,3 @@ def _result(study: Study, sampler: BestBoundFirst, num_simulated: int) -> StudyR
     if following is not None:
         bounds.append(following.bound)
     return StudyResult(best=best, lower_bound=min(bounds), num_simulated=num_simulated, infeasible=infeasible)
-

@@ -88,16 +88,16 @@ def resident_bytes(workload: Workload, *, num_microbatches: int, optimizer: str)
     """Bytes alive before a step begins, by `MemoryClass`: parameters, optimizer states and the whole batch; no gradients."""
     sizes = [0] * len(MemoryClass)
     sizes[MemoryClass.PARAMETERS] = workload.parameter_bytes + workload.buffer_bytes
-    sizes[MemoryClass.OPTIMIZER_STATES] = (
-        OPTIMIZER_STATES[optimizer] * workload.gradient_bytes + STEP_COUNT_BYTES[optimizer] * len(workload.optimizer_tensors)
-    )
+    sizes[MemoryClass.OPTIMIZER_STATES] = OPTIMIZER_STATES[optimizer] * workload.gradient_bytes + STEP_COUNT_BYTES[
+        optimizer
+    ] * len(workload.optimizer_tensors)
     sizes[MemoryClass.BATCH] = num_microbatches * workload.batch_bytes
     return tuple(sizes)
 
 
 def optimizer_pass(workload: Workload, *, optimizer: str) -> Pass:
     """The optimizer's fused step, one kernel a parameter tensor."""
-    element_bytes = workload.gradient_bytes // max(1, workload.parameter_elements)
+    element_bytes = workload.gradient_bytes // max(1, sum(workload.optimizer_tensors))
     reads, writes = OPTIMIZER_PASSES[optimizer]
     kernels = tuple(
         Kernel(
@@ -110,7 +110,12 @@ def optimizer_pass(workload: Workload, *, optimizer: str) -> Pass:
 
 
 def lower(
-    workload: Workload, operations: Sequence[Operation], prices: PassPrices, *, num_microbatches: int = 1, optimizer: str = "adamw"
+    workload: Workload,
+    operations: Sequence[Operation],
+    prices: PassPrices,
+    *,
+    num_microbatches: int = 1,
+    optimizer: str = "adamw",
 ) -> Program:
     """The program of one training step on one device.
 
@@ -133,13 +138,16 @@ def lower(
     step = optimizer_pass(workload, optimizer=optimizer)
     builder.issue(Kind.OPTIMIZER, prices.seconds(step))
     builder.change(builder.durations[-1], -workload.gradient_bytes, MemoryClass.GRADIENTS)
+    builder.change(builder.durations[-1], -workload.blocks[-1].output_bytes, MemoryClass.ACTIVATIONS)
     return builder.program(resident_bytes(workload, num_microbatches=num_microbatches, optimizer=optimizer))
 
 
 class _MicroBatchLowering:
     """Issues one micro-batch's operations. Boundaries are freed when the last of their holders lets go."""
 
-    def __init__(self, workload: Workload, prices: PassPrices, builder: _Builder, micro_batch: int, twice: frozenset[int]) -> None:
+    def __init__(
+        self, workload: Workload, prices: PassPrices, builder: _Builder, micro_batch: int, twice: frozenset[int]
+    ) -> None:
         self.workload, self.prices, self.builder, self.micro_batch = workload, prices, builder, micro_batch
         self.twice = twice
         self.state_bytes = 0
@@ -180,12 +188,16 @@ class _MicroBatchLowering:
         run = option.forward if option else block.discard
         again = index in self.ran_before
         offsets = self.prices.offsets(run)
-        self.builder.issue(Kind.RECOMPUTE if again else Kind.FORWARD, offsets[-1], micro_batch=self.micro_batch, block=index, option=name)
+        self.builder.issue(
+            Kind.RECOMPUTE if again else Kind.FORWARD, offsets[-1], micro_batch=self.micro_batch, block=index, option=name
+        )
         self._copy_state(index, float(offsets[-1]), again=again)
         for event in run.memory:
             self._forward_event(event, offsets, index, again=again)
-        self.ran_before.add(index)
         end = float(offsets[-1])
+        if index == len(self.workload.blocks) - 1 and not again:
+            self.builder.change(end, block.output_bytes, MemoryClass.ACTIVATIONS)  # the loss, scaled by the share of the batch
+        self.ran_before.add(index)
         if again:
             self._drop_duplicates(run, end)
         if kind == "F_ck":
@@ -266,4 +278,7 @@ class _MicroBatchLowering:
             offsets = self.prices.offsets(self.workload.shared_accumulate)
             self.builder.issue(Kind.REDUCE, offsets[-1], micro_batch=self.micro_batch)
             self.builder.change(float(offsets[-1]), -self.shared_bytes, MemoryClass.GRADIENTS)
+        if not self.first_micro_batch:
+            loss_bytes = self.workload.blocks[-1].output_bytes  # added to the first micro-batch's, which stays to the end of the step
+            self.builder.change(self.builder.durations[-1], -loss_bytes, MemoryClass.ACTIVATIONS)
         self.builder.change(self.builder.durations[-1], -self.carried_bytes - self.state_bytes, MemoryClass.ACTIVATIONS)

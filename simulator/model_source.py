@@ -19,8 +19,8 @@ from simulator.plan import Plan, check_model, check_single_device, resolve_batch
 from simulator.presets import PRESETS, TransformerConfig, build_workload, load_config, preset
 from simulator.workload import Workload
 
-COMPUTE_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-"""Precisions of a plan that a generated workload can have; a traced one is as the module is."""
+SIMULATED_PRECISIONS = ("fp32",)
+"""Precisions of a plan that workloads are made in so far."""
 DEFAULT_BATCH = 8
 DEFAULT_SEQ_LEN = 2048
 
@@ -35,7 +35,7 @@ class ModelSource:
     batch: int | None = None
     """Samples per step; None: the model's own."""
     seq_len: int | None = None
-    _workloads: dict[tuple[int, str], Workload] = field(default_factory=dict, repr=False, compare=False)
+    _workloads: dict[int, Workload] = field(default_factory=dict, repr=False, compare=False)
     _traces: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @cached_property
@@ -70,30 +70,19 @@ class ModelSource:
             self._traces[key] = self.definition.traced(micro_batch)
         return self._traces[key]
 
-    def workload(self, micro_batch: int, *, compute: str = "fp32") -> Workload:
-        """One micro-batch's workload.
+    def workload(self, micro_batch: int) -> Workload:
+        """One micro-batch's workload in float32, made once.
 
         Raises:
-            InputError: the trace fails, or the precision cannot be had for this model.
+            InputError: the trace fails.
         """
-        key = (micro_batch, compute)
-        if key not in self._workloads:
-            self._workloads[key] = self._generated(micro_batch, compute) if self.config else self._traced(micro_batch, compute)
-        return self._workloads[key]
-
-    def _traced(self, micro_batch: int, compute: str) -> Workload:
-        if compute != "fp32":
-            raise InputError(
-                source="plan", key="precision.compute", value=compute, rule="a traced model computes as its module does (fp32)",
-                remedy='leave it at "fp32"',
-            )  # fmt: skip
-        workload: Workload = self.traced(micro_batch).workload
-        return workload
-
-    def _generated(self, micro_batch: int, compute: str) -> Workload:
-        assert self.config is not None  # noqa: S101 - the caller's branch
-        seq_len = self.seq_len or min(self.config.max_positions, DEFAULT_SEQ_LEN)
-        return build_workload(self.config, micro_batch=micro_batch, seq_len=seq_len, dtype=COMPUTE_DTYPES[compute])
+        if micro_batch not in self._workloads:
+            if self.config is None:
+                self._workloads[micro_batch] = self.traced(micro_batch).workload
+            else:
+                seq_len = self.seq_len or min(self.config.max_positions, DEFAULT_SEQ_LEN)
+                self._workloads[micro_batch] = build_workload(self.config, micro_batch=micro_batch, seq_len=seq_len, dtype="float32")
+        return self._workloads[micro_batch]
 
     def resolve(self, plan: Plan) -> Plan:
         """The plan with this model's batch where it gives none, checked against the model and what one device can do.
@@ -108,13 +97,17 @@ class ModelSource:
                 plan, heads=config.heads, kv_heads=config.num_kv_heads, layers=config.layers, experts=experts,
                 seq_len=self.seq_len or min(config.max_positions, DEFAULT_SEQ_LEN),
             )  # fmt: skip
-        check_single_device(plan, compute=tuple(COMPUTE_DTYPES) if self.config else ("fp32",))
+        check_single_device(plan, compute=SIMULATED_PRECISIONS)
         return resolve_batch(plan, batch=self.global_batch, seq_len=self.seq_len)
 
     def with_plan_batch(self, plan: Plan) -> ModelSource:
         """This model at the batch and sequence length that a plan asks for."""
         batch, seq_len = plan.batch.global_batch or self.batch, plan.batch.seq_len or self.seq_len
-        return self if (batch, seq_len) == (self.batch, self.seq_len) else replace(self, batch=batch, seq_len=seq_len, _workloads={}, _traces={})
+        return (
+            self
+            if (batch, seq_len) == (self.batch, self.seq_len)
+            else replace(self, batch=batch, seq_len=seq_len, _workloads={}, _traces={})
+        )
 
 
 def model_source(

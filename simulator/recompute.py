@@ -27,7 +27,9 @@ def operations_of(plan: Plan, workload: Workload, *, folder: Path | None = None)
     if memory.recompute.startswith(FILE_PREFIX):
         return _from_file(memory.recompute, workload, folder or Path())
     if memory.recompute == "optimal":
-        raise plan_refusal("memory.recompute", "optimal", "stands for what the search finds", "resolve it with search.optimal_recompute")
+        raise plan_refusal(
+            "memory.recompute", "optimal", "stands for what the search finds", "resolve it with search.optimal_recompute"
+        )
     choices = [memory.recompute] * len(workload.blocks)
     if memory.recompute == "full":
         choices[-1] = "none"
@@ -54,13 +56,17 @@ def _from_choices(choices: list[str], workload: Workload) -> tuple[Operation, ..
 def _from_file(value: str, workload: Workload, folder: Path) -> tuple[Operation, ...]:
     path = folder / value.removeprefix(FILE_PREFIX)
     if not path.is_file():
-        raise plan_refusal("memory.recompute", value, f"no such file: {path}", "write one operation a line: F_ck 0, F_all 1:all, B 1")
+        raise plan_refusal(
+            "memory.recompute", value, f"no such file: {path}", "write one operation a line: F_ck 0, F_all 1:all, B 1"
+        )
     operations = parse_sequence(path.read_text(encoding="utf-8"), source=str(path))
     check_sequence(operations, len(workload.blocks), source=str(path))
     for number, operation in enumerate(operations, start=1):
         known = [option.name for option in workload.blocks[operation.block].options]
         if operation.kind == "F_all" and operation.option not in known:
             raise plan_refusal(
-                "memory.recompute", f"{path}: operation {number}: {operation}", f"block {operation.block} has the options {', '.join(known)}"
+                "memory.recompute",
+                f"{path}: operation {number}: {operation}",
+                f"block {operation.block} has the options {', '.join(known)}",
             )
     return operations

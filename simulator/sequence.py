@@ -89,7 +89,10 @@ def check_sequence(operations: Sequence[Operation], num_blocks: int, *, source: 
         flow = block + 1
     if next_backward >= 0:
         raise InputError(
-            source=source, key=f"operation {len(operations)}", value=None, rule=f"ends before the backward of block {next_backward}"
+            source=source,
+            key=f"operation {len(operations)}",
+            value=None,
+            rule=f"ends before the backward of block {next_backward}",
         )
 
 
@@ -114,7 +117,9 @@ def checkpoint_blocks(num_blocks: int, checkpointed: Iterable[int], options: Seq
     The order of ``torch.utils.checkpoint`` around single blocks.
     """
     again = set(checkpointed)
-    forward = [Operation("F_ck", block) if block in again else Operation("F_all", block, options[block]) for block in range(num_blocks)]
+    forward = [
+        Operation("F_ck", block) if block in again else Operation("F_all", block, options[block]) for block in range(num_blocks)
+    ]
     backward: list[Operation] = []
     for block in reversed(range(num_blocks)):
         if block in again:

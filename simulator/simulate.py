@@ -127,7 +127,11 @@ def simulate(
         InputError: the sequence is illegal for the workload, or the device has no price for a dtype.
     """
     program = lower(
-        workload, operations, PassPrices(partial(price, profile=device)), num_microbatches=setting.num_microbatches, optimizer=setting.optimizer
+        workload,
+        operations,
+        PassPrices(partial(price, profile=device)),
+        num_microbatches=setting.num_microbatches,
+        optimizer=setting.optimizer,
     )
     timeline, profiles = engine_simpy.run(program)
     kernels = step_kernels(workload, operations, setting)

@@ -131,7 +131,7 @@ class Workload:
     shared_accumulate: Pass
     """Adds the shared gradients of a micro-batch to the parameters' own; runs after each backward but the first."""
     optimizer_tensors: tuple[int, ...]
-    """Elements of each trainable parameter."""
+    """Elements of each parameter that gets a gradient."""
     batch_bytes: int
     """Bytes of one micro-batch's inputs."""
     mixes_samples: bool

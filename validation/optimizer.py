@@ -42,4 +42,6 @@ class FusedOptimizer:
     @property
     def state_tensors(self) -> list[torch.Tensor]:
         """Tensors that the optimizer keeps between steps."""
-        return [value for state in self._optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)]
+        return [
+            value for state in self._optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+        ]

@@ -39,7 +39,11 @@ class ModelEntry:
     @property
     def options(self) -> tuple[str, ...]:
         """Keywords that `build` takes for this model."""
-        return ("batch", self.size_key, "dropout") if self.target.startswith("simulator.models.hugging_face") else ("batch", self.size_key)
+        return (
+            ("batch", self.size_key, "dropout")
+            if self.target.startswith("simulator.models.hugging_face")
+            else ("batch", self.size_key)
+        )
 
 
 def _image(name: str, target: str, summary: str, *, batch: int = 8, size: int = 224, **arguments: Any) -> ModelEntry:

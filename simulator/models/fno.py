@@ -40,7 +40,8 @@ class SpectralConvolution(nn.Module):
         mixed = torch.zeros_like(spectrum)
         for corner, sides in enumerate(product((False, True), repeat=len(self.modes) - 1)):
             kept = tuple(
-                slice(-modes, None) if high else slice(None, modes) for high, modes in zip((*sides, False), self.modes, strict=True)
+                slice(-modes, None) if high else slice(None, modes)
+                for high, modes in zip((*sides, False), self.modes, strict=True)
             )
             index = (slice(None), slice(None), *kept)
             mixed[index] = torch.einsum("bi...,io...->bo...", spectrum[index], self.weight[corner])
@@ -69,7 +70,9 @@ class OperatorLayer(nn.Module):
         self.spectral = SpectralConvolution(channels, modes)
         self.skip = Pointwise(channels, channels)
         half = max(1, channels // 2)
-        self.channel_mlp = nn.Sequential(Pointwise(channels, half), nn.GELU(), Pointwise(half, channels)) if channel_mlp else None
+        self.channel_mlp = (
+            nn.Sequential(Pointwise(channels, half), nn.GELU(), Pointwise(half, channels)) if channel_mlp else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: (batch, channels, points...)."""

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from hardware_models.errors import InputError
 from simulator.models.losses import token_inputs
 
-GPT2_SHAPES = MappingProxyType({"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25)})
+GPT2_SHAPES = MappingProxyType(
+    {"gpt2": (12, 768, 12), "gpt2-medium": (24, 1024, 16), "gpt2-large": (36, 1280, 20), "gpt2-xl": (48, 1600, 25)}
+)
 """Layers, hidden size, heads."""
 BERT_SHAPES = MappingProxyType({"bert-base": (12, 768, 12), "bert-large": (24, 1024, 16)})
 """Layers, hidden size, heads."""
@@ -44,7 +46,9 @@ def bert(*, checkpoint: str, batch: int, seq_len: int, dropout: float | None = N
     return _language_model(transformers.BertForMaskedLM, config, name=checkpoint, batch=batch, seq_len=seq_len)
 
 
-def _language_model(model_class: Any, config: Any, *, name: str, batch: int, seq_len: int) -> tuple[nn.Module, dict[str, Tensor]]:
+def _language_model(
+    model_class: Any, config: Any, *, name: str, batch: int, seq_len: int
+) -> tuple[nn.Module, dict[str, Tensor]]:
     longest = int(config.max_position_embeddings)
     if seq_len > longest:
         raise InputError(

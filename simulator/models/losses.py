@@ -18,7 +18,8 @@ def relative_l2(prediction: Tensor, target: Tensor) -> Tensor:
     Source: Li et al. 2021, "Fourier Neural Operator for Parametric PDEs", section 5 (relative error as the training loss).
     """
     difference = (prediction - target).flatten(1)
-    return (difference.norm(dim=1) / target.flatten(1).norm(dim=1)).mean()
+    error: Tensor = (difference.norm(dim=1) / target.flatten(1).norm(dim=1)).mean()
+    return error
 
 
 class OperatorWithLoss(nn.Module):

@@ -30,7 +30,11 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.out_channels = 4 * width if bottleneck else width
         if bottleneck:
-            steps = [_convolution(in_channels, width, 1), _convolution(width, width, 3, stride), _convolution(width, 4 * width, 1)]
+            steps = [
+                _convolution(in_channels, width, 1),
+                _convolution(width, width, 3, stride),
+                _convolution(width, 4 * width, 1),
+            ]
         else:
             steps = [_convolution(in_channels, width, 3, stride), _convolution(width, width, 3)]
         self.steps = nn.ModuleList(steps)

@@ -20,7 +20,11 @@ NUM_CLASSES = 2
 def _double_convolution(in_channels: int, out_channels: int) -> nn.Sequential:
     steps: list[nn.Module] = []
     for channels in (in_channels, out_channels):
-        steps += [nn.Conv2d(channels, out_channels, 3, padding=1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU(inplace=True)]
+        steps += [
+            nn.Conv2d(channels, out_channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(out_channels),
+            nn.ReLU(inplace=True),
+        ]
     return nn.Sequential(*steps)
 
 

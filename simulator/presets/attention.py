@@ -46,7 +46,8 @@ def _heads(tape: Tape, setting: Setting, normed: Value) -> tuple[Value, Value, V
         query, key, value = split(tape, project(tape, setting, full, sum(widths), "qkv", shard=normed), widths)
     else:
         query, key, value = (
-            project(tape, setting, full, width, name, shard=normed) for width, name in zip(widths, ("query", "key", "value"), strict=True)
+            project(tape, setting, full, width, name, shard=normed)
+            for width, name in zip(widths, ("query", "key", "value"), strict=True)
         )
     if config.positions == "rotary":
         cosines, sines = carried_table(tape, setting), carried_table(tape, setting)
@@ -61,16 +62,31 @@ def _latent(tape: Tape, setting: Setting, normed: Value) -> tuple[Value, Value, 
     assert latent is not None
     tokens, heads = setting.tokens, setting.heads
     full = gathered(tape, setting, normed)
-    low_query = norm(tape, setting, project(tape, setting, full, latent.query_rank, "query_down", shard=normed), "query_norm", latent.query_rank)
+    low_query = norm(
+        tape,
+        setting,
+        project(tape, setting, full, latent.query_rank, "query_down", shard=normed),
+        "query_norm",
+        latent.query_rank,
+    )
     query = project(tape, setting, low_query, heads * (latent.nope_dim + latent.rope_dim), "query_up")
-    low, shared_key = split(tape, project(tape, setting, full, latent.kv_rank + latent.rope_dim, "kv_down", shard=normed), (latent.kv_rank, latent.rope_dim))
+    low, shared_key = split(
+        tape,
+        project(tape, setting, full, latent.kv_rank + latent.rope_dim, "kv_down", shard=normed),
+        (latent.kv_rank, latent.rope_dim),
+    )
     low = norm(tape, setting, low, "kv_norm", latent.kv_rank)
     both = project(tape, setting, low, heads * (latent.nope_dim + latent.value_dim), "kv_up")
     query_nope, query_rope = split(tape, query, (heads * latent.nope_dim, heads * latent.rope_dim))
     key_nope, value = split(tape, both, (heads * latent.nope_dim, heads * latent.value_dim))
     cosines, sines = carried_table(tape, setting), carried_table(tape, setting)
     query = _joined(tape, query_nope, rotate(tape, query_rope, cosines, sines), (tokens, heads * setting.config.dim_per_head))
-    key = _joined(tape, key_nope, _repeated(tape, rotate(tape, shared_key, cosines, sines), heads), (tokens, heads * setting.config.dim_per_head))
+    key = _joined(
+        tape,
+        key_nope,
+        _repeated(tape, rotate(tape, shared_key, cosines, sines), heads),
+        (tokens, heads * setting.config.dim_per_head),
+    )
     return query, key, value
 
 

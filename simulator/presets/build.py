@@ -7,7 +7,7 @@ from collections.abc import Callable
 from hardware_models.units import DTYPE_BYTES
 from simulator.presets.attention import attention_half
 from simulator.presets.config import TransformerConfig
-from simulator.presets.ends import IMAGE_CHANNELS, back, buffer_bytes, front, word_table
+from simulator.presets.ends import IMAGE_CHANNELS, back, buffer_bytes, front, transform, word_table
 from simulator.presets.halves import network, norm, residual
 from simulator.presets.mixture import mixture
 from simulator.presets.passes import Section, block_of
@@ -46,7 +46,7 @@ def build_workload(
 
     Returns:
         Blocks: ``embedding``; per layer ``attention`` and ``network`` (or ``experts``), the final norm with the last of them;
-        ``head``. Blocks with the same work are the same object.
+        ``transform`` (masked language models); ``head``. Blocks with the same work are the same object.
 
     Raises:
         InputError: a degree or length that breaks a rule.
@@ -90,9 +90,13 @@ def _sections(setting: Setting, words: Parameter | None) -> list[Section]:
         if key not in kinds:
             kinds[key] = _network_section(setting, experts=key[0], final=key[1])
         sections += [attention, kinds[key]]
+    if config.head == "masked_lm":
+        sections.append(_half(setting, "transform", transform))
     tape = Tape()
     entering = _boundary(tape, setting)
-    sections.append(Section(name="head", tape=tape, entering=entering, leaving=back(tape, setting, entering, words), makes_shared=True))
+    sections.append(
+        Section(name="head", tape=tape, entering=entering, leaving=back(tape, setting, entering, words), makes_shared=True)
+    )
     return sections
 
 

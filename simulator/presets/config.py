@@ -102,7 +102,7 @@ class TransformerConfig:
             rule = f"top_k <= num_experts must hold, but got {self.experts.top_k} > {self.experts.num_experts}"
             self._check("experts.top_k", 1 <= self.experts.top_k <= self.experts.num_experts, rule)
 
-    def _check(self, key: str, holds: bool, rule: str) -> None:  # noqa: FBT001 - a condition
+    def _check(self, key: str, holds: bool, rule: str) -> None:
         if not holds:
             value = getattr(self, key, None)
             raise InputError(source=f"model {self.name}", key=key, value=value, rule=rule)

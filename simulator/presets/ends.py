@@ -5,10 +5,23 @@ from __future__ import annotations
 from hardware_models.units import DTYPE_BYTES
 from simulator.presets.attention import rotary_dim
 from simulator.presets.halves import gathered, norm, project
-from simulator.presets.pointwise import add, cast, dropout, gelu, softmax
-from simulator.presets.products import embedding, linear, negative_log_likelihood
+from simulator.presets.pointwise import add, cast, dropout, gelu
+from simulator.presets.products import cross_entropy, embedding, linear
 from simulator.presets.setting import Setting
-from simulator.presets.tape import FLOAT, INDEX_DTYPE, Gradient, Parameter, Role, Tape, Value, copy, kernel, pointwise, reduction, view
+from simulator.presets.tape import (
+    FLOAT,
+    INDEX_DTYPE,
+    Gradient,
+    Parameter,
+    Role,
+    Tape,
+    Value,
+    copy,
+    kernel,
+    pointwise,
+    reduction,
+    view,
+)
 
 IMAGE_CHANNELS = 3
 
@@ -25,7 +38,11 @@ def front(tape: Tape, setting: Setting, words: Parameter | None) -> Value:
     config = setting.config
     if config.head == "image":
         return _patches(tape, setting)
-    table = tape.use(words) if words is not None else tape.parameter("embedding.weight", (setting.vocab, config.hidden), setting.dtype)
+    table = (
+        tape.use(words)
+        if words is not None
+        else tape.parameter("embedding.weight", (setting.vocab, config.hidden), setting.dtype)
+    )
     x = embedding(tape, _batch(tape, (setting.micro_batch, setting.local_len)), table)
     x = view(tape, x, (setting.tokens, config.hidden))
     if config.token_types:
@@ -42,7 +59,9 @@ def front(tape: Tape, setting: Setting, words: Parameter | None) -> Value:
         x = norm(tape, setting, x, "embedding_norm")
     if setting.gathers:
         shard = tape.new("reduce_scatter", (setting.stream_tokens, config.hidden), setting.dtype)
-        tape.record("reduce_scatter", kernels=(), inputs=(x,), outputs=(shard,), gradients=(Gradient(targets=(x,), collective=True),))
+        tape.record(
+            "reduce_scatter", kernels=(), inputs=(x,), outputs=(shard,), gradients=(Gradient(targets=(x,), collective=True),)
+        )
         x = shard
     return dropout(tape, x, config.dropout, device=setting.device)
 
@@ -102,7 +121,15 @@ def _patches(tape: Tape, setting: Setting) -> Value:
     out = tape.new("convolution", (batch * patches, config.hidden), dtype)
     shape = (batch, IMAGE_CHANNELS, config.hidden, 1, elements, patches, config.patch)
     flops = 2 * batch * patches * elements * IMAGE_CHANNELS * config.hidden
-    forward = kernel("convolution", "convolution", shape, dtype, flops=flops, read_bytes=images.size_bytes + weight.size_bytes, written_bytes=out.size_bytes)
+    forward = kernel(
+        "convolution",
+        "convolution",
+        shape,
+        dtype,
+        flops=flops,
+        read_bytes=images.size_bytes + weight.size_bytes,
+        written_bytes=out.size_bytes,
+    )
     backward = kernel("convolution", "convolution_backward_weight", shape, dtype, flops=flops, read_bytes=images.size_bytes + out.size_bytes, written_bytes=weight.size_bytes)  # fmt: skip
     summed = reduction("sum", config.hidden, batch * patches, dtype)
     tape.record("convolution", kernels=(forward,), inputs=(images,), outputs=(out,), saved=(images,),
@@ -125,15 +152,17 @@ def back(tape: Tape, setting: Setting, x: Value, words: Parameter | None) -> Val
         return _classified(tape, setting, x)
     full = gathered(tape, setting, x)
     shard = x if full is not x else None
-    if config.head == "masked_lm":
-        full = norm(tape, setting, gelu(tape, project(tape, setting, full, config.hidden, "transform", shard=shard)), "transform_norm")
-        shard = None
     shape = (config.hidden, setting.vocab)
     weight = tape.use(words) if words is not None else tape.parameter("head.weight", shape, setting.dtype)
     bias = tape.parameter("head.bias", (setting.vocab,), setting.dtype) if config.head == "masked_lm" else None
     logits = linear(tape, full, weight, bias, saved=shard, transposed=words is not None)
-    log_probabilities = softmax(tape, cast(tape, logits, FLOAT), "_log_softmax")
-    return negative_log_likelihood(tape, log_probabilities, _labels(tape, setting))
+    scores = cast(tape, logits, FLOAT)
+    return cross_entropy(tape, scores, _labels(tape, setting))
+
+
+def transform(tape: Tape, setting: Setting, x: Value) -> Value:
+    """What a masked language model does between its last layer and its head."""
+    return norm(tape, setting, gelu(tape, project(tape, setting, x, setting.config.hidden, "transform")), "transform_norm")
 
 
 def _labels(tape: Tape, setting: Setting) -> Value:
@@ -141,13 +170,15 @@ def _labels(tape: Tape, setting: Setting) -> Value:
     given = _batch(tape, (setting.tokens,))
     if not setting.config.causal:
         return given
-    padded = setting.tokens + setting.micro_batch
-    work = [copy("constant_pad_nd", padded, INDEX_DTYPE)]
-    if setting.micro_batch > 1:
-        work.append(copy("clone", setting.tokens, INDEX_DTYPE))
-    kept = setting.tokens if setting.micro_batch > 1 else padded
-    shifted = tape.new("clone", (kept,), INDEX_DTYPE, needs_gradient=False)
-    tape.record("clone", kernels=tuple(work), inputs=(given,), outputs=(shifted,))
+    elements = setting.tokens + setting.micro_batch
+    padded = tape.new("constant_pad_nd", (elements,), INDEX_DTYPE, needs_gradient=False)
+    tape.record(
+        "constant_pad_nd", kernels=(copy("constant_pad_nd", elements, INDEX_DTYPE),), inputs=(given,), outputs=(padded,)
+    )  # fmt: skip
+    if setting.micro_batch == 1:
+        return padded
+    shifted = tape.new("clone", (setting.tokens,), INDEX_DTYPE, needs_gradient=False)
+    tape.record("clone", kernels=(copy("clone", setting.tokens, INDEX_DTYPE),), inputs=(padded,), outputs=(shifted,))
     return shifted
 
 
@@ -158,4 +189,4 @@ def _classified(tape: Tape, setting: Setting, x: Value) -> Value:
     tape.record("select", kernels=(), inputs=(x,), outputs=(token,),
                 gradients=(Gradient(targets=(x,), kernels=(copy("select_backward", x.elements, x.dtype),)),))  # fmt: skip
     logits = project(tape, setting, token, config.num_classes, "head", bias=True)
-    return negative_log_likelihood(tape, softmax(tape, cast(tape, logits, FLOAT), "_log_softmax"), _batch(tape, (batch,)))
+    return cross_entropy(tape, cast(tape, logits, FLOAT), _batch(tape, (batch,)))

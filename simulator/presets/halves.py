@@ -32,7 +32,9 @@ def reduced(tape: Tape, setting: Setting, x: Value) -> Value:
     if not setting.gathers:
         return x
     shard = tape.new("reduce_scatter", (setting.stream_tokens, *x.shape[1:]), x.dtype)
-    tape.record("reduce_scatter", kernels=(), inputs=(x,), outputs=(shard,), gradients=(Gradient(targets=(x,), collective=True),))
+    tape.record(
+        "reduce_scatter", kernels=(), inputs=(x,), outputs=(shard,), gradients=(Gradient(targets=(x,), collective=True),)
+    )
     return shard
 
 

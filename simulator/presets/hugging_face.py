@@ -53,7 +53,9 @@ class _Keys:
         return value
 
 
-_GPT2_ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"gelu_new": "gelu_new", "gelu": "gelu", "gelu_pytorch_tanh": "gelu"})
+_GPT2_ACTIVATIONS: Mapping[str, Activation] = MappingProxyType(
+    {"gelu_new": "gelu_new", "gelu": "gelu", "gelu_pytorch_tanh": "gelu"}
+)
 _GATED_ACTIVATIONS: Mapping[str, Activation] = MappingProxyType({"silu": "swiglu"})
 
 
@@ -82,14 +84,18 @@ def _llama(keys: _Keys, name: str) -> TransformerConfig:
 def _bias(keys: _Keys) -> bool:
     attention, network = keys.flag("attention_bias", default=False), keys.flag("mlp_bias", default=False)
     if attention != network:
-        raise InputError(source=str(keys.path), key="mlp_bias", value=network, rule=f"mlp_bias == attention_bias = {attention} must hold")
+        raise InputError(
+            source=str(keys.path), key="mlp_bias", value=network, rule=f"mlp_bias == attention_bias = {attention} must hold"
+        )
     return attention
 
 
 def _no_dropout(keys: _Keys) -> float:
     value = keys.number("attention_dropout", 0.0)
     if value:
-        raise InputError(source=str(keys.path), key="attention_dropout", value=value, rule="attention_dropout == 0 must hold for this family")
+        raise InputError(
+            source=str(keys.path), key="attention_dropout", value=value, rule="attention_dropout == 0 must hold for this family"
+        )
     return value
 
 
@@ -97,7 +103,9 @@ def _experts(keys: _Keys) -> Experts | None:
     if keys.values["model_type"] != "mixtral":
         return None
     return Experts(
-        num_experts=keys.integer("num_local_experts"), top_k=keys.integer("num_experts_per_tok"), ffn=keys.integer("intermediate_size")
+        num_experts=keys.integer("num_local_experts"),
+        top_k=keys.integer("num_experts_per_tok"),
+        ffn=keys.integer("intermediate_size"),
     )
 
 
@@ -140,7 +148,7 @@ def load_config(path: str | Path, *, name: str = "") -> TransformerConfig:
     if not isinstance(values, dict):
         raise InputError(source=str(file), key="", value=None, rule="must hold one JSON object")
     kind = values.get("model_type")
-    if kind not in _READERS:
+    if not isinstance(kind, str) or kind not in _READERS:
         remedy = "trace the model instead: package.module:function"
         raise UnknownNameError(source=str(file), key="model_type", value=kind, known=tuple(_READERS), remedy=remedy)
     return _READERS[kind](_Keys(values, file), name or file.resolve().parent.name)

@@ -2,6 +2,9 @@
 
 Follows ``transformers``' ``grouped_mm`` implementation of experts, whose shapes are static. Routing is uniform: every expert
 receives as many tokens as every other.
+
+Not modelled: under the sigmoid router (DeepSeek-V3), the selection of groups of experts before the experts, and the router's
+matrix in float32.
 """
 
 from __future__ import annotations
@@ -34,8 +37,10 @@ def _route(tape: Tape, setting: Setting, x: Value) -> tuple[Value, Value]:
     experts = setting.config.experts
     assert experts is not None
     rows, k = x.shape[0], experts.top_k
-    logits = cast(tape, project(tape, setting, x, experts.num_experts, "router", bias=False), FLOAT)
-    scores = softmax(tape, logits) if experts.router == "softmax" else _sigmoid(tape, logits)
+    if experts.router == "softmax":
+        scores = softmax(tape, cast(tape, project(tape, setting, x, experts.num_experts, "router", bias=False), FLOAT))
+    else:
+        scores = _sigmoid(tape, project(tape, setting, cast(tape, x, FLOAT), experts.num_experts, "router", bias=False))
     values = tape.new("topk", (rows, k), FLOAT)
     indices = tape.new("topk", (rows, k), INDEX_DTYPE, needs_gradient=False)
     zeros_and_scatter = (copy("new_zeros", scores.elements, FLOAT), copy("scatter", scores.elements, FLOAT))
@@ -57,7 +62,13 @@ def _normalized(tape: Tape, values: Value) -> Value:
     """Each row divided by its sum in place; autograd keeps a copy of the dividend and the sums."""
     rows, k = values.shape
     total = tape.new("sum", (rows, 1), FLOAT)
-    tape.record("sum", kernels=(reduction("sum", rows, k, FLOAT),), inputs=(values,), outputs=(total,), gradients=(Gradient(targets=(values,)),))
+    tape.record(
+        "sum",
+        kernels=(reduction("sum", rows, k, FLOAT),),
+        inputs=(values,),
+        outputs=(total,),
+        gradients=(Gradient(targets=(values,)),),
+    )
     before = tape.new("clone", (rows, k), FLOAT, needs_gradient=False)
     out = Value(shape=values.shape, storage=values.storage, needs_gradient=True, dtype=FLOAT)
     n = values.elements
@@ -109,7 +120,9 @@ def _order(tape: Tape, indices: Value, rows: int) -> Value:
     return order
 
 
-def _indices(tape: Tape, op: str, inputs: tuple[Value, ...], shape: tuple[int, ...], work: Kernel, dtype: str = INDEX_DTYPE) -> Value:
+def _indices(
+    tape: Tape, op: str, inputs: tuple[Value, ...], shape: tuple[int, ...], work: Kernel, dtype: str = INDEX_DTYPE
+) -> Value:
     out = tape.new(op, shape, dtype, needs_gradient=False)
     tape.record(op, kernels=(work,), inputs=inputs, outputs=(out,))
     return out
@@ -118,7 +131,9 @@ def _indices(tape: Tape, op: str, inputs: tuple[Value, ...], shape: tuple[int, .
 def _take(tape: Tape, x: Value, indices: Value, shape: tuple[int, ...]) -> Value:
     """Rows of ``x`` by index; saves the indices, and adds gradients back by index."""
     out = tape.new("index", shape, x.dtype)
-    forward = kernel("copy", "index", (out.elements,), x.dtype, read_bytes=out.size_bytes + indices.size_bytes, written_bytes=out.size_bytes)
+    forward = kernel(
+        "copy", "index", (out.elements,), x.dtype, read_bytes=out.size_bytes + indices.size_bytes, written_bytes=out.size_bytes
+    )
     backward = (copy("new_zeros", x.elements, x.dtype), pointwise("index_put", x.elements, x.dtype, num_read=2))
     tape.record("index", kernels=(forward,), inputs=(x, indices), outputs=(out,), saved=(indices,),
                 gradients=(Gradient(targets=(x,), kernels=backward, scratch_bytes=x.size_bytes),))  # fmt: skip

@@ -100,12 +100,16 @@ def _forward(section: Section, kept: tuple[Storage, ...]) -> Pass:
     outside = set() if section.entering is None else {section.entering.storage}
     _run(ledger, section.tape.steps, outside=outside, staying={*kept, section.leaving.storage})
     buffers: dict[Storage, Buffer] = dict.fromkeys(kept, "internal")
-    buffers |= {value.storage: "carried" for step in section.tape.steps for value in step.outputs if value.storage.role == "carried"}
+    buffers |= {
+        value.storage: "carried" for step in section.tape.steps for value in step.outputs if value.storage.role == "carried"
+    }
     buffers[section.leaving.storage] = "output"
     return ledger.finish(buffers)
 
 
-def _run(ledger: _Ledger, steps: Sequence[Step], *, outside: set[Storage], staying: set[Storage], cached: Iterable[Storage] = ()) -> None:
+def _run(
+    ledger: _Ledger, steps: Sequence[Step], *, outside: set[Storage], staying: set[Storage], cached: Iterable[Storage] = ()
+) -> None:
     """Runs steps, freeing what is read no more; ``cached`` results are there already and their kernels do not run."""
     last = {value.storage: index for index, step in enumerate(steps) for value in (*step.inputs, *step.outputs)}
     alive = set(cached)

@@ -48,22 +48,23 @@ def multiply(tape: Tape, a: Value | Parameter, b: Value) -> Value:
     dtype = a.dtype if DTYPE_BYTES[a.dtype] >= DTYPE_BYTES[b.dtype] else b.dtype
     out = tape.new("mul", larger.shape, dtype)
     product = pointwise("mul", out.elements, dtype, num_read=2)
-    gradients = []
-    for target in (b, a):
-        kernels: list[Kernel] = [product]
+    wanted = tuple(target for target in (b, a) if isinstance(target, Parameter) or target.needs_gradient)
+    kernels, scratch_bytes = [product] * len(wanted), 0
+    for target in wanted:
         if target.elements < out.elements:
             kernels.append(reduction("sum", target.elements, out.elements // target.elements, dtype))
+            scratch_bytes += out.size_bytes
         if target.dtype != dtype:
             kernels.append(copy("_to_copy", target.elements, target.dtype))
-        scratch = out.size_bytes if len(kernels) > 1 else 0
-        gradients.append(Gradient(targets=(target,), kernels=tuple(kernels), scratch_bytes=scratch))
+            scratch_bytes += target.elements * DTYPE_BYTES[dtype]
+    gradient = Gradient(targets=wanted, kernels=tuple(kernels), scratch_bytes=scratch_bytes)
     saved = []
     if isinstance(a, Parameter) or a.needs_gradient:
         saved.append(b)
     if b.needs_gradient and isinstance(a, Value):
         saved.append(a)
     inputs = (b,) if isinstance(a, Parameter) else (a, b)
-    tape.record("mul", kernels=(product,), inputs=inputs, outputs=(out,), saved=tuple(saved), gradients=tuple(gradients))
+    tape.record("mul", kernels=(product,), inputs=inputs, outputs=(out,), saved=tuple(saved), gradients=(gradient,))
     return out
 
 
@@ -80,7 +81,7 @@ def cube(tape: Tape, a: Value) -> Value:
 def _power(tape: Tape, a: Value) -> Value:
     n, dtype = a.elements, a.dtype
     backward = (pointwise("pow", n, dtype), pointwise("mul", n, dtype), pointwise("mul", n, dtype, num_read=2))
-    return _unary(tape, "pow", a, saves_input=True, gradient=backward, scratch_bytes=a.size_bytes)
+    return _unary(tape, "pow", a, saves_input=True, gradient=backward, scratch_bytes=2 * a.size_bytes)
 
 
 def tanh(tape: Tape, a: Value) -> Value:
@@ -92,7 +93,7 @@ def rsqrt(tape: Tape, a: Value) -> Value:
     """``1 / sqrt(a)``, which saves its result."""
     n, dtype = a.elements, a.dtype
     backward = (pointwise("pow", n, dtype), pointwise("mul", n, dtype), pointwise("mul", n, dtype, num_read=2))
-    return _unary(tape, "rsqrt", a, saves_input=False, saves_result=True, gradient=backward, scratch_bytes=a.size_bytes)
+    return _unary(tape, "rsqrt", a, saves_input=False, saves_result=True, gradient=backward, scratch_bytes=2 * a.size_bytes)
 
 
 def silu(tape: Tape, a: Value) -> Value:
@@ -157,7 +158,9 @@ def gradient_copy(tape: Tape, a: Value) -> Value:
 def split(tape: Tape, a: Value, widths: tuple[int, ...]) -> tuple[Value, ...]:
     """Views of consecutive columns; their gradients are joined by a copy."""
     rows = a.elements // a.shape[-1]
-    parts = tuple(Value(shape=(rows, width), storage=a.storage, needs_gradient=a.needs_gradient, dtype=a.dtype) for width in widths)
+    parts = tuple(
+        Value(shape=(rows, width), storage=a.storage, needs_gradient=a.needs_gradient, dtype=a.dtype) for width in widths
+    )
     joined = copy("cat", a.elements, a.dtype)
     tape.record("split", kernels=(), inputs=(a,), outputs=parts, gradients=(Gradient(targets=(a,), kernels=(joined,)),))
     return parts
@@ -171,7 +174,9 @@ def dropout(tape: Tape, a: Value, probability: float, *, device: str) -> Value:
     if device == "cuda":
         mask = tape.new("native_dropout", a.shape, BOOL, needs_gradient=False)
         read = written = a.size_bytes + mask.size_bytes
-        kernels = (kernel("pointwise", "native_dropout", (n,), a.dtype, read_bytes=a.size_bytes, written_bytes=written),)
+        kernels: tuple[Kernel, ...] = (
+            kernel("pointwise", "native_dropout", (n,), a.dtype, read_bytes=a.size_bytes, written_bytes=written),
+        )
         backward = kernel("pointwise", "native_dropout_backward", (n,), a.dtype, read_bytes=read, written_bytes=a.size_bytes)
     else:
         mask = tape.new("bernoulli_", a.shape, a.dtype, needs_gradient=False)
@@ -220,7 +225,9 @@ def softmax(tape: Tape, a: Value, op: str = "_softmax") -> Value:
     rows, columns = a.elements // a.shape[-1], a.shape[-1]
     out = tape.new(op, a.shape, a.dtype)
     forward = kernel("softmax", op, (rows, columns), a.dtype, read_bytes=a.size_bytes, written_bytes=out.size_bytes)
-    backward = kernel("softmax", f"{op}_backward_data", (rows, columns), a.dtype, read_bytes=2 * a.size_bytes, written_bytes=a.size_bytes)
+    backward = kernel(
+        "softmax", f"{op}_backward_data", (rows, columns), a.dtype, read_bytes=2 * a.size_bytes, written_bytes=a.size_bytes
+    )
     tape.record(op, kernels=(forward,), inputs=(a,), outputs=(out,), saved=(out,), gradients=(Gradient(targets=(a,), kernels=(backward,)),))  # fmt: skip
     return out
 
@@ -235,4 +242,3 @@ def rotate(tape: Tape, a: Value, cosines: Value, sines: Value) -> Value:
     tape.record("rotate_half", kernels=forward, inputs=(a,), outputs=(turned,),
                 gradients=(Gradient(targets=(a,), kernels=backward, scratch_bytes=2 * a.size_bytes),))  # fmt: skip
     return add(tape, straight, multiply(tape, turned, sines))
-

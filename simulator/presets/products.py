@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from hardware_models.kernel import Kernel
 from hardware_models.units import DTYPE_BYTES
+from simulator.presets.pointwise import softmax
 from simulator.presets.tape import FLOAT, Gradient, Parameter, Tape, Value, kernel, pointwise, reduction
 
 
@@ -147,7 +148,14 @@ def embedding(tape: Tape, indices: Value, weight: Parameter) -> Value:
     vocabulary, width = weight.shape
     out = tape.new("embedding", (*indices.shape, width), weight.dtype)
     shape = (indices.elements, width, vocabulary)
-    forward = kernel("embedding", "embedding", shape, weight.dtype, read_bytes=indices.size_bytes + out.size_bytes, written_bytes=out.size_bytes)
+    forward = kernel(
+        "embedding",
+        "embedding",
+        shape,
+        weight.dtype,
+        read_bytes=indices.size_bytes + out.size_bytes,
+        written_bytes=out.size_bytes,
+    )
     backward = kernel("embedding", "embedding_dense_backward", shape, weight.dtype, read_bytes=indices.size_bytes + out.size_bytes,
                       written_bytes=weight.size_bytes)  # fmt: skip
     tape.record("embedding", kernels=(forward,), inputs=(indices,), outputs=(out,), saved=(indices,),
@@ -155,8 +163,12 @@ def embedding(tape: Tape, indices: Value, weight: Parameter) -> Value:
     return out
 
 
-def negative_log_likelihood(tape: Tape, log_probabilities: Value, labels: Value) -> Value:
-    """Mean over rows; saves log-probabilities, labels and the number of counted rows."""
+def cross_entropy(tape: Tape, logits: Value, labels: Value) -> Value:
+    """Mean negative log-likelihood over rows; saves log-probabilities, labels and the number of counted rows.
+
+    ``logits`` live until the loss is there: torch's cross entropy is one call that holds them.
+    """
+    log_probabilities = softmax(tape, logits, "_log_softmax")
     rows = log_probabilities.shape[0]
     dtype = log_probabilities.dtype
     loss = tape.new("nll_loss_forward", (), dtype)
@@ -165,7 +177,7 @@ def negative_log_likelihood(tape: Tape, log_probabilities: Value, labels: Value)
     forward = kernel("reduction", "nll_loss_forward", (1, rows), dtype, read_bytes=rows * itemsize, written_bytes=2 * itemsize)
     backward = pointwise("nll_loss_backward", log_probabilities.elements, dtype)
     tape.record(
-        "nll_loss_forward", kernels=(forward,), inputs=(log_probabilities, labels), outputs=(loss, weight),
+        "nll_loss_forward", kernels=(forward,), inputs=(log_probabilities, labels, logits), outputs=(loss, weight),
         saved=(log_probabilities, labels, weight), gradients=(Gradient(targets=(log_probabilities,), kernels=(backward,)),),
     )  # fmt: skip
     return loss

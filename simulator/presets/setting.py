@@ -57,10 +57,13 @@ class Setting:
         self._divides("cp", "seq_len", self.seq_len)
         if self.sequence_parallel:
             self._divides("tp", "seq_len / cp", self.seq_len // self.cp)
+        if self.device == "cpu" and config.dropout:
+            rule = f"must be false on the cpu with dropout = {config.dropout}: torch has no flash kernel for that"
+            self._check("flash_attention", not self.flash_attention, rule, "trace the model instead, or set dropout to 0")
         if self.cp > 1:
             self._check("flash_attention", self.flash_attention, "must be true where cp > 1")
 
-    def _check(self, key: str, holds: bool, rule: str, remedy: str = "") -> None:  # noqa: FBT001 - a condition
+    def _check(self, key: str, holds: bool, rule: str, remedy: str = "") -> None:
         if not holds:
             raise InputError(source=f"model {self.config.name}", key=key, value=getattr(self, key), rule=rule, remedy=remedy)
 

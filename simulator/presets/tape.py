@@ -158,7 +158,14 @@ def view(tape: Tape, x: Value, shape: tuple[int, ...]) -> Value:
 
 
 def kernel(
-    kernel_class: KernelClass, op: str, shape: tuple[int, ...], dtype: str, *, read_bytes: int, written_bytes: int, flops: int = 0
+    kernel_class: KernelClass,
+    op: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    *,
+    read_bytes: int,
+    written_bytes: int,
+    flops: int = 0,
 ) -> Kernel:
     """A `Kernel` whose sizes are at least 1."""
     return Kernel(

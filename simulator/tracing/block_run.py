@@ -147,10 +147,12 @@ class MicroBatch:
         _restore(buffers, self._buffer_states[block.name])
         if block.uses_randomness:
             _set_random_state(device, self._random_states[block.name])
-        yield
-        _restore(buffers, buffers_after)
-        if block.uses_randomness:
-            _set_random_state(device, random_after)
+        try:
+            yield
+        finally:
+            _restore(buffers, buffers_after)
+            if block.uses_randomness:
+                _set_random_state(device, random_after)
 
 
 def _run(block: BlockGraph, arguments: list[Any], option: str) -> tuple[Any, ...]:
@@ -166,7 +168,10 @@ def _run(block: BlockGraph, arguments: list[Any], option: str) -> tuple[Any, ...
             arguments[position] = None
         return result
 
-    x, contexts = (None if position is None else arguments[position]), partial(create_selective_checkpoint_contexts, _selective_policy)
+    x, contexts = (
+        (None if position is None else arguments[position]),
+        partial(create_selective_checkpoint_contexts, _selective_policy),
+    )
     result: tuple[Any, ...] = checkpoint(
         run, x, use_reentrant=False, context_fn=contexts, preserve_rng_state=block.uses_randomness
     )

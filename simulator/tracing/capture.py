@@ -9,6 +9,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,8 @@ class Capture:
     inputs: dict[str, torch.Tensor]
     notes: tuple[str, ...]
     has_batch_statistics: bool
+    trained: frozenset[str]
+    """Parameters that the loss depends on: those whose ``.grad`` a backward pass makes."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -94,6 +97,7 @@ def capture(
     tensors = {key: to_fake(value, fake_mode) for key, value in example_inputs.items() if isinstance(value, torch.Tensor)}
     constants = {key: value for key, value in example_inputs.items() if not isinstance(value, torch.Tensor)}
     own_functions: list[str] = []
+    leaves: set[int] = set()
 
     def forward(values: list[torch.Tensor]) -> torch.Tensor:
         split = (len(parameters), len(parameters) + len(buffers))
@@ -105,17 +109,28 @@ def capture(
 
     def traced(values: list[torch.Tensor]) -> torch.Tensor:
         result = forward(values)
-        own_functions.extend(_autograd_functions(result))
+        for node in _autograd_nodes(result):
+            if isinstance(node, BackwardCFunction):
+                own_functions.append(node.name())
+            leaves.add(id(getattr(node, "variable", None)))
         return result
 
     values = [*parameters.values(), *buffers.values(), *tensors.values()]
     try:
         with _attributes_kept(module), fake_activations(fake_mode), torch.enable_grad():
-            graph: GraphModule | None = make_fx(traced, pre_dispatch=True, tracing_mode="real", _error_on_data_dependent_ops=False)(values)
+            graph: GraphModule | None = make_fx(
+                traced, pre_dispatch=True, tracing_mode="real", _error_on_data_dependent_ops=False
+            )(values)
     except InputError:
         raise
     except Exception as error:
         raise _trace_error(error, name) from error
+    trained = frozenset(key for key, value in parameters.items() if id(value) in leaves)
+    if not trained:
+        raise InputError(
+            source="model", key=name, value=None, rule="the loss depends on no parameter that needs a gradient",
+            remedy="train one, or check that the output is not detached",
+        )  # fmt: skip
     notes: tuple[str, ...] = ()
     if own_functions:
         graph = None
@@ -123,37 +138,39 @@ def capture(
     return Capture(
         graph=graph, forward=forward, fake_mode=fake_mode, parameters=parameters, buffers=buffers, inputs=tensors, notes=notes,
         has_batch_statistics=any(isinstance(part, _BatchNorm) and part.training for part in module.modules()),
+        trained=trained,
     )  # fmt: skip
 
 
 @contextmanager
 def _attributes_kept(module: torch.nn.Module) -> Iterator[None]:
     """Takes back what the forward pass sets on its modules: a cache filled with fakes must not outlive the trace."""
-    before = [(part, dict(part.__dict__)) for part in module.modules()]
+    holders: list[Any] = []
+    for part in module.modules():
+        holders += [part.__dict__, *(value for value in part.__dict__.values() if isinstance(value, dict | list | set))]
+    before = [(holder, copy(holder)) for holder in holders]
     try:
         yield
     finally:
-        for part, attributes in before:
-            part.__dict__.clear()
-            part.__dict__.update(attributes)
+        for holder, contents in before:
+            holder.clear()
+            (holder.extend if isinstance(holder, list) else holder.update)(contents)
 
 
 def _fake_parameter(value: torch.Tensor, fake_mode: FakeTensorMode) -> torch.Tensor:
     return to_fake(value, fake_mode).detach().requires_grad_(value.requires_grad)
 
 
-def _autograd_functions(loss: torch.Tensor) -> list[str]:
-    """Names of user-defined autograd functions in a loss's graph."""
-    found, seen, stack = [], set(), [loss.grad_fn]
+def _autograd_nodes(loss: torch.Tensor) -> Iterator[Any]:
+    """Nodes of a loss's graph, each once."""
+    seen, stack = set[Any](), [loss.grad_fn]
     while stack:
         node = stack.pop()
         if node is None or node in seen:
             continue
         seen.add(node)
-        if isinstance(node, BackwardCFunction):
-            found.append(node.name())
+        yield node
         stack.extend(parent for parent, _ in node.next_functions)
-    return found
 
 
 def _trace_error(error: Exception, name: str) -> InputError:

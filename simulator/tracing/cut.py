@@ -113,7 +113,9 @@ def _value(value: Any) -> _Value:
 def _last_uses(nodes: Sequence[Node]) -> dict[Node, int]:
     """Index of the last operator that reads each node's value; ``len(nodes)`` for what the graph returns."""
     index = {node: position for position, node in enumerate(nodes)}
-    return {node: max((index.get(user, len(nodes)) for user in node.users), default=position) for node, position in index.items()}
+    return {
+        node: max((index.get(user, len(nodes)) for user in node.users), default=position) for node, position in index.items()
+    }
 
 
 def _legal_cuts(nodes: Sequence[Node], values: dict[Node, _Value]) -> list[int]:
@@ -254,7 +256,10 @@ def _block(
             copies[node].args = (outer,)  # a region that ends gives back the caller's mode, not what it was while tracing
     graph.output(tuple(copies[node] for node in (leaving, *carried_out)))
     mutated = dict.fromkeys(
-        names[argument][2:] for node in section for argument in _buffers_changed(node, names) if names[argument].startswith("b:")
+        names[argument][2:]
+        for node in section
+        for argument in _buffers_changed(node, names)
+        if names[argument].startswith("b:")
     )
     operators = tuple(operator_name(node) for node in section)
     return BlockGraph(
@@ -271,8 +276,12 @@ def _uses_randomness(node: Node) -> bool:
     if name == "scaled_dot_product_attention":
         return bool(_argument(node, "dropout_p", 0.0) != 0.0)
     if name == "dropout":
-        return bool(_argument(node, "train", False) and _argument(node, "p", 0.0) != 0.0)  # noqa: FBT003 - a default value
-    return "dropout" in name or name in {"rrelu", "lstm", "gru"} or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+        return bool(_argument(node, "train", False) and _argument(node, "p", 0.0) != 0.0)
+    return (
+        "dropout" in name
+        or name in {"rrelu", "lstm", "gru"}
+        or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    )
 
 
 def _argument(node: Node, name: str, default: Any) -> Any:
@@ -286,7 +295,7 @@ def _uses_batch_statistics(node: Node) -> bool:
     """Whether a normalisation takes its statistics from the batch (training mode: the argument after the running statistics)."""
     if operator_name(node) not in BATCH_STATISTICS:
         return False
-    return bool(_argument(node, "training", False) or _argument(node, "train", False))  # noqa: FBT003 - a default value
+    return bool(_argument(node, "training", False) or _argument(node, "train", False))
 
 
 def _buffers_changed(node: Node, names: dict[Node, str]) -> Iterable[Node]:

@@ -20,7 +20,9 @@ Rule = Callable[[str, Sequence[Any], Any], list[Kernel]]
 COMPLEX_PRODUCT_FACTOR = 4
 """A complex product is four real ones (8mnk instead of 2mnk)."""
 
-_NOTHING = frozenset("empty empty_like empty_strided new_empty new_empty_strided _local_scalar_dense is_nonzero lift_fresh set_ resize_".split())
+_NOTHING = frozenset(
+    "empty empty_like empty_strided new_empty new_empty_strided _local_scalar_dense is_nonzero lift_fresh set_ resize_".split()
+)
 _COPIES = frozenset(
     "clone copy_ _to_copy cat stack constant_pad_nd slice_backward select_backward slice_scatter select_scatter diagonal_backward fill_ "
     "zero_ zeros zeros_like ones ones_like full full_like new_zeros new_ones new_full scalar_tensor roll flip repeat index_select "
@@ -31,7 +33,9 @@ _NORMALIZATIONS = frozenset(
     "native_group_norm native_group_norm_backward _fused_rms_norm _fused_rms_norm_backward batch_norm_backward "
     "_batch_norm_with_update cudnn_batch_norm cudnn_batch_norm_backward".split()
 )
-_SOFTMAXES = frozenset("_softmax _log_softmax _softmax_backward_data _log_softmax_backward_data _safe_softmax logsumexp".split())
+_SOFTMAXES = frozenset(
+    "_softmax _log_softmax _softmax_backward_data _log_softmax_backward_data _safe_softmax logsumexp".split()
+)
 _REDUCTIONS = frozenset(
     "sum mean amax amin max min var var_mean std prod all any norm linalg_vector_norm cumsum topk sort argmax "
     "nll_loss_forward mse_loss".split()

@@ -12,14 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 from hardware_models.kernel import Kernel
 from simulator.tracing.block_graph import BlockGraph
-from simulator.tracing.block_run import MicroBatch
+from simulator.tracing.block_run import SELECTIVE_KEEPS, MicroBatch
 from simulator.tracing.cut import Chain
 from simulator.tracing.kernels_of import dtype_name, kernels_of
 from simulator.tracing.live_storages import LiveStorages, storage_of
 from simulator.tracing.side_values import fake_activations
 from simulator.workload import Block, BlockOption, Buffer, MemoryEvent, Pass, SavedTensor
-
-OPTIONS = ("all", "selective")
 
 
 class _Phase(IntEnum):
@@ -49,6 +47,9 @@ class Recorder(LiveStorages):
         self.kernels: dict[_Phase, list[Kernel]] = {phase: [] for phase in _Phase}
         self.origins: dict[int, SavedTensor] = {}
         """By serial: what each storage was when it appeared."""
+        self.changes_products = False
+        """Whether an operator changed the result of a product in place: option ``selective`` could not use what it kept."""
+        self._products: set[int] = set()
         self._serials: dict[int, int] = {}
 
     def serial(self, tensor: torch.Tensor) -> int:
@@ -71,12 +72,20 @@ class Recorder(LiveStorages):
         out = func(*args, **(kwargs or {}))
         kernels = kernels_of(func, (*args, *(kwargs or {}).values()), out)
         operator = func.overloadpacket.__name__
+        self._watch_products(func, args)
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes():
                 self.add((tensor,))
                 self.origins.setdefault(self.serial(tensor), _saved_tensor(operator, tensor))
+                if operator in SELECTIVE_KEEPS:
+                    self._products.add(self.serial(tensor))
         self.kernels[self.phase].extend(kernels)
         return out
+
+    def _watch_products(self, func: Any, args: Any) -> None:
+        for argument, value in zip(func._schema.arguments, args, strict=False):  # noqa: SLF001 - torch's only access to it
+            if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, torch.Tensor):
+                self.changes_products |= self._serials.get(storage_of(value)) in self._products
 
 
 def _saved_tensor(operator: str, tensor: torch.Tensor) -> SavedTensor:
@@ -106,19 +115,25 @@ def record_block(setting: Setting) -> Block:
     """The `Block` at a place of the chain, recorded under every option.
 
     Returns:
-        ``options[0]`` keeps what autograd keeps. ``selective`` is there only where it keeps less.
+        ``options[0]`` keeps what autograd keeps. ``selective`` is there only where it keeps less and can use what it keeps.
     """
-    everything, selective = (_record_option(setting, name) for name in OPTIONS)
-    options = (everything, selective) if selective.saved_internal_bytes < everything.saved_internal_bytes else (everything,)
+    everything, changes_products = _record_option(setting, "all")
+    options: tuple[BlockOption, ...] = (everything,)
+    if not changes_products:
+        selective, _ = _record_option(setting, "selective")
+        if selective.saved_internal_bytes < everything.saved_internal_bytes:
+            options = (everything, selective)
     discard, output_bytes = _record_discard(setting)
-    parameters = [setting.chain.capture.parameters[name] for name in setting.block.names("p") if name not in setting.shared]
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    captured = setting.chain.capture
+    own = [name for name in setting.block.names("p") if name not in setting.shared]
+    parameters = [captured.parameters[name] for name in own]
+    trained = [captured.parameters[name] for name in own if name in captured.trained]
     boundary = setting.chain.boundaries[setting.index]
     return Block(
         name=setting.block.name, input_bytes=0 if boundary is None else boundary.untyped_storage().nbytes(),
         output_bytes=output_bytes, parameter_elements=sum(parameter.numel() for parameter in trained),
         parameter_bytes=_num_bytes(parameters), gradient_bytes=_num_bytes(trained), discard=discard, options=options,
-        state_bytes=_num_bytes([setting.chain.capture.buffers[name] for name in setting.block.mutated_buffers]),
+        state_bytes=_num_bytes([captured.buffers[name] for name in setting.block.mutated_buffers]),
     )  # fmt: skip
 
 
@@ -126,16 +141,18 @@ def _num_bytes(tensors: Sequence[torch.Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def _record_option(setting: Setting, name: str) -> BlockOption:
+def _record_option(setting: Setting, name: str) -> tuple[BlockOption, bool]:
+    """The option, and whether the block changes the results of its products in place."""
     first = _Run(setting)
     first.train(name, accumulate=False)
     later = _Run(setting)
     later.train(name, accumulate=True)
-    return BlockOption(
+    option = BlockOption(
         name=name, forward=first.pass_of(_Phase.FORWARD), backward=first.pass_of(_Phase.BACKWARD),
         backward_accumulate=later.pass_of(_Phase.BACKWARD), keeps_input=first.input_serial in first.kept,
         keeps_output=first.output_serial in first.kept, saved=first.saved_tensors(),
     )  # fmt: skip
+    return option, first.recorder.changes_products
 
 
 def _record_discard(setting: Setting) -> tuple[Pass, int]:
@@ -194,7 +211,9 @@ class _Run:
         for event in events:
             net[event.serial] = net.get(event.serial, 0) + event.delta_bytes
         memory = tuple(
-            MemoryEvent(kernel=event.kernel, buffer=self._buffer(phase, event.serial, net[event.serial]), delta_bytes=event.delta_bytes)
+            MemoryEvent(
+                kernel=event.kernel, buffer=self._buffer(phase, event.serial, net[event.serial]), delta_bytes=event.delta_bytes
+            )
             for event in events
         )
         return Pass(kernels=tuple(self.recorder.kernels[phase]), memory=memory)

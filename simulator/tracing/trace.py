@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from hardware_models.kernel import Kernel
 from simulator.tracing.block_graph import BlockGraph
 from simulator.tracing.capture import LossFunction, capture, loss_of
 from simulator.tracing.cut import Chain, cut
 from simulator.tracing.kernels_of import dtype_name
 from simulator.tracing.record import Setting, record_block
-from hardware_models.kernel import Kernel
 from simulator.workload import Block, Pass, Workload
 
 
@@ -96,7 +96,7 @@ def _local_names(block: BlockGraph) -> str:
 
 def _workload(chain: Chain, blocks: tuple[Block, ...], shared: frozenset[str], name: str) -> Workload:
     captured = chain.capture
-    trained = [value for value in captured.parameters.values() if value.requires_grad]
+    trained = [value for key, value in captured.parameters.items() if key in captured.trained]
     batch = [value for value in captured.inputs.values() if value.ndim]
     samples = batch[0].shape[0] if batch else 1
     integers = [value for value in batch if not value.dtype.is_floating_point and value.ndim > 1]
@@ -105,12 +105,12 @@ def _workload(chain: Chain, blocks: tuple[Block, ...], shared: frozenset[str], n
         micro_batch=samples,
         tokens=integers[0].numel() if integers else samples,
         blocks=blocks,
-        parameter_elements=sum(value.numel() for value in trained),
+        parameter_elements=sum(value.numel() for value in captured.parameters.values() if value.requires_grad),
         parameter_bytes=_num_bytes(captured.parameters.values()),
         buffer_bytes=_num_bytes(captured.buffers.values()),
         gradient_bytes=_num_bytes(trained),
-        shared_gradient_bytes=_num_bytes(captured.parameters[key] for key in shared if captured.parameters[key].requires_grad),
-        shared_accumulate=_shared_accumulate([captured.parameters[key] for key in sorted(shared)]),
+        shared_gradient_bytes=_num_bytes(captured.parameters[key] for key in shared & captured.trained),
+        shared_accumulate=_shared_accumulate([captured.parameters[key] for key in sorted(shared & captured.trained)]),
         optimizer_tensors=tuple(value.numel() for value in trained),
         batch_bytes=_num_bytes(captured.inputs.values()),
         mixes_samples=any(block.mixes_samples for block in chain.blocks),
@@ -126,6 +126,6 @@ def _shared_accumulate(parameters: list[torch.Tensor]) -> Pass:
     kernels = tuple(
         Kernel(kernel_class="pointwise", op="add_", shape=(value.numel(),), dtype=dtype_name(value.dtype), flops=0,
                read_bytes=2 * _num_bytes((value,)), written_bytes=_num_bytes((value,)))
-        for value in parameters if value.requires_grad
+        for value in parameters
     )  # fmt: skip
     return Pass(kernels=kernels, memory=())

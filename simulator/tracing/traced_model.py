@@ -76,7 +76,11 @@ def first_samples(inputs: Mapping[str, Any], count: int | None, *, name: str) ->
     whole = batch_size(inputs)
     if count is not None and count > whole:
         raise InputError(
-            source=f"model {name}", key="micro_batch", value=count, rule=f"the example inputs hold {whole} samples", remedy="return more"
+            source=f"model {name}",
+            key="micro_batch",
+            value=count,
+            rule=f"the example inputs hold {whole} samples",
+            remedy="return more",
         )
     return micro_batches(inputs, count or whole)[0]
 
@@ -120,6 +124,10 @@ def _with_arguments(factory: Any, name: str, *, batch: int | None, seq_len: int 
     for key, value in given.items():
         if key not in accepted:
             raise InputError(
-                source=f"model {name}", key=key, value=value, rule=f"the function takes no argument {key}", remedy=f"add it: def f({key})"
+                source=f"model {name}",
+                key=key,
+                value=value,
+                rule=f"the function takes no argument {key}",
+                remedy=f"add it: def f({key})",
             )
     return partial(factory, **given)

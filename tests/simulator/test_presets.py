@@ -208,6 +208,11 @@ def test_broken_rules_say_what_would_do(changes: dict[str, object], message: str
         build("gpt2", **changes)
 
 
+def test_flash_attention_with_dropout_is_refused_on_the_cpu() -> None:
+    with pytest.raises(InputError, match=r"must be false on the cpu with dropout = 0\.1.*; trace the model instead"):
+        build("gpt2", device="cpu")
+
+
 def test_experts_must_divide() -> None:
     with pytest.raises(InputError, match=r"experts.num_experts % ep == 0 must hold, but got 8 % 3 = 2; use ep of 1, 2, 4"):
         build("mixtral-8x7b", ep=3)

@@ -57,7 +57,7 @@ def test_an_unknown_family_lists_the_known_ones(tmp_path: Path) -> None:
 
 def test_a_missing_key_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, model_type="gpt2", n_embd=48)
-    with pytest.raises(InputError, match="config.json: n_layer: this key is required; add n_layer"):
+    with pytest.raises(InputError, match=r"config\.json: n_layer: this key is required; add n_layer"):
         load_config(path)
 
 
@@ -75,19 +75,19 @@ def test_a_bad_value_is_named(change: dict[str, Any], message: str, tmp_path: Pa
 
 
 def test_what_the_family_cannot_have_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="attention_dropout = 0.1: attention_dropout == 0 must hold"):
+    with pytest.raises(InputError, match=r"attention_dropout = 0\.1: attention_dropout == 0 must hold"):
         load_config(write(tmp_path, model_type="llama", attention_dropout=0.1, **SMALL["Llama"]))
-    with pytest.raises(InputError, match="mlp_bias = True: mlp_bias == attention_bias = False must hold"):
+    with pytest.raises(InputError, match=r"mlp_bias = True: mlp_bias == attention_bias = False must hold"):
         load_config(write(tmp_path, model_type="llama", mlp_bias=True, **SMALL["Llama"]))
 
 
 def test_files_that_cannot_be_read_say_so(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="config.json: cannot be read: No such file or directory"):
+    with pytest.raises(InputError, match=r"config\.json: cannot be read: No such file or directory"):
         load_config(tmp_path)
     path = tmp_path / "config.json"
     path.write_text("{", encoding="utf-8")
-    with pytest.raises(InputError, match="config.json: is not JSON"):
+    with pytest.raises(InputError, match=r"config\.json: is not JSON"):
         load_config(path)
     path.write_text("[]", encoding="utf-8")
-    with pytest.raises(InputError, match="config.json: must hold one JSON object"):
+    with pytest.raises(InputError, match=r"config\.json: must hold one JSON object"):
         load_config(path)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from simulator.presets import TransformerConfig, build_workload
+from simulator.presets import Experts, TransformerConfig, build_workload
 from simulator.tracing.trace import trace
 from simulator.workload import Pass
 
 BATCH, SEQ_LEN, VOCAB = 3, 10, 101
-PEAK_TOLERANCE = 0.01
 
 
 def models(name: str) -> tuple[TransformerConfig, Any]:
@@ -25,15 +25,32 @@ def models(name: str) -> tuple[TransformerConfig, Any]:
         )  # fmt: skip
         ours = TransformerConfig(name=name, source="test", layers=2, hidden=48, heads=4, ffn=192, vocab=VOCAB, max_positions=64)
         return ours, transformers.GPT2LMHeadModel(config)
-    config = transformers.LlamaConfig(
-        num_hidden_layers=2, hidden_size=48, num_attention_heads=4, num_key_value_heads=2, intermediate_size=80, vocab_size=VOCAB,
-        use_cache=False,
-    )  # fmt: skip
+    if name == "bert":
+        config = transformers.BertConfig(
+            num_hidden_layers=2, hidden_size=48, num_attention_heads=4, intermediate_size=80, vocab_size=VOCAB,
+            max_position_embeddings=64, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )  # fmt: skip
+        ours = TransformerConfig(
+            name=name, source="test", layers=2, hidden=48, heads=4, ffn=80, vocab=VOCAB, max_positions=64, activation="gelu",
+            post_norm=True, token_types=2, head="masked_lm", fused_qkv=False,
+        )  # fmt: skip
+        return ours, transformers.BertForMaskedLM(config)
+    sizes = {
+        "num_hidden_layers": 2, "hidden_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 80,
+        "vocab_size": VOCAB, "use_cache": False,
+    }  # fmt: skip
     ours = TransformerConfig(
         name=name, source="test", layers=2, hidden=48, heads=4, kv_heads=2, ffn=80, vocab=VOCAB, max_positions=2048, norm="rms_norm",
         activation="swiglu", positions="rotary", bias=False, tied=False, fused_qkv=False, softmax_float32=True,
     )  # fmt: skip
-    return ours, transformers.LlamaForCausalLM(config)
+    if name == "llama":
+        return ours, transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    config = transformers.MixtralConfig(
+        **sizes, num_local_experts=4, num_experts_per_tok=2, experts_implementation="grouped_mm"
+    )
+    module = transformers.MixtralForCausalLM(config).to(torch.bfloat16)
+    module.model.rotary_emb.to(torch.float32)
+    return replace(ours, experts=Experts(num_experts=4, top_k=2, ffn=80)), module
 
 
 def peak_bytes(run: Pass) -> int:
@@ -44,12 +61,13 @@ def peak_bytes(run: Pass) -> int:
     return highest
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert", "mixtral"])
 def test_blocks_agree_with_the_trace(name: str) -> None:
     ours, module = models(name)
+    dtype = "bfloat16" if name == "mixtral" else "float32"  # grouped products have shapes under fake tensors in bfloat16 only
     tokens = torch.randint(0, VOCAB, (BATCH, SEQ_LEN))
     traced = trace(module.train(), {"input_ids": tokens, "labels": tokens.clone()}, name=name).workload
-    generated = build_workload(ours, micro_batch=BATCH, seq_len=SEQ_LEN, dtype="float32", device="cpu")
+    generated = build_workload(ours, micro_batch=BATCH, seq_len=SEQ_LEN, dtype=dtype, device="cpu")
     assert generated.model_flops == traced.model_flops
     assert sorted(generated.optimizer_tensors) == sorted(traced.optimizer_tensors)
     for key in ("tokens", "parameter_bytes", "buffer_bytes", "gradient_bytes", "shared_gradient_bytes", "batch_bytes"):
@@ -63,7 +81,9 @@ def test_blocks_agree_with_the_trace(name: str) -> None:
             assert (option.keeps_input, option.keeps_output) == (expected.keeps_input, expected.keeps_output)
         one, other = mine.options[0], theirs.options[0]
         assert Counter(kernel.op for kernel in one.backward.kernels) == Counter(kernel.op for kernel in other.backward.kernels)
-        assert peak_bytes(one.backward) == pytest.approx(peak_bytes(other.backward), rel=PEAK_TOLERANCE)
+        assert peak_bytes(one.backward) == peak_bytes(other.backward)
         if index > 1:  # before: masks and tables, which the two make in different blocks
-            assert Counter(k.op for k in one.forward.kernels) == Counter(k.op for k in other.forward.kernels)
-            assert peak_bytes(one.forward) == pytest.approx(peak_bytes(other.forward), rel=2 * PEAK_TOLERANCE)
+            assert Counter(k.op for k in one.forward.kernels) == Counter(
+                k.op for k in other.forward.kernels if k.op != "arange"
+            )
+            assert peak_bytes(one.forward) == peak_bytes(other.forward)

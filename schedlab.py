@@ -1,0 +1,373 @@
+"""schedlab: the best joint schedule of a network on the hardware at hand, predicted and proved. Command line and public names."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from hardware_models.calibration import calibrate as run_calibration
+from hardware_models.catalogue import list_hardware, load_hardware, this_profile_path
+from hardware_models.errors import InfeasibleError, InputError
+from hardware_models.profile import DeviceProfile
+from hardware_models.units import MS_PER_S, format_bytes, parse_bytes
+from search.plan_search import ALLOWABLE, OBJECTIVES, SearchRequest, SearchResult
+from search.plan_search import search as run_search
+from search.recompute import sequence_of
+from simulator.chrome_trace import write_chrome_trace
+from simulator.figures import memory_figure, save_figure, timeline_figure
+from simulator.model_source import ModelSource, model_source
+from simulator.models import MODELS
+from simulator.plan import Plan
+from simulator.plan_file import read_plan, write_plan
+from simulator.presets import PRESETS
+from simulator.sequence import format_sequence
+from simulator.simulate import Simulation, StepSetting
+from simulator.simulate import simulate as run_simulation
+from simulator.workload import Workload
+
+__all__ = ["Plan", "Simulation", "load_hardware", "main", "model_source", "read_plan", "run_search", "run_simulation"]
+
+EXIT_INPUT, EXIT_INFEASIBLE = 2, 3
+GIGA = 1e9
+THIS = "this"
+
+Command = Callable[..., dict[str, Any]]
+stderr = Console(stderr=True)
+
+
+def reported(command: Command) -> Callable[..., None]:
+    """Prints a command's result, as JSON or as its table, and turns errors into exit statuses."""
+
+    @functools.wraps(command)
+    def run(*, as_json: bool, **arguments: Any) -> None:
+        try:
+            result = command(**arguments)
+        except InfeasibleError as error:
+            stderr.print(f"[bold]{error.limit}[/bold]\n{error.smallest_change}", highlight=False, soft_wrap=True)
+            sys.exit(EXIT_INFEASIBLE)
+        except InputError as error:
+            stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+            sys.exit(EXIT_INPUT)
+        table = result.pop("_table", None)
+        if as_json:
+            click.echo(json.dumps(result))
+        elif table is not None:
+            Console().print(table)
+
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(run)
+
+
+def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="schedlab")
+def main() -> None:
+    """Finds the best schedule for training a network on the devices that you have, and shows that the prediction is right."""
+
+
+@main.command()
+@reported
+def models() -> dict[str, Any]:
+    """Lists the models known by name."""
+    found = {name: {"kind": "traced", "summary": entry.summary} for name, entry in MODELS.items()}
+    for name, config in PRESETS.items():
+        kind = "traced on a CPU, generated for GPUs" if name in found else "generated"
+        found[name] = {"kind": kind, "summary": found.get(name, {}).get("summary", config.source)}
+    rows = [(name, str(value["kind"]), str(value["summary"])) for name, value in sorted(found.items())]
+    return {"models": found, "_table": _table("models", ("name", "kind", "source"), rows)}
+
+
+@main.command()
+@reported
+def hardware() -> dict[str, Any]:
+    """Lists the devices known by name, and what their values rest on."""
+    entries = list_hardware()
+    rows = [(entry.name, entry.kind, entry.provenance) for entry in entries]
+    found = {entry.name: {"kind": entry.kind, "provenance": entry.provenance} for entry in entries}
+    return {"hardware": found, "_table": _table("hardware", ("name", "kind", "rests on"), rows)}
+
+
+def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The flags that name a model and its sizes."""
+    command = click.option("--seq-len", type=click.IntRange(min=1), help="Tokens per sample (default: the model's).")(command)
+    return click.option(
+        "--model", "model_name", required=True,
+        help="A name (schedlab models), a Hugging Face config.json, or package.module:function returning (module, inputs).",
+    )(command)  # fmt: skip
+
+
+hardware_option = click.option(
+    "--hardware", "hardware_name", default=THIS, show_default=True, help="A name (schedlab hardware), a profile's folder, or this."
+)
+
+
+def device_profile(name: str, *, device: str = "cpu") -> DeviceProfile:
+    """The profile of a name; this machine is calibrated quickly first if it never was, and that is said."""
+    if name == THIS and not this_profile_path(device).exists():
+        stderr.print(f"no profile of this machine's {device} yet: calibrating quickly (schedlab calibrate does it thoroughly)")
+        with_progress(lambda report: run_calibration(this_profile_path(device), quick=True, device=device, progress=report))
+    return load_hardware(name, device=device)
+
+
+def with_progress(work: Callable[[Callable[[str, float], None]], Any]) -> Any:
+    """Runs work that reports (what, fraction done), with a bar on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+        return work(lambda what, fraction: bar.update(task, description=what, completed=fraction))
+
+
+@main.command()
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the profile (default: the user's cache, as 'this').")
+@click.option("--quick", is_flag=True, help="Under a minute instead of eight.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@reported
+def calibrate(out: Path | None, *, quick: bool, device: str) -> dict[str, Any]:
+    """Measures this machine's kernels, fits curves and writes a hardware profile."""
+    folder = out or this_profile_path(device)
+    started = time.perf_counter()
+    profile = with_progress(lambda report: run_calibration(folder, quick=quick, device=device, progress=report))
+    rows = [
+        (curve.kernel_class, curve.group, curve.dtype, f"{curve.relative_standard_error:.1%}", curve.evidence) for curve in profile.curves
+    ]
+    result = {
+        "folder": str(folder), "name": profile.name, "elapsed_s": time.perf_counter() - started,
+        "dispatch_s": profile.dispatch_s, "memory_bandwidth_bytes_per_s": profile.memory_bandwidth_bytes_per_s,
+        "curves": [{"kernel_class": r[0], "group": r[1], "dtype": r[2], "evidence": r[4]} for r in rows],
+    }  # fmt: skip
+    return result | {"_table": _table(f"{profile.name}: {folder}", ("kernels", "group", "dtype", "residual", "evidence"), rows)}
+
+
+@main.command()
+@click.argument("model_name", metavar="MODEL")
+@click.option("--batch", type=click.IntRange(min=1), help="Samples in the micro-batch (default: the model's).")
+@click.option("--seq-len", type=click.IntRange(min=1), help="Tokens per sample (default: the model's).")
+@reported
+def trace(model_name: str, batch: int | None, seq_len: int | None) -> dict[str, Any]:
+    """Shows a model's workload: blocks, FLOPs, parameters, saved bytes under each recompute option."""
+    source = model_source(model_name, batch=batch, seq_len=seq_len)
+    return workload_summary(source.workload(source.global_batch))
+
+
+def workload_summary(workload: Workload) -> dict[str, Any]:
+    """What ``schedlab trace`` prints."""
+    blocks = [
+        {
+            "name": f"block{index}", "forward_flops": block.discard.flops, "parameters": block.parameter_elements,
+            "output_bytes": block.output_bytes,
+            "options": [
+                {
+                    "name": option.name, "saved_bytes": sum(tensor.size_bytes for tensor in option.saved),
+                    "backward_flops": option.backward.flops, "num_kernels": len(option.forward.kernels) + len(option.backward.kernels),
+                    "saved": [{"op": t.op, "shape": list(t.shape), "dtype": t.dtype, "bytes": t.size_bytes} for t in option.saved],
+                }
+                for option in block.options
+            ],
+            "same_as": f"block{workload.blocks.index(block)}",
+        }
+        for index, block in enumerate(workload.blocks)
+    ]  # fmt: skip
+    rows = [
+        (
+            block["name"] if block["same_as"] == block["name"] else f"{block['name']} = {block['same_as']}",
+            f"{block['forward_flops'] / GIGA:.3f}", f"{block['parameters']:,}", format_bytes(block["output_bytes"]),
+            *(format_bytes(option["saved_bytes"]) for option in block["options"]), *[""] * (2 - len(block["options"])),
+        )
+        for block in blocks
+    ]  # fmt: skip
+    title = f"{workload.model}: micro-batch {workload.micro_batch}, {workload.model_flops / GIGA:.1f} GFLOP forward and backward, {workload.parameter_elements:,} parameters"
+    return {
+        "model": workload.model, "micro_batch": workload.micro_batch, "tokens": workload.tokens, "parameters": workload.parameter_elements,
+        "model_flops": workload.model_flops, "forward_flops": workload.forward_flops, "mixes_samples": workload.mixes_samples,
+        "notes": list(workload.notes), "blocks": blocks,
+        "_table": _table(title, ("block", "forward GFLOP", "parameters", "output", "saved: all", "saved: selective"), rows),
+    }  # fmt: skip
+
+
+@main.command()
+@model_options
+@hardware_option
+@click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Plan TOML (default: the plain module).")
+@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Devices that the plan must use.")
+@click.option("--engine", type=click.Choice(["simpy"]), default="simpy", show_default=True)
+@click.option("--trace", "trace_path", type=click.Path(path_type=Path), help="Write a Chrome trace (opens in Perfetto).")
+@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write the timeline; the memory plot goes beside it.")
+@reported
+def simulate(
+    model_name: str, seq_len: int | None, hardware_name: str, plan_path: Path | None, gpus: int, engine: str,
+    trace_path: Path | None, plot_path: Path | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Predicts the step time and the memory of a plan."""
+    del engine  # there is one so far
+    device = device_profile(hardware_name)
+    plan = read_plan(plan_path) if plan_path else Plan()
+    source = model_source(model_name, device=device, seq_len=seq_len).with_plan_batch(plan)
+    simulation = simulate_plan(source, plan, device, gpus=gpus, folder=plan_path.parent if plan_path else None)
+    write_figures(simulation, trace_path=trace_path, plot_path=plot_path, name=model_name)
+    return simulation.to_json() | {"_table": simulation_table(simulation)}
+
+
+def simulate_plan(source: ModelSource, plan: Plan, device: DeviceProfile, *, gpus: int = 1, folder: Path | None = None) -> Simulation:
+    """A plan's prediction."""
+    from simulator.plan import check_gpus  # noqa: PLC0415
+
+    check_gpus(plan, gpus)
+    plan = source.resolve(plan)
+    workload = source.workload(plan.batch.micro_batch or source.global_batch)
+    setting = StepSetting(
+        num_microbatches=plan.num_microbatches, optimizer=plan.precision.optimizer, budget_bytes=plan.memory.budget_bytes
+    )
+    return run_simulation(workload, sequence_of(plan, workload, device, folder=folder), device, setting)
+
+
+def write_figures(simulation: Simulation, *, trace_path: Path | None, plot_path: Path | None, name: str) -> None:
+    """The trace and the plots that were asked for."""
+    if trace_path:
+        write_chrome_trace(trace_path, {"predicted": (simulation.timeline, simulation.profiles)})
+    if plot_path:
+        save_figure(timeline_figure({"predicted": simulation.timeline}, title=name), plot_path)
+        memory_path = plot_path.with_stem(plot_path.stem + "-memory")
+        save_figure(memory_figure({"predicted": simulation.profiles[0]}, budget_bytes=simulation.setting.budget_bytes, title=name), memory_path)
+
+
+def simulation_table(simulation: Simulation) -> Table:
+    """What ``schedlab simulate`` prints."""
+    low, high = simulation.step_time_interval_s
+    values = simulation.to_json()
+    rows = [
+        ("step time", f"{simulation.step_time_s * MS_PER_S:.2f} ms (80%: {low * MS_PER_S:.2f} to {high * MS_PER_S:.2f})"),
+        ("tokens/s", f"{values['tokens_per_s_per_gpu']:.1f}"),
+        ("mfu, hfu", f"{values['mfu']:.1%}, {values['hfu']:.1%}"),
+        ("peak memory", format_bytes(simulation.peak_memory_bytes[0]) + ("" if simulation.fits else " (does not fit)")),
+        *((f"  {key.replace('_', ' ')}", format_bytes(size)) for key, size in simulation.profiles[0].peak_breakdown_bytes.items() if size),
+        *((f"time: {key}", f"{seconds * MS_PER_S:.2f} ms") for key, seconds in simulation.time_breakdown_s.items() if seconds),
+        ("rests on", ", ".join(simulation.price.evidence)),
+    ]
+    return _table(f"{simulation.workload.model} on {simulation.device.name}", ("", "predicted"), rows)
+
+
+@main.command()
+@model_options
+@hardware_option
+@click.option("--gpus", type=click.IntRange(min=1, max=1), default=1, show_default=True, help="Devices (one, for now).")
+@click.option("--global-batch", type=click.IntRange(min=1), help="Samples per step (default: the model's).")
+@click.option("--memory-budget", help="Most bytes allocated on the device, such as 40GiB (default: what it has).")
+@click.option("--objective", type=click.Choice(OBJECTIVES), default="time", show_default=True)
+@click.option("--allow", default="", help=f"Comma-separated: {', '.join(ALLOWABLE)}.")
+@click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), help="Seconds; the remaining gap is printed.")
+@click.option("--storage", help="Optuna storage URL; an interrupted search of the same request goes on there.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for plan.toml, plan.seq, search.json, trace.json and figures.")
+@reported
+def search(
+    model_name: str, seq_len: int | None, hardware_name: str, gpus: int, global_batch: int | None, memory_budget: str | None,
+    objective: str, allow: str, time_limit: float | None, storage: str | None, out: Path | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Finds the best plan for a model on a device, and how far it is from a proven bound."""
+    del gpus  # one, so far
+    device = device_profile(hardware_name)
+    source = model_source(model_name, device=device, batch=global_batch, seq_len=seq_len)
+    budget = (
+        parse_bytes(memory_budget, source="--memory-budget", key="") if memory_budget else device.memory_bytes - device.context_bytes
+    )
+    request = SearchRequest(
+        model=source, device=device, global_batch=source.global_batch, budget_bytes=budget, objective=objective,  # type: ignore[arg-type]
+        allow=tuple(part for part in allow.split(",") if part),
+    )  # fmt: skip
+    result = run_search(request, storage=storage, time_limit_s=time_limit, on_trial=_tell_trial)
+    if out:
+        write_search(result, out)
+    return result.to_json() | {"_table": search_table(result)}
+
+
+def _tell_trial(study: Any, trial: Any) -> None:
+    found = trial.user_attrs
+    if "step_time_s" in found:
+        stderr.print(
+            f"{trial.params['point']}: {found['step_time_s']:.4f} s, {format_bytes(found['peak_memory_bytes'])}, {found['recompute']}",
+            highlight=False,
+        )
+    else:
+        stderr.print(f"{trial.params['point']}: does not fit; {found['infeasible']['smallest_change']}", highlight=False)
+
+
+def write_search(result: SearchResult, out: Path) -> None:
+    """The plan with its sequence, the answer and the figures."""
+    from dataclasses import replace  # noqa: PLC0415
+
+    out.mkdir(parents=True, exist_ok=True)
+    sequence = out / "plan.seq"
+    sequence.write_text(format_sequence(result.operations), encoding="utf-8")
+    plan = replace(result.plan, memory=replace(result.plan.memory, recompute=f"file:{sequence.name}"))
+    write_plan(plan, out / "plan.toml")
+    (out / "search.json").write_text(json.dumps(result.to_json(), indent=1), encoding="utf-8")
+    write_figures(result.simulation, trace_path=out / "trace.json", plot_path=out / "timeline.png", name=result.request.model.name)
+
+
+def search_table(result: SearchResult) -> Table:
+    """What ``schedlab search`` prints: the best plan beside the experts'."""
+    best, size = result.simulation, result.plan.batch.micro_batch
+    rows = [("best", str(size), result.plan.memory.recompute, f"{best.step_time_s:.4f}", format_bytes(best.peak_memory_bytes[0]), "yes")]
+    rows += [
+        (name, str(row["micro_batch"]), str(row["recompute"]), f"{row['step_time_s']:.4f}", format_bytes(row["peak_memory_bytes"]), "yes" if row["fits"] else "no")
+        for name, row in sorted(result.baselines.items(), key=lambda item: item[1]["step_time_s"])
+    ]
+    proof = "certified optimal within the model" if result.study.certified else f"gap to the bound {result.study.gap:.2%}"
+    title = f"{result.request.model.name} on {result.request.device.name}, budget {format_bytes(result.request.budget_bytes)}: {proof}"
+    return _table(title, ("plan", "micro-batch", "recompute", "step s", "peak", "fits"), rows)
+
+
+@main.command()
+@model_options
+@hardware_option
+@click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Plan TOML (default: the plain module).")
+@click.option("--batch", type=click.IntRange(min=1), help="Samples per step (default: the plan's, else the model's).")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Timed steps.")
+@click.option("--trace", "trace_path", type=click.Path(path_type=Path), help="Write a Chrome trace, predicted beside measured.")
+@reported
+def replay(
+    model_name: str, seq_len: int | None, hardware_name: str, plan_path: Path | None, batch: int | None, device: str, steps: int,
+    trace_path: Path | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Runs a plan for real, and sets what was predicted beside what is measured."""
+    from validation.replay import replay as run_replay  # noqa: PLC0415 - torch only where something runs
+    from validation.replay import replay_case  # noqa: PLC0415
+
+    profile = device_profile(hardware_name, device=device)
+    plan = read_plan(plan_path) if plan_path else Plan()
+    source = model_source(model_name, batch=batch, seq_len=seq_len).with_plan_batch(plan)
+    case = replay_case(plan, source, profile, folder=plan_path.parent if plan_path else None)
+    outcome = run_replay(source, (case,), profile, repeats=steps, on=device, progress=lambda text: stderr.print(text, highlight=False))
+    (result,) = outcome.results
+    if trace_path:
+        measured = (result.timeline, (result.memory.profile,) if result.memory.profile else ())
+        write_chrome_trace(trace_path, {"predicted": (result.predicted.timeline, result.predicted.profiles), "measured": measured})
+    rows = [
+        ("plain", f"{outcome.plain_predicted.step_time_s:.4f}", f"{outcome.plain_times.median_s:.4f}",
+         format_bytes(outcome.plain_predicted.peak_memory_bytes[0]), format_bytes(outcome.plain_memory.allocated_bytes), ""),
+        ("plan", f"{result.predicted.step_time_s:.4f}", f"{result.times.median_s:.4f}", format_bytes(result.predicted.peak_memory_bytes[0]),
+         format_bytes(result.memory.allocated_bytes), "bitwise" if result.matches[0].bitwise else f"rel {result.matches[0].max_rel:.1e}"),
+    ]  # fmt: skip
+    columns = ("", "step s predicted", "measured", "peak predicted", "measured", "gradients")
+    return result.to_json() | {"plain": outcome.plain_json(), "_table": _table(model_name, columns, rows)}
+
+
+if __name__ == "__main__":
+    main()

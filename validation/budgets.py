@@ -1,0 +1,78 @@
+"""Budgets: the search's plans at memory budgets between the least and the plain schedule's, each replayed for real.
+
+``python -m validation.budgets --model gpt2 --batch 4 --seq-len 256``
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hardware_models.profile import DeviceProfile
+from search.plan_search import PlanSearch, SearchRequest
+from simulator.model_source import ModelSource
+from validation.replay import Replay, ReplayCase, replay
+
+FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.0)
+"""Of the way from the least memory to the plain schedule's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BudgetStudy:
+    """Plans at several budgets, replayed."""
+
+    model: str
+    least_bytes: int
+    plain_bytes: int
+    budgets_bytes: tuple[int, ...]
+    replay: Replay
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row a budget: predicted beside measured."""
+        return [
+            {
+                "budget_bytes": budget, "plan": result.case.name, "predicted_s": result.predicted.step_time_s,
+                "measured_s": result.times.median_s, "time_error": result.time_error,
+                "predicted_bytes": result.predicted.peak_memory_bytes[0], "measured_bytes": result.memory.allocated_bytes,
+                "memory_error": result.memory_error, "kept": result.memory.allocated_bytes <= budget,
+                "bitwise": result.matches[0].bitwise, "max_rel_unsplit": max((m.max_rel for m in result.matches[1:]), default=0.0),
+            }
+            for budget, result in zip(self.budgets_bytes, self.replay.results, strict=True)
+        ]  # fmt: skip
+
+
+def budget_cases(
+    source: ModelSource, device: DeviceProfile, fractions: Sequence[float] = FRACTIONS
+) -> tuple[tuple[ReplayCase, ...], tuple[int, ...], PlanSearch]:
+    """The best plan at each budget, the budgets in bytes, and the search that found them."""
+    everything = device.memory_bytes
+    space = PlanSearch(SearchRequest(model=source, device=device, global_batch=source.global_batch, budget_bytes=everything))
+    least, plain = space.least().peak_bytes, space.plain().peak_bytes
+    budgets = tuple(least + round(fraction * (plain - least)) for fraction in fractions)
+    cases = []
+    for fraction, budget in zip(fractions, budgets, strict=True):
+        micro_batch, candidate = space.best_within(budget)
+        plan = space.plan_of(micro_batch, candidate.name)
+        plan = replace(plan, memory=replace(plan.memory, budget_bytes=budget))
+        name = f"{fraction:.0%}: micro-batch {micro_batch}, {candidate.name}"
+        cases.append(ReplayCase(name=name, plan=plan, operations=candidate.operations))
+    return tuple(cases), budgets, space
+
+
+def budget_study(
+    source: ModelSource,
+    device: DeviceProfile,
+    *,
+    fractions: Sequence[float] = FRACTIONS,
+    repeats: int = 5,
+    on: str = "cpu",
+    progress: Callable[[str], None] = lambda _: None,
+) -> BudgetStudy:
+    """Searches at each budget and replays what was found, all schedules in turn with the plain step."""
+    progress(f"searching {source.name} at {len(fractions)} budgets")
+    cases, budgets, space = budget_cases(source, device, fractions)
+    return BudgetStudy(
+        model=source.name, least_bytes=space.least().peak_bytes, plain_bytes=space.plain().peak_bytes, budgets_bytes=budgets,
+        replay=replay(source, cases, device, repeats=repeats, on=on, progress=progress),
+    )  # fmt: skip

@@ -1,0 +1,154 @@
+"""Replay: run a plan for real and set what was predicted beside what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hardware_models.profile import DeviceProfile
+from search.recompute import sequence_of
+from simulator.model_source import ModelSource
+from simulator.plan import Plan
+from simulator.plan_file import plan_to_dict
+from simulator.sequence import Operation, keep_all
+from simulator.simulate import Simulation, StepSetting, simulate
+from simulator.timeline import Timeline
+from validation.measure import PeakMemory, StepTimes, interleaved_times
+from validation.session import GradientsMatch, ReplaySession
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayCase:
+    """One schedule to run: a name for tables, its micro-batch and sequence."""
+
+    name: str
+    plan: Plan
+    operations: tuple[Operation, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayResult:
+    """One schedule, predicted and measured."""
+
+    case: ReplayCase
+    predicted: Simulation
+    times: StepTimes
+    memory: PeakMemory
+    timeline: Timeline
+    matches: tuple[GradientsMatch, ...]
+
+    @property
+    def time_error(self) -> float:
+        """predicted / measured median - 1."""
+        return self.predicted.step_time_s / self.times.median_s - 1
+
+    @property
+    def memory_error(self) -> float:
+        """predicted / measured peak of allocated bytes - 1."""
+        return self.predicted.peak_memory_bytes[0] / self.memory.allocated_bytes - 1
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of ``schedlab replay --json``."""
+        return {
+            "predicted": self.predicted.to_json(),
+            "measured": {
+                "step_time_s": self.times.to_json(), "peak_memory_bytes": [self.memory.allocated_bytes],
+                "peak_reserved_bytes": [self.memory.reserved_bytes],
+            },
+            "time_error": self.time_error, "memory_error": self.memory_error,
+            "gradients_match": self.matches[0].to_json(), "gradients_match_unsplit": [match.to_json() for match in self.matches[1:]],
+            "plan": plan_to_dict(self.case.plan),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replay:
+    """Schedules of one module measured in turn, beside the module's plain step on the whole batch."""
+
+    results: tuple[ReplayResult, ...]
+    plain_predicted: Simulation
+    plain_times: StepTimes
+    plain_memory: PeakMemory
+
+    def plain_json(self) -> dict[str, Any]:
+        """The plain step, predicted and measured."""
+        return {
+            "predicted": {
+                "step_time_s": self.plain_predicted.step_time_s, "peak_memory_bytes": list(self.plain_predicted.peak_memory_bytes),
+            },
+            "measured": {
+                "step_time_s": self.plain_times.to_json(), "peak_memory_bytes": [self.plain_memory.allocated_bytes],
+                "peak_reserved_bytes": [self.plain_memory.reserved_bytes],
+            },
+        }  # fmt: skip
+
+
+def replay_case(plan: Plan, source: ModelSource, device: DeviceProfile, *, name: str = "plan", folder: Path | None = None) -> ReplayCase:
+    """The sequence that a plan means, ready to run.
+
+    Raises:
+        InputError: the plan breaks a rule of the model or of one device.
+        InfeasibleError: ``optimal`` and nothing fits its budget.
+    """
+    resolved = source.resolve(plan)
+    workload = source.workload(resolved.batch.micro_batch or source.global_batch)
+    return ReplayCase(name=name, plan=resolved, operations=sequence_of(resolved, workload, device, folder=folder))
+
+
+def replay(
+    source: ModelSource,
+    cases: Sequence[ReplayCase],
+    device: DeviceProfile,
+    *,
+    repeats: int = 10,
+    on: str = "cpu",
+    progress: Callable[[str], None] = lambda _: None,
+) -> Replay:
+    """Runs schedules for real, in turn with the plain step, and compares with the predictions.
+
+    Args:
+        source: a traced model.
+        cases: schedules of it, all of the batch that the model has.
+        device: predicts.
+        repeats: timed steps of each.
+        on: torch device to run on.
+        progress: told what is being done.
+
+    Raises:
+        InputError: the model has no definition that can run.
+    """
+    progress(f"building {source.name}")
+    session = ReplaySession(source.definition, device=on, optimizer=cases[0].plan.precision.optimizer)
+    predictions = [_predict(session, case, device) for case in cases]
+    plain_blocks = session.traced(session.global_batch).workload
+    plain_predicted = simulate(plain_blocks, keep_all(len(plain_blocks.blocks)), device, _setting(cases[0].plan, num_microbatches=1))
+    sizes = [case.plan.batch.micro_batch or session.global_batch for case in cases]
+    progress(f"gradients of {len(cases)} schedules against the plain module")
+    matches = session.match([(case.operations, size) for case, size in zip(cases, sizes, strict=True)])
+    memories, timelines, steps = [], [], [session.whole_step(session.plain())]
+    for case, size in zip(cases, sizes, strict=True):
+        progress(f"memory and timeline of {case.name}")
+        run = session.scheduled(case.operations, size)
+        memories.append(session.peak(run))
+        timelines.append(session.timeline(case.operations, size))
+        steps.append(session.whole_step(run))
+    plain_memory = session.peak(session.plain())
+    progress(f"timing {len(steps)} schedules x {repeats} steps")
+    plain_times, *times = interleaved_times(steps, repeats=repeats, device=session.device)
+    results = tuple(
+        ReplayResult(case=case, predicted=predicted, times=measured, memory=memory, timeline=timeline, matches=match)
+        for case, predicted, measured, memory, timeline, match in zip(cases, predictions, times, memories, timelines, matches, strict=True)
+    )
+    return Replay(results=results, plain_predicted=plain_predicted, plain_times=plain_times, plain_memory=plain_memory)
+
+
+def _predict(session: ReplaySession, case: ReplayCase, device: DeviceProfile) -> Simulation:
+    size = case.plan.batch.micro_batch or session.global_batch
+    workload = session.traced(size).workload
+    return simulate(workload, case.operations, device, _setting(case.plan, num_microbatches=session.global_batch // size))
+
+
+def _setting(plan: Plan, *, num_microbatches: int) -> StepSetting:
+    return StepSetting(num_microbatches=num_microbatches, optimizer=plan.precision.optimizer, budget_bytes=plan.memory.budget_bytes)

@@ -1,0 +1,194 @@
+"""ReplaySession: one real module, its batch and optimizer, on which plans are run and measured beside the plain step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hardware_models.host_memory import keep_freed_pages
+from simulator.sequence import Operation
+from simulator.timeline import Timeline
+from simulator.tracing.capture import loss_of
+from simulator.tracing.trace import Traced, trace
+from simulator.tracing.traced_model import TracedModel, batch_size, micro_batches
+from validation.measure import PeakMemory, SpanRecorder, peak_memory
+from validation.optimizer import FusedOptimizer
+from validation.run_step import OnOperation, ScheduledStep
+
+DEFAULT_SEED = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientsMatch:
+    """Loss and gradients of a plan against the plain module's."""
+
+    reference: str
+    bitwise: bool
+    max_abs: float
+    max_rel: float
+    """Largest ||difference|| / ||reference|| over the parameters, in the Euclidean norm."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``schedlab replay --json`` gives it."""
+        return {"reference": self.reference, "bitwise": self.bitwise, "max_abs": self.max_abs, "max_rel": self.max_rel}
+
+
+class ReplaySession:
+    """Runs plain and scheduled steps of one module. The learning rate is 0: every step costs what it costs and begins alike.
+
+    Args:
+        model: builds the module and its batch.
+        device: ``cpu`` or ``cuda``.
+        optimizer: ``adamw`` or ``sgd``.
+        seed: of the weights and of every step's random numbers.
+    """
+
+    def __init__(self, model: TracedModel, *, device: str = "cpu", optimizer: str = "adamw", seed: int = DEFAULT_SEED) -> None:
+        self.device = torch.device(device)
+        if self.device.type == "cpu":
+            keep_freed_pages()
+        torch.manual_seed(seed)
+        module, inputs = model.build()
+        self.name, self.seed = model.name, seed
+        self.module = module.to(self.device)
+        self.batch = {
+            key: value.to(self.device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()
+        }
+        self.optimizer = FusedOptimizer(self.module.parameters(), name=optimizer, learning_rate=0.0)
+        self._traces: dict[int, Traced] = {}
+        self._stepped = False
+
+    @property
+    def global_batch(self) -> int:
+        """Samples in the batch."""
+        return batch_size(self.batch)
+
+    def traced(self, micro_batch: int) -> Traced:
+        """The module's blocks at a micro-batch."""
+        if micro_batch not in self._traces:
+            self._traces[micro_batch] = trace(self.module, micro_batches(self.batch, micro_batch)[0], name=self.name)
+        return self._traces[micro_batch]
+
+    def scheduled(self, operations: Sequence[Operation], micro_batch: int) -> Callable[..., torch.Tensor]:
+        """A step without its optimizer: the blocks under a sequence, micro-batch by micro-batch."""
+        step = ScheduledStep(module=self.module, traced=self.traced(micro_batch), operations=tuple(operations))
+        pieces = micro_batches(self.batch, micro_batch)
+
+        def run(on_operation: OnOperation | None = None) -> torch.Tensor:
+            return step([_tensors(piece) for piece in pieces], on_operation)
+
+        return run
+
+    def plain(self, micro_batch: int | None = None) -> Callable[..., torch.Tensor]:
+        """A step without its optimizer: the module as it is, called on the whole batch or on each micro-batch."""
+        pieces = micro_batches(self.batch, micro_batch or self.global_batch)
+
+        def run() -> torch.Tensor:
+            total: torch.Tensor | float = 0.0
+            for piece in pieces:
+                loss = loss_of(self.module(**piece)) * (1.0 / len(pieces))
+                loss.backward()  # type: ignore[no-untyped-call]
+                total = total + loss.detach()
+            return torch.as_tensor(total)
+
+        return run
+
+    def whole_step(self, gradients: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        """A step with its optimizer."""
+
+        def run() -> None:
+            gradients()
+            self.optimizer.step()
+
+        return run
+
+    def match(self, cases: Sequence[tuple[Sequence[Operation], int]]) -> list[tuple[GradientsMatch, ...]]:
+        """Loss and gradients of (sequence, micro-batch) pairs against the plain module.
+
+        Every run begins with the same weights, buffers and random numbers.
+
+        Returns:
+            For each pair the match on the same micro-batches and, where the batch is split, that on the unsplit batch.
+        """
+        found: list[list[GradientsMatch]] = [[] for _ in cases]
+        sizes = sorted({size for _, size in cases})
+        for reference_size in dict.fromkeys([*sizes, self.global_batch]):
+            against = [
+                index for index, (_, size) in enumerate(cases) if size == reference_size or reference_size == self.global_batch
+            ]
+            if not against:
+                continue
+            expected = self._gradients(self.plain(reference_size))
+            for index in against:
+                operations, size = cases[index]
+                name = "same micro-batches" if size == reference_size else "unsplit batch"
+                found[index].append(_compare(name, self._gradients(self.scheduled(operations, size)), expected))
+        return [tuple(sorted(matches, key=lambda match: match.reference)) for matches in found]
+
+    def peak(self, gradients: Callable[[], torch.Tensor]) -> PeakMemory:
+        """Peak memory of a whole step; the optimizer's states exist before it."""
+        step = self.whole_step(gradients)
+        if not self._stepped:
+            step()
+            self._stepped = True
+        resident = [
+            *self.module.parameters(), *self.module.buffers(), *self.optimizer.state_tensors, *_tensors(self.batch).values(),
+        ]  # fmt: skip
+        return peak_memory(step, resident, device=self.device)
+
+    def timeline(self, operations: Sequence[Operation], micro_batch: int) -> Timeline:
+        """Measured spans of one whole step."""
+        run = self.scheduled(operations, micro_batch)
+        recorder = SpanRecorder(self.device)
+        run(recorder.operation)
+        self.optimizer.step()
+        recorder.optimizer()
+        return recorder.timeline
+
+    def _gradients(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        with self._buffers_kept():
+            torch.manual_seed(self.seed)
+            loss = run()
+        gradients = [parameter.grad for parameter in self.module.parameters()]
+        self.module.zero_grad(set_to_none=True)
+        return loss, gradients
+
+    @contextmanager
+    def _buffers_kept(self) -> Iterator[None]:
+        before = [buffer.clone() for buffer in self.module.buffers()]
+        yield
+        with torch.no_grad():
+            for buffer, value in zip(self.module.buffers(), before, strict=True):
+                buffer.copy_(value)
+
+
+def _compare(
+    reference: str,
+    found: tuple[torch.Tensor, list[torch.Tensor | None]],
+    expected: tuple[torch.Tensor, list[torch.Tensor | None]],
+) -> GradientsMatch:
+    (loss, gradients), (expected_loss, expected_gradients) = found, expected
+    every = list(zip(gradients, expected_gradients, strict=True))
+    pairs = [(a, b) for a, b in every if a is not None and b is not None and a.numel()]
+    return GradientsMatch(
+        reference=reference, bitwise=torch.equal(loss, expected_loss) and all(_same(a, b) for a, b in every),
+        max_abs=max((float((a - b).abs().max()) for a, b in pairs), default=0.0),
+        max_rel=max((_relative(a, b) for a, b in pairs), default=0.0),
+    )  # fmt: skip
+
+
+def _tensors(batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in batch.items() if isinstance(value, torch.Tensor)}
+
+
+def _same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    return (a is None and b is None) or (a is not None and b is not None and torch.equal(a, b))
+
+
+def _relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    scale = float(torch.linalg.vector_norm(b))
+    return float(torch.linalg.vector_norm(a - b)) / scale if scale else float(torch.linalg.vector_norm(a - b))
