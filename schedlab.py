@@ -7,6 +7,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from simulator.chrome_trace import write_chrome_trace
 from simulator.figures import memory_figure, save_figure, timeline_figure
 from simulator.model_source import ModelSource, model_source
 from simulator.models import MODELS
-from simulator.plan import Plan
+from simulator.plan import Plan, check_gpus
 from simulator.plan_file import read_plan, write_plan
 from simulator.presets import PRESETS
 from simulator.sequence import format_sequence
@@ -226,10 +227,8 @@ def simulate(
 
 def simulate_plan(source: ModelSource, plan: Plan, device: DeviceProfile, *, gpus: int = 1, folder: Path | None = None) -> Simulation:
     """A plan's prediction."""
-    from simulator.plan import check_gpus  # noqa: PLC0415
-
-    check_gpus(plan, gpus)
     plan = source.resolve(plan)
+    check_gpus(plan, gpus)
     workload = source.workload(plan.batch.micro_batch or source.global_batch)
     setting = StepSetting(
         num_microbatches=plan.num_microbatches, optimizer=plan.precision.optimizer, budget_bytes=plan.memory.budget_bytes
@@ -309,8 +308,6 @@ def _tell_trial(study: Any, trial: Any) -> None:
 
 def write_search(result: SearchResult, out: Path) -> None:
     """The plan with its sequence, the answer and the figures."""
-    from dataclasses import replace  # noqa: PLC0415
-
     out.mkdir(parents=True, exist_ok=True)
     sequence = out / "plan.seq"
     sequence.write_text(format_sequence(result.operations), encoding="utf-8")
