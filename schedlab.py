@@ -14,13 +14,13 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from hardware_models.calibration import calibrate as run_calibration
 from hardware_models.catalogue import list_hardware, load_hardware, this_profile_path
 from hardware_models.errors import InfeasibleError, InputError
+from hardware_models.files import whole_file
 from hardware_models.profile import DeviceProfile
-from hardware_models.units import MS_PER_S, format_bytes, parse_bytes
+from hardware_models.units import format_bytes, parse_bytes
 from search.plan_search import ALLOWABLE, OBJECTIVES, SearchRequest, SearchResult
 from search.plan_search import search as run_search
 from search.recompute import sequence_of
@@ -34,12 +34,11 @@ from simulator.presets import PRESETS
 from simulator.sequence import format_sequence
 from simulator.simulate import Simulation, StepSetting
 from simulator.simulate import simulate as run_simulation
-from simulator.workload import Workload
+from validation.reports import replay_table, search_table, simulation_table, table_of, workload_summary, workload_table
 
 __all__ = ["Plan", "Simulation", "load_hardware", "main", "model_source", "read_plan", "run_search", "run_simulation"]
 
 EXIT_INPUT, EXIT_INFEASIBLE = 2, 3
-GIGA = 1e9
 THIS = "this"
 
 Command = Callable[..., dict[str, Any]]
@@ -68,15 +67,6 @@ def reported(command: Command) -> Callable[..., None]:
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(run)
 
 
-def _table(title: str, columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 @click.version_option(package_name="schedlab")
 def main() -> None:
@@ -92,7 +82,7 @@ def models() -> dict[str, Any]:
         kind = "traced on a CPU, generated for GPUs" if name in found else "generated"
         found[name] = {"kind": kind, "summary": found.get(name, {}).get("summary", config.source)}
     rows = [(name, str(value["kind"]), str(value["summary"])) for name, value in sorted(found.items())]
-    return {"models": found, "_table": _table("models", ("name", "kind", "source"), rows)}
+    return {"models": found, "_table": table_of("models", ("name", "kind", "source"), rows)}
 
 
 @main.command()
@@ -102,7 +92,7 @@ def hardware() -> dict[str, Any]:
     entries = list_hardware()
     rows = [(entry.name, entry.kind, entry.provenance) for entry in entries]
     found = {entry.name: {"kind": entry.kind, "provenance": entry.provenance} for entry in entries}
-    return {"hardware": found, "_table": _table("hardware", ("name", "kind", "rests on"), rows)}
+    return {"hardware": found, "_table": table_of("hardware", ("name", "kind", "rests on"), rows)}
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -115,7 +105,11 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 hardware_option = click.option(
-    "--hardware", "hardware_name", default=THIS, show_default=True, help="A name (schedlab hardware), a profile's folder, or this."
+    "--hardware",
+    "hardware_name",
+    default=THIS,
+    show_default=True,
+    help="A name (schedlab hardware), a profile's folder, or this.",
 )
 
 
@@ -146,14 +140,17 @@ def calibrate(out: Path | None, *, quick: bool, device: str) -> dict[str, Any]:
     started = time.perf_counter()
     profile = with_progress(lambda report: run_calibration(folder, quick=quick, device=device, progress=report))
     rows = [
-        (curve.kernel_class, curve.group, curve.dtype, f"{curve.relative_standard_error:.1%}", curve.evidence) for curve in profile.curves
+        (curve.kernel_class, curve.group, curve.dtype, f"{curve.relative_standard_error:.1%}", curve.evidence)
+        for curve in profile.curves
     ]
     result = {
         "folder": str(folder), "name": profile.name, "elapsed_s": time.perf_counter() - started,
         "dispatch_s": profile.dispatch_s, "memory_bandwidth_bytes_per_s": profile.memory_bandwidth_bytes_per_s,
         "curves": [{"kernel_class": r[0], "group": r[1], "dtype": r[2], "evidence": r[4]} for r in rows],
     }  # fmt: skip
-    return result | {"_table": _table(f"{profile.name}: {folder}", ("kernels", "group", "dtype", "residual", "evidence"), rows)}
+    return result | {
+        "_table": table_of(f"{profile.name}: {folder}", ("kernels", "group", "dtype", "residual", "evidence"), rows)
+    }
 
 
 @main.command()
@@ -164,42 +161,8 @@ def calibrate(out: Path | None, *, quick: bool, device: str) -> dict[str, Any]:
 def trace(model_name: str, batch: int | None, seq_len: int | None) -> dict[str, Any]:
     """Shows a model's workload: blocks, FLOPs, parameters, saved bytes under each recompute option."""
     source = model_source(model_name, batch=batch, seq_len=seq_len)
-    return workload_summary(source.workload(source.global_batch))
-
-
-def workload_summary(workload: Workload) -> dict[str, Any]:
-    """What ``schedlab trace`` prints."""
-    blocks = [
-        {
-            "name": f"block{index}", "forward_flops": block.discard.flops, "parameters": block.parameter_elements,
-            "output_bytes": block.output_bytes,
-            "options": [
-                {
-                    "name": option.name, "saved_bytes": sum(tensor.size_bytes for tensor in option.saved),
-                    "backward_flops": option.backward.flops, "num_kernels": len(option.forward.kernels) + len(option.backward.kernels),
-                    "saved": [{"op": t.op, "shape": list(t.shape), "dtype": t.dtype, "bytes": t.size_bytes} for t in option.saved],
-                }
-                for option in block.options
-            ],
-            "same_as": f"block{workload.blocks.index(block)}",
-        }
-        for index, block in enumerate(workload.blocks)
-    ]  # fmt: skip
-    rows = [
-        (
-            block["name"] if block["same_as"] == block["name"] else f"{block['name']} = {block['same_as']}",
-            f"{block['forward_flops'] / GIGA:.3f}", f"{block['parameters']:,}", format_bytes(block["output_bytes"]),
-            *(format_bytes(option["saved_bytes"]) for option in block["options"]), *[""] * (2 - len(block["options"])),
-        )
-        for block in blocks
-    ]  # fmt: skip
-    title = f"{workload.model}: micro-batch {workload.micro_batch}, {workload.model_flops / GIGA:.1f} GFLOP forward and backward, {workload.parameter_elements:,} parameters"
-    return {
-        "model": workload.model, "micro_batch": workload.micro_batch, "tokens": workload.tokens, "parameters": workload.parameter_elements,
-        "model_flops": workload.model_flops, "forward_flops": workload.forward_flops, "mixes_samples": workload.mixes_samples,
-        "notes": list(workload.notes), "blocks": blocks,
-        "_table": _table(title, ("block", "forward GFLOP", "parameters", "output", "saved: all", "saved: selective"), rows),
-    }  # fmt: skip
+    workload = source.workload(source.global_batch)
+    return workload_summary(workload) | {"_table": workload_table(workload)}
 
 
 @main.command()
@@ -209,7 +172,9 @@ def workload_summary(workload: Workload) -> dict[str, Any]:
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Devices that the plan must use.")
 @click.option("--engine", type=click.Choice(["simpy"]), default="simpy", show_default=True)
 @click.option("--trace", "trace_path", type=click.Path(path_type=Path), help="Write a Chrome trace (opens in Perfetto).")
-@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write the timeline; the memory plot goes beside it.")
+@click.option(
+    "--plot", "plot_path", type=click.Path(path_type=Path), help="Write the timeline; the memory plot goes beside it."
+)
 @reported
 def simulate(
     model_name: str, seq_len: int | None, hardware_name: str, plan_path: Path | None, gpus: int, engine: str,
@@ -225,7 +190,9 @@ def simulate(
     return simulation.to_json() | {"_table": simulation_table(simulation)}
 
 
-def simulate_plan(source: ModelSource, plan: Plan, device: DeviceProfile, *, gpus: int = 1, folder: Path | None = None) -> Simulation:
+def simulate_plan(
+    source: ModelSource, plan: Plan, device: DeviceProfile, *, gpus: int = 1, folder: Path | None = None
+) -> Simulation:
     """A plan's prediction."""
     plan = source.resolve(plan)
     check_gpus(plan, gpus)
@@ -243,23 +210,10 @@ def write_figures(simulation: Simulation, *, trace_path: Path | None, plot_path:
     if plot_path:
         save_figure(timeline_figure({"predicted": simulation.timeline}, title=name), plot_path)
         memory_path = plot_path.with_stem(plot_path.stem + "-memory")
-        save_figure(memory_figure({"predicted": simulation.profiles[0]}, budget_bytes=simulation.setting.budget_bytes, title=name), memory_path)
-
-
-def simulation_table(simulation: Simulation) -> Table:
-    """What ``schedlab simulate`` prints."""
-    low, high = simulation.step_time_interval_s
-    values = simulation.to_json()
-    rows = [
-        ("step time", f"{simulation.step_time_s * MS_PER_S:.2f} ms (80%: {low * MS_PER_S:.2f} to {high * MS_PER_S:.2f})"),
-        ("tokens/s", f"{values['tokens_per_s_per_gpu']:.1f}"),
-        ("mfu, hfu", f"{values['mfu']:.1%}, {values['hfu']:.1%}"),
-        ("peak memory", format_bytes(simulation.peak_memory_bytes[0]) + ("" if simulation.fits else " (does not fit)")),
-        *((f"  {key.replace('_', ' ')}", format_bytes(size)) for key, size in simulation.profiles[0].peak_breakdown_bytes.items() if size),
-        *((f"time: {key}", f"{seconds * MS_PER_S:.2f} ms") for key, seconds in simulation.time_breakdown_s.items() if seconds),
-        ("rests on", ", ".join(simulation.price.evidence)),
-    ]
-    return _table(f"{simulation.workload.model} on {simulation.device.name}", ("", "predicted"), rows)
+        save_figure(
+            memory_figure({"predicted": simulation.profiles[0]}, budget_bytes=simulation.setting.budget_bytes, title=name),
+            memory_path,
+        )
 
 
 @main.command()
@@ -272,7 +226,9 @@ def simulation_table(simulation: Simulation) -> Table:
 @click.option("--allow", default="", help=f"Comma-separated: {', '.join(ALLOWABLE)}.")
 @click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), help="Seconds; the remaining gap is printed.")
 @click.option("--storage", help="Optuna storage URL; an interrupted search of the same request goes on there.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for plan.toml, plan.seq, search.json, trace.json and figures.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder for plan.toml, plan.seq, search.json, trace.json and figures."
+)
 @reported
 def search(
     model_name: str, seq_len: int | None, hardware_name: str, gpus: int, global_batch: int | None, memory_budget: str | None,
@@ -283,7 +239,9 @@ def search(
     device = device_profile(hardware_name)
     source = model_source(model_name, device=device, batch=global_batch, seq_len=seq_len)
     budget = (
-        parse_bytes(memory_budget, source="--memory-budget", key="") if memory_budget else device.memory_bytes - device.context_bytes
+        parse_bytes(memory_budget, source="--memory-budget", key="")
+        if memory_budget
+        else device.memory_bytes - device.context_bytes
     )
     request = SearchRequest(
         model=source, device=device, global_batch=source.global_batch, budget_bytes=budget, objective=objective,  # type: ignore[arg-type]
@@ -295,7 +253,7 @@ def search(
     return result.to_json() | {"_table": search_table(result)}
 
 
-def _tell_trial(study: Any, trial: Any) -> None:
+def _tell_trial(_study: Any, trial: Any) -> None:
     found = trial.user_attrs
     if "step_time_s" in found:
         stderr.print(
@@ -308,26 +266,16 @@ def _tell_trial(study: Any, trial: Any) -> None:
 
 def write_search(result: SearchResult, out: Path) -> None:
     """The plan with its sequence, the answer and the figures."""
-    out.mkdir(parents=True, exist_ok=True)
     sequence = out / "plan.seq"
-    sequence.write_text(format_sequence(result.operations), encoding="utf-8")
+    with whole_file(sequence) as temporary:
+        temporary.write_text(format_sequence(result.operations), encoding="utf-8")
     plan = replace(result.plan, memory=replace(result.plan.memory, recompute=f"file:{sequence.name}"))
     write_plan(plan, out / "plan.toml")
-    (out / "search.json").write_text(json.dumps(result.to_json(), indent=1), encoding="utf-8")
-    write_figures(result.simulation, trace_path=out / "trace.json", plot_path=out / "timeline.png", name=result.request.model.name)
-
-
-def search_table(result: SearchResult) -> Table:
-    """What ``schedlab search`` prints: the best plan beside the experts'."""
-    best, size = result.simulation, result.plan.batch.micro_batch
-    rows = [("best", str(size), result.plan.memory.recompute, f"{best.step_time_s:.4f}", format_bytes(best.peak_memory_bytes[0]), "yes")]
-    rows += [
-        (name, str(row["micro_batch"]), str(row["recompute"]), f"{row['step_time_s']:.4f}", format_bytes(row["peak_memory_bytes"]), "yes" if row["fits"] else "no")
-        for name, row in sorted(result.baselines.items(), key=lambda item: item[1]["step_time_s"])
-    ]
-    proof = "certified optimal within the model" if result.study.certified else f"gap to the bound {result.study.gap:.2%}"
-    title = f"{result.request.model.name} on {result.request.device.name}, budget {format_bytes(result.request.budget_bytes)}: {proof}"
-    return _table(title, ("plan", "micro-batch", "recompute", "step s", "peak", "fits"), rows)
+    with whole_file(out / "search.json") as temporary:
+        temporary.write_text(json.dumps(result.to_json(), indent=1), encoding="utf-8")
+    write_figures(
+        result.simulation, trace_path=out / "trace.json", plot_path=out / "timeline.png", name=result.request.model.name
+    )
 
 
 @main.command()
@@ -351,19 +299,16 @@ def replay(
     plan = read_plan(plan_path) if plan_path else Plan()
     source = model_source(model_name, batch=batch, seq_len=seq_len).with_plan_batch(plan)
     case = replay_case(plan, source, profile, folder=plan_path.parent if plan_path else None)
-    outcome = run_replay(source, (case,), profile, repeats=steps, on=device, progress=lambda text: stderr.print(text, highlight=False))
+    outcome = run_replay(
+        source, (case,), profile, repeats=steps, on=device, progress=lambda text: stderr.print(text, highlight=False)
+    )
     (result,) = outcome.results
     if trace_path:
         measured = (result.timeline, (result.memory.profile,) if result.memory.profile else ())
-        write_chrome_trace(trace_path, {"predicted": (result.predicted.timeline, result.predicted.profiles), "measured": measured})
-    rows = [
-        ("plain", f"{outcome.plain_predicted.step_time_s:.4f}", f"{outcome.plain_times.median_s:.4f}",
-         format_bytes(outcome.plain_predicted.peak_memory_bytes[0]), format_bytes(outcome.plain_memory.allocated_bytes), ""),
-        ("plan", f"{result.predicted.step_time_s:.4f}", f"{result.times.median_s:.4f}", format_bytes(result.predicted.peak_memory_bytes[0]),
-         format_bytes(result.memory.allocated_bytes), "bitwise" if result.matches[0].bitwise else f"rel {result.matches[0].max_rel:.1e}"),
-    ]  # fmt: skip
-    columns = ("", "step s predicted", "measured", "peak predicted", "measured", "gradients")
-    return result.to_json() | {"plain": outcome.plain_json(), "_table": _table(model_name, columns, rows)}
+        write_chrome_trace(
+            trace_path, {"predicted": (result.predicted.timeline, result.predicted.profiles), "measured": measured}
+        )
+    return result.to_json() | {"plain": outcome.plain_json(), "_table": replay_table([(model_name, outcome)])}
 
 
 if __name__ == "__main__":

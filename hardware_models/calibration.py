@@ -14,13 +14,25 @@ from hardware_models.errors import InputError
 from hardware_models.fit import fit_curve
 from hardware_models.kernel import Kernel
 from hardware_models.profile import DeviceProfile, Sourced
-from hardware_models.profile_file import DEVICE_FILE, FORMAT, KERNELS_FILE, PROVENANCE_FILE, curve_table, load_profile, sourced, write_toml
+from hardware_models.profile_file import (
+    DEVICE_FILE,
+    FORMAT,
+    KERNELS_FILE,
+    PROVENANCE_FILE,
+    curve_table,
+    load_profile,
+    sourced,
+    write_toml,
+)
 
 Progress = Callable[[str, float], None]
 
 RAW_FILE = "raw.json"
+_QUIET_NOISE = 0.1
+"""Below this the median of a kernel's samples is its time; above, the mean of the fastest two: disturbances only add."""
 _NUM_FASTEST = 2
-"""Samples of a kernel whose mean is its time: disturbances only add, and with few samples a quantile would keep them."""
+_LARGE_QUARTER, _FAST_TENTH = 0.75, 0.9
+"""Quantiles: of traffic, above which a kernel is large; of the rates of large kernels, the bandwidth."""
 _LEAST_POINTS = 3
 _MEASURING_SHARE = 0.97
 _CPU_TILE = (1, 1)
@@ -58,7 +70,7 @@ def fit_profile(raw: Mapping[str, Any], out_dir: Path, *, source: str = RAW_FILE
         InputError: the raw timings hold too little.
     """
     kernels, seconds = _times(raw)
-    curves = _curves(kernels, seconds)
+    curves = _curves(kernels, seconds, int(raw["environment"].get("cache_bytes", 0)))
     if not any(curve.kernel_class in _PEAK_CLASSES for curve in curves):
         raise InputError(
             source=source, key="results", value=len(kernels), rule="no product was timed often enough for a fit",
@@ -73,6 +85,7 @@ def fit_profile(raw: Mapping[str, Any], out_dir: Path, *, source: str = RAW_FILE
 def _times(raw: Mapping[str, Any]) -> tuple[list[Kernel], list[float]]:
     """Kernels with one time each."""
     kernels, seconds = [], []
+    quiet = raw.get("noise", 0.0) < _QUIET_NOISE
     for row in raw["results"]:
         kernels.append(
             Kernel(
@@ -80,16 +93,16 @@ def _times(raw: Mapping[str, Any]) -> tuple[list[Kernel], list[float]]:
                 read_bytes=row["read_bytes"], written_bytes=row["written_bytes"],
             )
         )  # fmt: skip
-        seconds.append(float(np.mean(sorted(row["samples_s"])[:_NUM_FASTEST])))
+        seconds.append(float(np.median(row["samples_s"]) if quiet else np.mean(sorted(row["samples_s"])[:_NUM_FASTEST])))
     return kernels, seconds
 
 
-def _curves(kernels: list[Kernel], seconds: list[float]) -> list[Curve]:
+def _curves(kernels: list[Kernel], seconds: list[float], cache_bytes: int) -> list[Curve]:
     groups: dict[tuple[str, str, str], list[int]] = {}
     for position, kernel in enumerate(kernels):
         groups.setdefault((kernel.kernel_class, kernel.op, kernel.dtype), []).append(position)
     return [
-        fit_curve([kernels[i] for i in rows], [seconds[i] for i in rows], group=key[1])
+        fit_curve([kernels[i] for i in rows], [seconds[i] for i in rows], group=key[1], cache_bytes=cache_bytes)
         for key, rows in sorted(groups.items())
         if len(rows) >= _LEAST_POINTS
     ]
@@ -100,13 +113,15 @@ def _device(raw: Mapping[str, Any], kernels: list[Kernel], seconds: list[float])
     environment = raw["environment"]
     device, date = environment["device"], environment["date"]
     times = np.array(seconds)
-    terms = physical_terms(kernels)
+    terms = physical_terms(kernels, 0)
     rates = terms[:, 1] / times
-    traffic = (terms[:, 2] + terms[:, 3]) / times
+    moved = terms[:, 2] + terms[:, 3]
+    traffic = moved / times
     products = np.array([kernel.kernel_class in _PEAK_CLASSES for kernel in kernels])
     streams = np.array([kernel.kernel_class in {"pointwise", "copy"} for kernel in kernels])
-    large = streams & ((terms[:, 2] + terms[:, 3]) >= np.quantile((terms[:, 2] + terms[:, 3])[streams], 0.75))
-    peak, bandwidth = float(rates[products].max()), float(np.quantile(traffic[large], 0.9))
+    large = streams & (moved >= np.quantile(moved[streams], _LARGE_QUARTER))
+    fastest = moved / np.array([min(row["samples_s"]) for row in raw["results"]])
+    peak, bandwidth = float(rates[products].max()), float(np.quantile(fastest[large], _FAST_TENTH))
 
     def value(number: float, what: str) -> dict[str, Any]:
         return sourced(Sourced(value=number, evidence="measured", source=what, date=date))
@@ -182,7 +197,7 @@ def _provenance(raw: Mapping[str, Any], curves: list[Curve]) -> dict[str, Any]:
         for curve in curves
     ]  # fmt: skip
     return {
-        "format": FORMAT, "quick": raw["quick"], "noise": raw.get("noise", 0.0), "statistic": f"mean of the {_NUM_FASTEST} fastest samples of each kernel",
+        "format": FORMAT, "quick": raw["quick"], "noise": raw.get("noise", 0.0), "statistic": f"median of the samples of each kernel; mean of the {_NUM_FASTEST} fastest where noise is {_QUIET_NOISE} or more",
         "residual": "leave-one-out over the grid, logarithmic", "environment": environment, "host": dict(raw["host"]), "failed": dict(raw.get("failed", {})),
         "residuals": residuals,
     }  # fmt: skip

@@ -57,7 +57,11 @@ def load_hardware(name_or_path: str | Path, *, device: str = "cpu") -> DevicePro
     if path.is_file():
         if path.name != DEVICE_FILE:
             raise InputError(
-                source=text, key="", value=None, rule=f"a device profile is a folder or its {DEVICE_FILE}", remedy="name the folder that holds it"
+                source=text,
+                key="",
+                value=None,
+                rule=f"a device profile is a folder or its {DEVICE_FILE}",
+                remedy="name the folder that holds it",
             )
         return load_profile(path.parent)
     raise UnknownNameError(

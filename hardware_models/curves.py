@@ -21,7 +21,7 @@ _ALIGNED_BYTES = 64
 """A row that is no multiple of this many bytes (a cache line, a vector register) is written unaligned."""
 _FFT_FLOPS = 5.0
 """Operations of a complex transform per element and binary digit of its length (Cooley and Tukey 1965)."""
-TERMS = ("launch_s", "s_per_flop", "s_per_read_byte", "s_per_written_byte")
+TERMS = ("launch_s", "s_per_flop", "s_per_read_byte", "s_per_written_byte", "s_per_spilled_byte")
 
 
 def work_flops(kernel: Kernel) -> float:
@@ -97,8 +97,9 @@ class Curve:
     """Measured seconds of a group of operators at points, and how to go between and beyond them.
 
     **Model**: ``log t = log p(kernel) + g(features)``. ``p = launch_s + s_per_flop * flops + s_per_read_byte * read + s_per_written_byte *
-    written`` is the physical part with coefficients >= 0; ``g`` is the mean of a Gaussian process (Matern 3/2, one length scale in octaves) through
-    the logarithmic residuals at the points, so it interpolates inside the grid and fades to ``p`` a few octaves beyond it.
+    written + s_per_spilled_byte * max(0, read + written - cache_bytes)`` is the physical part with coefficients >= 0; ``g`` is the mean of
+    a Gaussian process (Matern 3/2, one length scale in octaves) through the logarithmic residuals at the points, so it interpolates
+    inside the grid and fades to ``p`` a few octaves beyond it.
 
     **Source**: Rasmussen and Williams 2006, equations 2.25 (mean), 4.17 (kernel), 5.12 (leave-one-out).
     """
@@ -113,13 +114,15 @@ class Curve:
     seconds: tuple[float, ...]
     physical_seconds: tuple[float, ...]
     """``p`` at the points."""
-    coefficients: tuple[float, float, float, float]
+    cache_bytes: int
+    """Traffic beyond this does not stay in the last-level cache."""
+    coefficients: tuple[float, float, float, float, float]
     """In the order of `TERMS`."""
     length_scale: float
     noise: float
     """Standard deviation of one measured logarithm, relative to that of ``g``."""
     relative_standard_error: float
-    """Root mean square of the leave-one-out residuals."""
+    """Root mean square of the leave-one-out residuals, weighted by the square root of the times."""
     median_error: float
     """Median of their magnitudes."""
 
@@ -127,14 +130,23 @@ class Curve:
         """Seconds of kernels that this curve covers; shape ``(len(kernels),)``."""
         features = FEATURES[self.kernel_class]
         at = np.array([features(kernel) for kernel in kernels], dtype=np.float64)
-        base = physical_terms(kernels) @ np.array(self.coefficients)
+        base = physical_terms(kernels, self.cache_bytes) @ np.array(self.coefficients)
         points, weights = _process(self)
-        return base * np.exp(covariance(at, points, self.length_scale) @ weights)
+        return np.asarray(base * np.exp(covariance(at, points, self.length_scale) @ weights), dtype=np.float64)
 
 
-def physical_terms(kernels: Sequence[Kernel]) -> Floats:
-    """The factors of `TERMS`, shape ``(len(kernels), 4)``."""
-    rows = [(1.0, work_flops(kernel), float(kernel.read_bytes), float(kernel.written_bytes)) for kernel in kernels]
+def physical_terms(kernels: Sequence[Kernel], cache_bytes: int) -> Floats:
+    """The factors of `TERMS`, shape ``(len(kernels), 5)``."""
+    rows = [
+        (
+            1.0,
+            work_flops(kernel),
+            float(kernel.read_bytes),
+            float(kernel.written_bytes),
+            float(max(0, kernel.moved_bytes - cache_bytes)),
+        )
+        for kernel in kernels
+    ]
     return np.array(rows, dtype=np.float64).reshape(-1, len(TERMS))
 
 

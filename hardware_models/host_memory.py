@@ -7,7 +7,8 @@ import sys
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 """glibc's parameter numbers of mallopt (malloc.h)."""
-_NEVER_TRIM = 2**31 - 1
+_NEVER_TRIM = -1
+"""Disables trimming (mallopt(3)); the largest positive value would still give back what exceeds 2 GiB."""
 _TOP_PAD_BYTES = 64 * 2**20
 
 

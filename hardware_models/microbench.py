@@ -26,7 +26,7 @@ from hardware_models.host_memory import keep_freed_pages
 from hardware_models.microbench_cases import Call, Case, Pool, heavy_cases
 from hardware_models.microbench_host import host_timings
 from hardware_models.microbench_light import light_cases
-from hardware_models.timing import Stopwatch
+from hardware_models.microbench_timing import Stopwatch
 
 RAW_FORMAT = 1
 Progress = Callable[[str, float], None]
@@ -43,6 +43,9 @@ _MAX_REPEATS = 64
 _NEEDS_NO_WARM_UP_S = 2e-2
 """The first call of a kernel slower than this is a sample already: what it initialises is small beside it."""
 _NOISY_SPREAD = 0.15
+_CACHE_UNITS = {"K": 2**10, "M": 2**20}
+_LEAST_SAMPLES = 3
+"""A quartile needs so many."""
 _ALLOCATION = {"cpu": "kept pages", "cuda": "caching allocator"}
 
 
@@ -78,11 +81,13 @@ def environment(device: str) -> dict[str, Any]:
         info |= {
             "device_name": properties.name, "memory_bytes": properties.total_memory, "num_multiprocessors": properties.multi_processor_count,
             "cuda": str(torch.version.cuda), "clock_mhz": _gpu_clock_mhz(), "context_bytes": _context_bytes(),
+            "cache_bytes": int(properties.L2_cache_size),
         }  # fmt: skip
     else:
         info |= {
             "device_name": _processor_name(), "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-            "num_multiprocessors": 0, "capability": torch.backends.cpu.get_cpu_capability(), "clock_mhz": _cpu_clock_mhz(),
+            "num_multiprocessors": 0, "capability": torch.backends.cpu.get_cpu_capability(),
+            "cache_bytes": _cpu_cache_bytes(), "clock_mhz": _cpu_clock_mhz(),
         }  # fmt: skip
     return info
 
@@ -106,6 +111,12 @@ def _cpu_clock_mhz() -> float | None:
     return max(clocks, default=None)
 
 
+def _cpu_cache_bytes() -> int:
+    """Of the last level; 0 where the system does not say."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(size[:-1]) * _CACHE_UNITS[size[-1]] for size in sizes if size[-1:] in _CACHE_UNITS), default=0)
+
+
 def _cpuinfo() -> list[str]:
     path = Path("/proc/cpuinfo")
     return path.read_text().splitlines() if path.exists() else []
@@ -119,17 +130,23 @@ def _gpu_clock_mhz() -> float | None:
 
 
 def sample(measured: Measured, pool: Pool, stopwatch: Stopwatch) -> None:
-    """Adds one cold sample of the case; the first call of a case warms it up and records its traffic."""
+    """Adds one sample of the case, its operands as cold as in a real step; the first call of a case warms it up and records its traffic."""
     call = measured.case.build(pool)
-    stopwatch.flush()
+    _prepare(call, stopwatch)
     if not measured.warm:
         warm_up_s = _first_call(measured, call, stopwatch)
         if warm_up_s > _NEEDS_NO_WARM_UP_S:
             measured.samples_s.append(warm_up_s / call.repeats)
             return
-        stopwatch.flush()
+        _prepare(call, stopwatch)
     duration_s = stopwatch.time(call.run, measured.repeats)
     measured.samples_s.append(duration_s / (measured.repeats * call.repeats))
+
+
+def _prepare(call: Call, stopwatch: Stopwatch) -> None:
+    stopwatch.flush()
+    call.touch()
+    stopwatch.synchronize()
 
 
 def _first_call(measured: Measured, call: Call, stopwatch: Stopwatch) -> float:
@@ -152,29 +169,37 @@ def load_previous(path: Path, cases: Sequence[Case]) -> list[Measured]:
         for row in json.loads(path.read_text())["results"]:
             key = f"{row['kernel_class']}/{row['op']}/{row['dtype']}/{'x'.join(map(str, row['shape']))}"
             found[key] = row
-    return [Measured(case=case, samples_s=list(found.get(case.key, {}).get("samples_s", []))) for case in cases]
+    nothing: dict[str, Any] = {"samples_s": [], "read_bytes": 0, "written_bytes": 0}
+    kept = ((case, found.get(case.key, nothing)) for case in cases)
+    return [
+        Measured(case=case, samples_s=list(row["samples_s"]), read_bytes=row["read_bytes"], written_bytes=row["written_bytes"])
+        for case, row in kept
+    ]
 
 
 def write_raw(path: Path, raw: dict[str, Any]) -> None:
     """Writes to a temporary file beside it, then renames."""
     temporary = path.with_name(path.name + ".part")
     temporary.write_text(json.dumps(raw))
-    os.replace(temporary, path)
+    temporary.replace(path)
 
 
 def noise(measured: Sequence[Measured]) -> float:
-    """Median over cases of (median sample - lower quartile) / lower quartile: how much the machine is disturbed."""
+    """How much the machine is disturbed: median over cases of (median sample - lower quartile) / lower quartile.
+
+    1 where most cases have fewer than three samples: a machine that slow is disturbed, or the time limit was too short to tell.
+    """
     ratios = []
     for one in measured:
-        if len(one.samples_s) > 2:  # noqa: PLR2004 - a quartile needs three
+        if len(one.samples_s) >= _LEAST_SAMPLES:
             low, middle = np.quantile(one.samples_s, (0.25, 0.5))
             ratios.append(middle / low - 1)
-    return float(np.median(ratios)) if ratios else 0.0
+    return float(np.median(ratios)) if 2 * len(ratios) > len(measured) else 1.0
 
 
 def measure(
     path: Path, *, device: str = "cpu", quick: bool = False, progress: Progress | None = None, cases: Sequence[Case] | None = None,
-    time_limit_s: float | None = None, pool_bytes: int | None = None,
+    time_limit_s: float | None = None, pool_bytes: int | None = None, num_rounds: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The raw timings, also written to ``path`` after each round.
 
@@ -186,6 +211,7 @@ def measure(
         cases: the grid; by default the whole one of the device.
         time_limit_s: stops (with what there is) after so long.
         pool_bytes: size of the buffer that operands come from.
+        num_rounds: samples of each kernel, time permitting.
     """
     begin = time.perf_counter()
     limit_s = _TIME_LIMIT_S[quick] if time_limit_s is None else time_limit_s
@@ -204,13 +230,23 @@ def measure(
     tell("dispatch and copies", 0.01)
     raw["host"] = host_timings(device, time_limit_s=_HOST_SHARE * limit_s)
     with torch.no_grad():
-        _rounds(measured, pool, stopwatch, lambda: time.perf_counter() - begin, limit_s, _ROUNDS[quick], tell, path, raw)
+        _rounds(
+            measured,
+            pool,
+            stopwatch,
+            lambda: time.perf_counter() - begin,
+            limit_s,
+            num_rounds or _ROUNDS[quick],
+            tell,
+            path,
+            raw,
+        )
     raw["complete"] = True
     raw["noise"] = noise(measured)
     _store(path, raw, measured)
     if raw["noise"] > _NOISY_SPREAD:
         print(
-            f"warning: noisy machine, samples of a kernel typically exceed their lower quartile by {raw['noise']:.0%}; close other programs and repeat",
+            f"warning: noisy machine, noise {raw['noise']:.0%} (spread of a kernel's samples; 100% if too few in the time limit); close other programs and repeat",
             file=sys.stderr,
         )
     return raw
@@ -257,7 +293,9 @@ def _store(path: Path, raw: dict[str, Any], measured: Sequence[Measured]) -> Non
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m hardware_models.microbench", description="Raw timings of this machine's kernels.")
+    parser = argparse.ArgumentParser(
+        prog="python -m hardware_models.microbench", description="Raw timings of this machine's kernels."
+    )
     parser.add_argument("--out", required=True, type=Path, help="JSON file to write or to go on with")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--quick", action="store_true", help="a coarser grid in less than 45 s")

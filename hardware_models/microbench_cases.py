@@ -12,6 +12,10 @@ import torch
 from hardware_models.kernel import KernelClass
 
 ATEN = torch.ops.aten
+_IMAGE_CHANNELS = 3
+"""Inputs with so many channels are data: no gradient is asked for them."""
+_WIDE_SIDE = 56
+"""Positions a side above which pointwise convolutions are layers of neural operators, which have a bias."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +28,13 @@ class Call:
     """What is written, where that is not the tensors that ``run`` returns."""
     repeats: int = 1
     """Kernels of this kind in one ``run``."""
+    produced: tuple[torch.Tensor, ...] | None = None
+    """What the kernel before has just written; by default the first of ``reads``."""
+
+    def touch(self) -> None:
+        """Rewrites what the kernel before would just have written, so that as much of it is in the caches as in a real step."""
+        for tensor in self.reads[:1] if self.produced is None else self.produced:
+            tensor.copy_(tensor.clone())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +46,7 @@ class Case:
     shape: tuple[int, ...]
     dtype: str
     flops: int
-    build: Callable[[Pool], Call]
+    build: Build
 
     @property
     def key(self) -> str:
@@ -44,7 +55,7 @@ class Case:
 
 
 class Pool:
-    """Operands as views at rotating offsets of one buffer larger than any cache, so that they are cold when read."""
+    """Operands as views at rotating offsets of one buffer larger than any cache, so that weights and saved tensors are cold when read."""
 
     def __init__(self, *, num_elements: int, device: str, dtype: torch.dtype, seed: int = 0) -> None:
         generator = torch.Generator(device=device).manual_seed(seed)
@@ -72,7 +83,15 @@ class Pool:
         return self.tensor(*shape).clone()
 
 
-def _gemm_cases(full: bool) -> Iterator[tuple[KernelClass, str, tuple[int, ...], int, Callable[[Pool], Call]]]:
+Build = Callable[[Pool], Call]
+
+
+def on(function: Callable[..., Call], *shape: object) -> Build:
+    """Builds the call on a shape, once a pool is there."""
+    return lambda pool: function(pool, *shape)
+
+
+def _gemm_cases(full: bool) -> Iterator[tuple[KernelClass, str, tuple[int, ...], int, Build]]:
     sizes = [(64, 256, 256), (256, 256, 1024), (256, 1024, 256), (1024, 256, 256), (512, 512, 512), (256, 1024, 1024), (1024, 1024, 256),
              (1024, 256, 1024), (1024, 1024, 1024), (2048, 512, 512), (1024, 4096, 1024), (1024, 1024, 4096), (4096, 1024, 1024),
              (512, 2048, 2048), (2048, 1024, 512), (256, 4096, 1024), (1024, 512, 2560), (2560, 1024, 512), (1024, 2560, 512),
@@ -83,17 +102,23 @@ def _gemm_cases(full: bool) -> Iterator[tuple[KernelClass, str, tuple[int, ...],
         sizes += [(m, n, k) for m in (128, 512, 2048) for n in (384, 1536, 6144) for k in (384, 1536, 6144)]
         sizes += [(8192, 1024, 1024), (32, 2048, 8192), (32, 8192, 2048)]
     for m, n, k in sizes:
-        yield "gemm", "addmm", (m, n, k), 2 * m * n * k, lambda pool, m=m, n=n, k=k: _addmm(pool, m, n, k)
+        yield "gemm", "addmm", (m, n, k), 2 * m * n * k, on(_addmm, m, n, k)
     if full:
-        vocabulary_sizes += [(1024, 30001, 768), (1024, 50001, 1024), (1024, 1024, 50001), (50001, 1024, 1024), (512, 32000, 1024)]
+        vocabulary_sizes += [
+            (1024, 30001, 768),
+            (1024, 50001, 1024),
+            (1024, 1024, 50001),
+            (50001, 1024, 1024),
+            (512, 32000, 1024),
+        ]
     for m, n, k in sizes + vocabulary_sizes:
-        yield "gemm", "mm", (m, n, k), 2 * m * n * k, lambda pool, m=m, n=n, k=k: _mm(pool, m, n, k)
+        yield "gemm", "mm", (m, n, k), 2 * m * n * k, on(_mm, m, n, k)
 
 
 def _addmm(pool: Pool, m: int, n: int, k: int) -> Call:
     """The forward of a linear layer: weight ``[n, k]`` read transposed."""
     bias, a, weight = pool.tensor(n), pool.tensor(m, k), pool.tensor(n, k)
-    return Call(run=lambda: torch.addmm(bias, a, weight.t()), reads=(bias, a, weight))
+    return Call(run=lambda: torch.addmm(bias, a, weight.t()), reads=(bias, a, weight), produced=(a,))
 
 
 def _mm(pool: Pool, m: int, n: int, k: int) -> Call:
@@ -111,18 +136,18 @@ def _mm(pool: Pool, m: int, n: int, k: int) -> Call:
     return Call(run=lambda: torch.mm(a, b), reads=(a, b))
 
 
-def _batched_gemm_cases(full: bool) -> Iterator[tuple[str, tuple[int, ...], int, str, Callable[[Pool], Call]]]:
+def _batched_gemm_cases(full: bool) -> Iterator[tuple[str, tuple[int, ...], int, str, Build]]:
     sizes = [(16, 128, 128, 64), (48, 256, 256, 64), (48, 256, 64, 256), (96, 64, 64, 64), (32, 512, 64, 512), (32, 512, 512, 64), (256, 16, 64, 64),
              (512, 64, 64, 8), (96, 200, 200, 64), (8, 256, 1024, 512), (4, 32, 32, 32)]  # fmt: skip
-    complex_sizes = [(256, 8, 64, 64), (256, 64, 64, 8), (64, 16, 32, 32), (512, 4, 32, 32), (512, 32, 32, 4), (128, 16, 128, 128),
+    complex_sizes = [(256, 8, 64, 64), (256, 64, 64, 8), (64, 16, 32, 32), (512, 4, 32, 32), (512, 32, 32, 4), (512, 4, 64, 64), (512, 64, 64, 4), (128, 16, 128, 128),
                      (100, 96, 96, 16), (384, 8, 32, 32), (300, 2, 64, 64), (64, 4, 16, 16), (300, 20, 48, 48)]  # fmt: skip
     if full:
         sizes += [(12, 1024, 1024, 64), (12, 1024, 64, 1024), (192, 197, 197, 64), (192, 197, 64, 197), (16, 512, 512, 512)]
         complex_sizes += [(300, 8, 24, 24), (300, 24, 24, 8), (2048, 4, 64, 64), (2048, 64, 64, 4), (160, 32, 64, 64)]
     for b, m, n, k in sizes:
-        yield "bmm", (b, m, n, k), 2 * b * m * n * k, "", lambda pool, s=(b, m, n, k): _bmm(pool, *s)
+        yield "bmm", (b, m, n, k), 2 * b * m * n * k, "", on(_bmm, b, m, n, k)
     for b, m, n, k in complex_sizes:
-        yield "bmm", (b, m, n, k), 8 * b * m * n * k, "complex64", lambda pool, s=(b, m, n, k): _complex_bmm(pool, *s)
+        yield "bmm", (b, m, n, k), 8 * b * m * n * k, "complex64", on(_complex_bmm, b, m, n, k)
 
 
 def _bmm(pool: Pool, b: int, m: int, n: int, k: int) -> Call:
@@ -137,7 +162,7 @@ def _complex_bmm(pool: Pool, b: int, m: int, n: int, k: int) -> Call:
     return Call(run=lambda: torch.bmm(a, weight), reads=(a, weight))
 
 
-def _attention_cases(full: bool) -> Iterator[tuple[str, tuple[int, ...], int, Callable[[Pool], Call]]]:
+def _attention_cases(full: bool) -> Iterator[tuple[str, tuple[int, ...], int, Build]]:
     sizes = [(1, 4, 128, 64), (4, 8, 128, 64), (2, 8, 256, 64), (4, 12, 320, 64), (2, 8, 512, 64), (8, 12, 197, 64), (1, 8, 1024, 64),
              (4, 8, 256, 32), (2, 4, 512, 128)]  # fmt: skip
     if full:
@@ -146,15 +171,15 @@ def _attention_cases(full: bool) -> Iterator[tuple[str, tuple[int, ...], int, Ca
         for causal in (0, 1):
             shape = (b, h, h, length, length, d, causal)
             flops = 4 * b * h * length * length * d
-            yield "attention", shape, flops, lambda pool, s=(b, h, length, d), c=causal: _attention(pool, *s, causal=bool(c))
-            yield "attention_backward", shape, 2 * flops, lambda pool, s=(b, h, length, d), c=causal: _attention_backward(pool, *s, bool(c))
+            yield "attention", shape, flops, on(_attention, b, h, length, d, bool(causal))
+            yield "attention_backward", shape, 2 * flops, on(_attention_backward, b, h, length, d, bool(causal))
 
 
-def _attention(pool: Pool, b: int, h: int, length: int, d: int, *, causal: bool) -> Call:
+def _attention(pool: Pool, b: int, h: int, length: int, d: int, causal: bool) -> Call:
     """Heads as a projection of query, key and value leaves them: strided views of one ``[b, length, 3, h, d]`` tensor."""
     q, k, v = pool.tensor(b, length, 3, h, d).permute(2, 0, 3, 1, 4)
     function = torch.nn.functional.scaled_dot_product_attention
-    return Call(run=lambda: function(q, k, v, is_causal=causal), reads=(q, k, v))
+    return Call(run=lambda: function(q, k, v, None, 0.0, causal), reads=(q, k, v), produced=(q, k, v))
 
 
 def _attention_backward(pool: Pool, b: int, h: int, length: int, d: int, causal: bool) -> Call:
@@ -163,15 +188,13 @@ def _attention_backward(pool: Pool, b: int, h: int, length: int, d: int, causal:
     if pool.device == "cpu":
         out, logsumexp = ATEN._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal)  # noqa: SLF001 - the operator's name
         backward = ATEN._scaled_dot_product_flash_attention_for_cpu_backward  # noqa: SLF001
-        return Call(
-            run=lambda: backward(grad, q, k, v, out, logsumexp, 0.0, causal), reads=(grad, q, k, v, out, logsumexp)
-        )
+        return Call(run=lambda: backward(grad, q, k, v, out, logsumexp, 0.0, causal), reads=(grad, q, k, v, out, logsumexp))
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    out = torch.nn.functional.scaled_dot_product_attention(*leaves, is_causal=causal)
+    out = torch.nn.functional.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], None, 0.0, causal)
     return Call(run=lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True), reads=(grad, q, k, v, out.detach()))
 
 
-def _convolution_cases(full: bool) -> Iterator[tuple[str, tuple[int, ...], int, Callable[[Pool], Call]]]:
+def _convolution_cases(full: bool) -> Iterator[tuple[str, tuple[int, ...], int, Build]]:
     """(batch, in, out, kernel, stride, output side, groups): residual networks, patches, U-Nets, pointwise layers of operators."""
     sizes = [(8, 3, 64, 7, 2, 112, 1), (8, 64, 64, 3, 1, 56, 1), (8, 64, 256, 1, 1, 56, 1), (8, 256, 64, 1, 1, 56, 1), (8, 128, 128, 3, 1, 28, 1),
              (8, 96, 96, 3, 2, 32, 1), (8, 512, 128, 1, 1, 28, 1), (8, 128, 512, 1, 1, 28, 1), (8, 256, 256, 3, 1, 14, 1), (8, 192, 192, 3, 2, 20, 1),
@@ -180,16 +203,27 @@ def _convolution_cases(full: bool) -> Iterator[tuple[str, tuple[int, ...], int, 
              (4, 32, 128, 1, 1, 128, 1), (4, 128, 1, 1, 1, 128, 1), (4, 3, 48, 1, 1, 128, 1), (4, 3, 384, 16, 16, 14, 1), (2, 32, 32, 3, 1, 64, 1),
              (4, 16, 32, 3, 1, 96, 1), (8, 96, 96, 3, 1, 28, 96), (2, 128, 128, 3, 1, 32, 1)]  # fmt: skip
     if full:
-        sizes += [(b, c, o, k, s, side, 1) for b in (2, 16) for c, o, side in ((48, 48, 48), (160, 160, 24), (320, 320, 12), (640, 640, 6)) for k, s in ((1, 1), (3, 1), (3, 2))]
-        sizes += [(16, 3, 64, 7, 2, 112, 1), (16, 3, 768, 16, 16, 14, 1), (16, 48, 48, 1, 1, 128, 1), (1, 64, 64, 3, 1, 128, 1), (1, 256, 128, 3, 1, 64, 1)]
+        sizes += [
+            (b, c, o, k, s, side, 1)
+            for b in (2, 16)
+            for c, o, side in ((48, 48, 48), (160, 160, 24), (320, 320, 12), (640, 640, 6))
+            for k, s in ((1, 1), (3, 1), (3, 2))
+        ]
+        sizes += [
+            (16, 3, 64, 7, 2, 112, 1),
+            (16, 3, 768, 16, 16, 14, 1),
+            (16, 48, 48, 1, 1, 128, 1),
+            (1, 64, 64, 3, 1, 128, 1),
+            (1, 256, 128, 3, 1, 64, 1),
+        ]
     for size in sizes:
         batch, c, o, kernel, stride, side, groups = size
         shape = (batch, c, o, groups, kernel * kernel, side * side, stride)
         flops = 2 * batch * side * side * kernel * kernel * c * o // groups
         for op in ("convolution", "convolution_backward_input", "convolution_backward_weight"):
-            if op == "convolution_backward_input" and c == 3:
+            if op == "convolution_backward_input" and c == _IMAGE_CHANNELS:
                 continue
-            yield op, shape, flops, lambda pool, op=op, size=size: _convolution(pool, op, *size)
+            yield op, shape, flops, on(_convolution, op, *size)
 
 
 def _convolution(pool: Pool, op: str, batch: int, c: int, o: int, kernel: int, stride: int, side: int, groups: int) -> Call:
@@ -197,7 +231,7 @@ def _convolution(pool: Pool, op: str, batch: int, c: int, o: int, kernel: int, s
     x = pool.tensor(batch, c, side * stride, side * stride)
     weight = pool.tensor(o, c // groups, kernel, kernel)
     if op == "convolution":
-        bias = pool.tensor(o) if kernel == 1 and o < c * 2 and stride == 1 and side > 56 else None
+        bias = pool.tensor(o) if kernel == 1 and o < c * 2 and stride == 1 and side > _WIDE_SIDE else None
         reads = (x, weight) if bias is None else (x, weight, bias)
         return Call(
             run=lambda: ATEN.convolution(x, weight, bias, [stride] * 2, padding, [1, 1], False, [0, 0], groups), reads=reads
@@ -206,21 +240,36 @@ def _convolution(pool: Pool, op: str, batch: int, c: int, o: int, kernel: int, s
     to_input = op == "convolution_backward_input"
     mask = [to_input, not to_input, False]
     return Call(
-        run=lambda: ATEN.convolution_backward(grad, x, weight, None, [stride] * 2, padding, [1, 1], False, [0, 0], groups, mask),
+        run=lambda: ATEN.convolution_backward(
+            grad, x, weight, None, [stride] * 2, padding, [1, 1], False, [0, 0], groups, mask
+        ),
         reads=(grad, weight if to_input else x),
     )
 
 
-def _fft_cases(full: bool) -> Iterator[tuple[str, tuple[int, ...], str, Callable[[Pool], Call]]]:
-    sizes = [(64, 64, 64), (256, 64, 64), (256, 96, 96), (256, 128, 128), (32, 256, 256), (128, 85, 85), (640, 128, 128), (16, 1024), (512, 1024), (64, 8192)]
+def _fft_cases(full: bool) -> Iterator[tuple[str, tuple[int, ...], str, Build]]:
+    sizes = [
+        (64, 64, 64),
+        (256, 64, 64),
+        (256, 96, 96),
+        (256, 128, 128),
+        (64, 128, 128),
+        (1024, 32, 32),
+        (32, 256, 256),
+        (128, 85, 85),
+        (640, 128, 128),
+        (16, 1024),
+        (512, 1024),
+        (64, 8192),
+    ]
     if full:
         sizes += [(1024, 64, 64), (16, 512, 512), (128, 421, 421), (64, 160, 160), (16, 64, 64, 64), (2048, 256), (512, 8192)]
-    for size in sizes:
+    for size in sizes:  # dtypes are those of the results
         dims = tuple(range(1, len(size)))
         last = size[-1] // 2 + 1
-        yield "_fft_r2c", size, "float32", lambda pool, s=size, d=dims: _fft_r2c(pool, s, d)
-        yield "_fft_c2r", size, "complex64", lambda pool, s=size, d=dims, n=last: _fft_c2r(pool, s, d, n)
-        yield "_fft_c2c", size, "complex64", lambda pool, s=size, d=dims: _fft_c2c(pool, s, d)
+        yield "_fft_r2c", size, "complex64", on(_fft_r2c, size, dims)
+        yield "_fft_c2r", size, "float32", on(_fft_c2r, size, dims, last)
+        yield "_fft_c2c", size, "complex64", on(_fft_c2c, size, dims)
 
 
 def _fft_r2c(pool: Pool, size: tuple[int, ...], dims: tuple[int, ...]) -> Call:
@@ -254,6 +303,7 @@ def heavy_cases(dtype: str, *, full: bool) -> list[Case]:
             for op, shape, flops, build in source(full)
         ]
     cases += [
-        Case(kernel_class="fft", op=op, shape=shape, dtype=own, flops=0, build=build) for op, shape, own, build in _fft_cases(full)
+        Case(kernel_class="fft", op=op, shape=shape, dtype=own, flops=0, build=build)
+        for op, shape, own, build in _fft_cases(full)
     ]
     return cases

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from hardware_models.timing import Stopwatch
+from hardware_models.microbench_timing import Stopwatch
 
 _NUM_OPS = 100
 _TINY = 4
@@ -111,7 +111,9 @@ def copies(stopwatch: Stopwatch, *, sizes: tuple[int, ...] = _COPY_BYTES) -> lis
             hosts[1].copy_(devices[1], non_blocking=True)
 
         alone = {"h2d": _best(stopwatch, to_device), "d2h": _best(stopwatch, to_host)}
-        rows.append({"bytes": size, "h2d_s": alone["h2d"], "d2h_s": alone["d2h"], "duplex_s": _both(streams, to_device, to_host)})
+        rows.append(
+            {"bytes": size, "h2d_s": alone["h2d"], "d2h_s": alone["d2h"], "duplex_s": _both(streams, to_device, to_host)}
+        )
         if size == sizes[-1]:
             rows[-1] = {**rows[-1], **_under_compute(streams[0], to_device)}
     return rows

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from hardware_models.kernel import KernelClass
-from hardware_models.microbench_cases import ATEN, Call, Case, Pool
+from hardware_models.microbench_cases import ATEN, Call, Case, Pool, on
 
 _FUNCTIONAL = torch.nn.functional
 
@@ -30,7 +30,7 @@ def _binary(function: Callable[[torch.Tensor, torch.Tensor], object]) -> Callabl
 
 def _add_inplace(pool: Pool, elements: int) -> Call:
     x, y = pool.own(elements), pool.tensor(elements)
-    return Call(run=lambda: x.add_(y), reads=(x, y))
+    return Call(run=lambda: x.add_(y), reads=(x, y), produced=(y,))
 
 
 def _relu_inplace(pool: Pool, elements: int) -> Call:
@@ -52,24 +52,36 @@ def _where(pool: Pool, elements: int) -> Call:
 POINTWISE: Mapping[str, Callable[[Pool, int], Call]] = {
     "add": _binary(torch.add), "mul": _binary(torch.mul), "div": _unary(lambda x: ATEN.div.Scalar(x, 2.0)), "add_": _add_inplace,
     "relu": _unary(torch.relu), "relu_": _relu_inplace, "threshold_backward": _binary(lambda x, y: ATEN.threshold_backward(x, y, 0)),
-    "gelu": _unary(lambda x: _FUNCTIONAL.gelu(x, approximate="tanh")),
-    "gelu_backward": _binary(lambda x, y: ATEN.gelu_backward(x, y, approximate="tanh")),
+    "gelu": _unary(_FUNCTIONAL.gelu), "gelu_backward": _binary(ATEN.gelu_backward),
+    "gelu_tanh": _unary(lambda x: _FUNCTIONAL.gelu(x, approximate="tanh")),
+    "gelu_tanh_backward": _binary(lambda x, y: ATEN.gelu_backward(x, y, approximate="tanh")),
     "tanh": _unary(torch.tanh), "tanh_backward": _binary(ATEN.tanh_backward), "silu": _unary(_FUNCTIONAL.silu),
-    "silu_backward": _binary(ATEN.silu_backward), "exp": _unary(torch.exp), "pow": _unary(lambda x: x.pow(3.0)), "sqrt": _unary(lambda x: x.sqrt()),
+    "silu_backward": _binary(ATEN.silu_backward), "exp": _unary(torch.exp), "pow": _unary(lambda x: x.pow(3.0)), "sqrt": _unary(torch.sqrt),
     "bernoulli_": _bernoulli, "where": _where,
 }  # fmt: skip
-"""How each pointwise operator is run on a number of elements."""
+"""How each pointwise operator is run on a number of elements; ``gelu_tanh`` is ``gelu`` with its tanh approximation."""
+
+
+_COLUMNS = 512
+"""Length of the rows that a transposing copy reads across."""
 
 
 def _clone(pool: Pool, elements: int) -> Call:
     x = pool.tensor(elements)
-    return Call(run=lambda: x.clone(), reads=(x,))
+    return Call(run=x.clone, reads=(x,))
 
 
 def _transposed(pool: Pool, elements: int) -> Call:
     """Heads moved behind positions, rows of 64 elements stay whole: what a transformer's reshapes copy."""
     rows = max(1, elements // (64 * 16))
     x = pool.tensor(16, rows, 64).transpose(0, 1)
+    return Call(run=x.contiguous, reads=(x,))
+
+
+def _column_major(pool: Pool, elements: int) -> Call:
+    """The fastest axis of the source is another than that of the result: what contractions over channels copy."""
+    columns = min(_COLUMNS, elements)
+    x = pool.tensor(elements // columns, columns).t()
     return Call(run=x.contiguous, reads=(x,))
 
 
@@ -93,9 +105,9 @@ def _slice_backward(pool: Pool, elements: int) -> Call:
 
 
 COPIES: Mapping[str, Callable[[Pool, int], Call]] = {
-    "_to_copy": _clone, "clone": _transposed, "cat": _cat, "zeros": _zeros, "copy_": _copy_inplace, "slice_backward": _slice_backward,
+    "_to_copy": _clone, "clone": _transposed, "transposed_copy": _column_major, "cat": _cat, "zeros": _zeros, "copy_": _copy_inplace, "slice_backward": _slice_backward,
 }  # fmt: skip
-"""Each copy; ``clone`` is the contiguous copy of a transposed view, as eager modules need it."""
+"""Each copy; ``clone`` moves whole rows, ``transposed_copy`` changes the fastest axis (`simulator.tracing.kernels_of`)."""
 
 
 def _adamw(pool: Pool, elements: int) -> Call:
@@ -105,12 +117,16 @@ def _adamw(pool: Pool, elements: int) -> Call:
     steps = [torch.ones((), device=pool.device) for _ in range(count)]
 
     def run() -> None:
-        torch._fused_adamw_(  # noqa: SLF001 - what AdamW(fused=True) calls
+        torch._fused_adamw_(
             params, grads, averages, squares, [], steps, lr=1e-5, beta1=0.9, beta2=0.999, weight_decay=0.01, eps=1e-8, amsgrad=False, maximize=False,
         )  # fmt: skip
 
     return Call(
-        run=run, reads=(params[0], grads[0], averages[0], squares[0]), writes=(params[0], averages[0], squares[0]), repeats=count
+        run=run,
+        reads=(params[0], grads[0], averages[0], squares[0]),
+        writes=(params[0], averages[0], squares[0]),
+        repeats=count,
+        produced=(),
     )
 
 
@@ -124,7 +140,8 @@ def _layer_norm_backward(pool: Pool, rows: int, columns: int) -> Call:
     mean, rstd = pool.own(rows, 1) * 0, pool.own(rows, 1) * 0 + 1
     backward = ATEN.native_layer_norm_backward
     return Call(
-        run=lambda: backward(grad, x, [columns], mean, rstd, weight, bias, [True, True, True]), reads=(grad, x, mean, rstd, weight, bias)
+        run=lambda: backward(grad, x, [columns], mean, rstd, weight, bias, [True, True, True]),
+        reads=(grad, x, mean, rstd, weight, bias),
     )
 
 
@@ -132,7 +149,8 @@ def _batch_norm(pool: Pool, rows: int, columns: int) -> Call:
     x, weight, bias = _images(pool, rows, columns), pool.tensor(rows), pool.tensor(rows)
     mean, variance = pool.own(rows), pool.own(rows).abs_()
     return Call(
-        run=lambda: torch.native_batch_norm(x, weight, bias, mean, variance, True, 0.1, 1e-5), reads=(x, weight, bias, mean, variance)
+        run=lambda: torch.native_batch_norm(x, weight, bias, mean, variance, True, 0.1, 1e-5),
+        reads=(x, weight, bias, mean, variance),
     )
 
 
@@ -146,8 +164,11 @@ def _batch_norm_backward(pool: Pool, rows: int, columns: int) -> Call:
     )
 
 
+_IMAGE_BATCH = 8
+
+
 def _images(pool: Pool, channels: int, columns: int) -> torch.Tensor:
-    batch = 8 if columns % 8 == 0 and columns > 64 else 1
+    batch = _IMAGE_BATCH if columns % _IMAGE_BATCH == 0 else 1
     return pool.tensor(batch, channels, columns // batch, 1)
 
 
@@ -167,6 +188,14 @@ def _rows_backward(function: Callable[[torch.Tensor, torch.Tensor], object]) -> 
     return build
 
 
+def _softmax_backward(grad: torch.Tensor, out: torch.Tensor) -> object:
+    return ATEN._softmax_backward_data(grad, out, -1, grad.dtype)  # noqa: SLF001 - the operator's name
+
+
+def _log_softmax_backward(grad: torch.Tensor, out: torch.Tensor) -> object:
+    return ATEN._log_softmax_backward_data(grad, out, -1, grad.dtype)  # noqa: SLF001 - the operator's name
+
+
 def _bias_gradient(pool: Pool, rows: int, columns: int) -> Call:
     """Sums the outer axis of a ``[columns, rows]`` tensor: the bias gradient of a linear layer."""
     x = pool.tensor(columns, rows)
@@ -177,7 +206,17 @@ _NORMALIZED = ((64, 256), (1024, 256), (256, 1024), (1024, 768), (4096, 512), (4
 _IMAGES = ((64, 8 * 3136), (64, 8 * 784), (256, 8 * 3136), (128, 8 * 784), (512, 8 * 784), (1024, 8 * 196), (256, 8 * 196), (512, 8 * 49), (2048, 8 * 49),
            (64, 8 * 12544), (32, 4096))  # fmt: skip
 _SOFT = ((64, 1000), (3072, 256), (12288, 256), (6144, 512), (1024, 8192), (1024, 32001), (16384, 197))
-_REDUCED = ((768, 1024), (3072, 1024), (256, 4096), (1024, 256), (16384, 512), (16384, 64), (4096, 2048))
+_REDUCED = (
+    (768, 1024),
+    (3072, 1024),
+    (256, 4096),
+    (1024, 256),
+    (16384, 512),
+    (16384, 64),
+    (4096, 2048),
+    (64, 131072),
+    (8192, 4096),
+)
 
 ROWS: Mapping[tuple[KernelClass, str], tuple[Callable[[Pool, int, int], Call], tuple[tuple[int, int], ...]]] = {
     ("normalization", "native_layer_norm"): (_layer_norm, _NORMALIZED),
@@ -186,8 +225,8 @@ ROWS: Mapping[tuple[KernelClass, str], tuple[Callable[[Pool, int, int], Call], t
     ("normalization", "native_batch_norm_backward"): (_batch_norm_backward, _IMAGES),
     ("softmax", "_softmax"): (_rows(lambda x: torch.softmax(x, -1)), _SOFT),
     ("softmax", "_log_softmax"): (_rows(lambda x: torch.log_softmax(x, -1)), _SOFT),
-    ("softmax", "_softmax_backward_data"): (_rows_backward(lambda g, y: ATEN._softmax_backward_data(g, y, -1, g.dtype)), _SOFT),  # noqa: SLF001
-    ("softmax", "_log_softmax_backward_data"): (_rows_backward(lambda g, y: ATEN._log_softmax_backward_data(g, y, -1, g.dtype)), _SOFT),  # noqa: SLF001
+    ("softmax", "_softmax_backward_data"): (_rows_backward(_softmax_backward), _SOFT),
+    ("softmax", "_log_softmax_backward_data"): (_rows_backward(_log_softmax_backward), _SOFT),
     ("reduction", "sum"): (_bias_gradient, _REDUCED),
     ("reduction", "mean"): (_rows(lambda x: x.mean(-1)), _REDUCED),
 }
@@ -206,9 +245,7 @@ def _max_pool_backward(pool: Pool, batch: int, channels: int, side: int) -> Call
     x, grad = pool.tensor(batch, channels, 2 * side, 2 * side), pool.tensor(batch, channels, side, side)
     indices = ATEN.max_pool2d_with_indices(x, [3, 3], [2, 2], [1, 1])[1]
     backward = ATEN.max_pool2d_with_indices_backward
-    return Call(
-        run=lambda: backward(grad, x, [3, 3], [2, 2], [1, 1], [1, 1], False, indices), reads=(grad, x, indices)
-    )
+    return Call(run=lambda: backward(grad, x, [3, 3], [2, 2], [1, 1], [1, 1], False, indices), reads=(grad, x, indices))
 
 
 def _embedding(pool: Pool, num_indices: int, width: int, vocabulary: int) -> Call:
@@ -230,7 +267,7 @@ def light_cases(dtype: str, *, full: bool) -> list[Case]:
     sizes = [int(2**exponent) // 1024 * 1024 for exponent in exponents]
 
     def case(kernel_class: KernelClass, op: str, shape: tuple[int, ...], build: Callable[..., Call]) -> Case:
-        return Case(kernel_class=kernel_class, op=op, shape=shape, dtype=dtype, flops=0, build=lambda pool: build(pool, *shape))
+        return Case(kernel_class=kernel_class, op=op, shape=shape, dtype=dtype, flops=0, build=on(build, *shape))
 
     cases = [case("pointwise", op, (size,), build) for op, build in POINTWISE.items() for size in sizes]
     cases += [case("copy", op, (size,), build) for op, build in COPIES.items() for size in sizes]
@@ -244,7 +281,7 @@ def light_cases(dtype: str, *, full: bool) -> list[Case]:
             cases.append(
                 Case(
                     kernel_class="pointwise", op=op, shape=(batch * channels * written,), dtype=dtype, flops=0,
-                    build=lambda pool, f=pool_build, s=(batch, channels, side): f(pool, *s),
+                    build=on(pool_build, batch, channels, side),
                 )
             )  # fmt: skip
     for shape in _EMBEDDED:

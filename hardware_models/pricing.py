@@ -59,7 +59,9 @@ def price_together(kernels: Sequence[Kernel], profile: DeviceProfile) -> Price:
     for curve, positions in _by_curve(kernels, profile).items():
         if curve is not None:
             kinds.add(curve.evidence)
-            spread[curve.kernel_class, curve.group, curve.dtype] += curve.relative_standard_error * float(seconds[positions].sum())
+            spread[curve.kernel_class, curve.group, curve.dtype] += curve.relative_standard_error * float(
+                seconds[positions].sum()
+            )
             continue
         kinds |= {"datasheet"}
         for position in positions:
@@ -68,7 +70,7 @@ def price_together(kernels: Sequence[Kernel], profile: DeviceProfile) -> Price:
             spread[efficiency.kernel_class] += efficiency.relative_standard_error * float(seconds[position])
     total_s = float(seconds.sum())
     error_s = float(np.sqrt(sum(value**2 for value in spread.values())))
-    ordered: list[Evidence] = [kind for kind in EVIDENCE_KINDS if kind in kinds]  # type: ignore[misc]
+    ordered: list[Evidence] = [kind for kind in EVIDENCE_KINDS if kind in kinds]
     return Price(total_s=total_s, relative_standard_error=error_s / total_s if total_s else 0.0, evidence=tuple(ordered))
 
 
@@ -110,7 +112,9 @@ def _dtypes(kernel: Kernel, profile: DeviceProfile) -> tuple[str, ...]:
     twins = tuple(
         other
         for other in known
-        if DTYPE_BYTES.get(other) == DTYPE_BYTES.get(kernel.dtype) and other in peaks and peaks[other] == peaks.get(kernel.dtype)
+        if DTYPE_BYTES.get(other) == DTYPE_BYTES.get(kernel.dtype)
+        and other in peaks
+        and peaks[other] == peaks.get(kernel.dtype)
     )
     return (kernel.dtype, *twins)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal, TypeVar
@@ -107,7 +108,8 @@ class _CurveSection(_Section):
     points: list[list[_Finite]] = Field(min_length=1)
     seconds: list[_Positive]
     physical_seconds: list[_Positive]
-    coefficients: tuple[_NonNegative, _NonNegative, _NonNegative, _NonNegative]
+    cache_bytes: Annotated[int, Field(ge=0)]
+    coefficients: tuple[_NonNegative, _NonNegative, _NonNegative, _NonNegative, _NonNegative]
     length_scale: _Positive
     noise: _Positive
     relative_standard_error: _NonNegative
@@ -164,7 +166,7 @@ def _curve(section: _CurveSection, path: Path, position: int) -> Curve:
             remedy="repeat 'schedlab calibrate'",
         )  # fmt: skip
     points = tuple(tuple(row) for row in section.points)
-    for before, after in zip(points, points[1:], strict=False):
+    for before, after in pairwise(points):
         if not before < after or len(before) != len(after):
             raise InputError(
                 source=str(path), key=f"{where}.points", value=list(after), rule=f"grid points increase strictly, but this one follows {list(before)}",
@@ -180,7 +182,11 @@ def _validated(model: type[_Model], path: Path) -> _Model:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as problem:
         raise InputError(
-            source=str(path), key="", value=None, rule="no such file", remedy="a profile is a folder with device.toml; 'schedlab calibrate' writes one"
+            source=str(path),
+            key="",
+            value=None,
+            rule="no such file",
+            remedy="a profile is a folder with device.toml; 'schedlab calibrate' writes one",
         ) from problem
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise InputError(
@@ -198,9 +204,13 @@ def _as_input_error(problem: ValidationError, path: Path) -> InputError:
     key = ".".join(str(part) for part in first["loc"])
     kind = first["type"]
     if kind == "missing":
-        return InputError(source=str(path), key=key, value=None, rule="this key is required", remedy="add it")
+        return InputError(
+            source=str(path), key=key, value=None, rule="this key is required", remedy=_REMEDY_OF_MISSING[path.name]
+        )
     if kind == "extra_forbidden":
-        return InputError(source=str(path), key=key, value=first["input"], rule="unknown key", remedy="remove it or correct its spelling")
+        return InputError(
+            source=str(path), key=key, value=first["input"], rule="unknown key", remedy="remove it or correct its spelling"
+        )
     rule = first["msg"][0].lower() + first["msg"][1:]
     remedy = _REMEDIES.get(kind, "correct the value")
     if kind == "greater_than_equal" and first.get("ctx", {}).get("ge") == _LEAST_RATE:
@@ -210,6 +220,7 @@ def _as_input_error(problem: ValidationError, path: Path) -> InputError:
     return InputError(source=str(path), key=key, value=first["input"], rule=rule, remedy=remedy)
 
 
+_REMEDY_OF_MISSING = {DEVICE_FILE: "add it", KERNELS_FILE: "repeat 'schedlab calibrate': this version writes it"}
 _REMEDIES = {"finite_number": "give a finite number", "literal_error": "choose one of these"}
 
 
@@ -231,6 +242,6 @@ def write_toml(path: Path, values: Mapping[str, Any]) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         temporary.write_text(tomli_w.dumps(values), encoding="utf-8")
-        os.replace(temporary, path)
+        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

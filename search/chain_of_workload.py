@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import pairwise
 
 from hardware_models.pricing import price
 from hardware_models.profile import DeviceProfile
@@ -67,7 +68,7 @@ def overcount_bytes(workload: Workload) -> int:
     blocks = workload.blocks
     unkept = sum(
         before.output_bytes
-        for before, after in zip(blocks, blocks[1:], strict=False)
+        for before, after in pairwise(blocks)
         if not (all(option.keeps_input for option in after.options) or all(option.keeps_output for option in before.options))
     )
     lasting = sum(_net(block.discard, ("carried",)) + 2 * block.state_bytes for block in blocks)

@@ -99,8 +99,8 @@ class BestBoundFirst(BaseSampler):
 
     def sample_independent(
         self,
-        study: Study,
-        trial: FrozenTrial,
+        study: Study,  # noqa: ARG002 - Optuna's interface
+        trial: FrozenTrial,  # noqa: ARG002
         param_name: str,
         param_distribution: BaseDistribution,  # noqa: ARG002
     ) -> Any:

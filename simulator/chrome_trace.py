@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hardware_models.files import whole_file
 from hardware_models.units import US_PER_S
 from simulator.program import MemoryClass, Stream
 from simulator.timeline import MemoryProfile, Span, Timeline
@@ -41,7 +42,8 @@ def trace_events(runs: Mapping[str, Run]) -> list[Event]:
 def write_chrome_trace(path: Path, runs: Mapping[str, Run]) -> None:
     """Writes the events of named runs to a JSON file."""
     document = {"displayTimeUnit": "ms", "traceEvents": trace_events(runs)}
-    path.write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(document, separators=(",", ":")) + "\n", encoding="utf-8")
 
 
 def _names(process: int, name: str, streams: Sequence[Stream]) -> Iterator[Event]:

@@ -18,6 +18,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
 from hardware_models.errors import InputError
+from hardware_models.files import whole_file
 from hardware_models.units import GIB
 from simulator.program import Kind, MemoryClass
 from simulator.timeline import MemoryProfile, Span, Timeline
@@ -167,8 +168,11 @@ def save_figure(figure: Figure, path: Path) -> None:
         rule = f"figures are {', '.join(SUFFIXES)}, but got {path.suffix or 'no suffix'!r}"
         raise InputError(source=str(path), key="", value=None, rule=rule, remedy="change the suffix")
     undated = {".png": {}, ".pdf": {"CreationDate": None}, ".svg": {"Date": None}}[path.suffix.lower()]
-    with mpl.rc_context({"svg.hashsalt": "schedlab", "svg.fonttype": "none", "pdf.fonttype": 42}):
-        figure.savefig(path, dpi=_DOTS_PER_INCH, metadata=undated)
+    with (
+        mpl.rc_context({"svg.hashsalt": "schedlab", "svg.fonttype": "none", "pdf.fonttype": 42}),
+        whole_file(path) as temporary,
+    ):
+        figure.savefig(temporary, dpi=_DOTS_PER_INCH, metadata=undated)
 
 
 def _figure(height_in: float) -> tuple[Figure, Axes]:

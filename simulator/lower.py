@@ -191,10 +191,11 @@ class _MicroBatchLowering:
         self.builder.issue(
             Kind.RECOMPUTE if again else Kind.FORWARD, offsets[-1], micro_batch=self.micro_batch, block=index, option=name
         )
-        self._copy_state(index, float(offsets[-1]), again=again)
+        self._copy_state(index, again=again)
         for event in run.memory:
             self._forward_event(event, offsets, index, again=again)
         end = float(offsets[-1])
+        self._drop_state_copy(index, end, again=again)
         if index == len(self.workload.blocks) - 1 and not again:
             self.builder.change(end, block.output_bytes, MemoryClass.ACTIVATIONS)  # the loss, scaled by the share of the batch
         self.ran_before.add(index)
@@ -214,16 +215,16 @@ class _MicroBatchLowering:
         if not output_needed:
             self._let_go(index + 1, "flow", end)
 
-    def _copy_state(self, index: int, end: float, *, again: bool) -> None:
+    def _copy_state(self, index: int, *, again: bool) -> None:
         """A block that runs twice keeps its state before the first run, and sets the present one aside while it runs again."""
-        if index not in self.twice:
-            return
-        state_bytes = self.workload.blocks[index].state_bytes
-        self.builder.change(0.0, state_bytes, MemoryClass.ACTIVATIONS)
-        if again:
-            self.builder.change(end, -state_bytes, MemoryClass.ACTIVATIONS)
-        else:
-            self.state_bytes += state_bytes
+        if index in self.twice:
+            state_bytes = self.workload.blocks[index].state_bytes
+            self.builder.change(0.0, state_bytes, MemoryClass.ACTIVATIONS)
+            self.state_bytes += 0 if again else state_bytes
+
+    def _drop_state_copy(self, index: int, end: float, *, again: bool) -> None:
+        if index in self.twice and again:
+            self.builder.change(end, -self.workload.blocks[index].state_bytes, MemoryClass.ACTIVATIONS)
 
     def _forward_event(self, event: MemoryEvent, offsets: NDArray[np.float64], index: int, *, again: bool) -> None:
         time_s = float(offsets[event.kernel])
@@ -245,13 +246,15 @@ class _MicroBatchLowering:
         run = option.backward if self.first_micro_batch else option.backward_accumulate
         offsets = self.prices.offsets(run)
         self.builder.issue(Kind.BACKWARD, offsets[-1], micro_batch=self.micro_batch, block=index)
-        if option.name != "all":
-            self._copy_state(index, float(offsets[-1]), again=True)
+        recomputes = option.name != "all"
+        if recomputes:
+            self._copy_state(index, again=True)
         if index == len(self.workload.blocks) - 1:
             self.gradient_of[index + 1] = self._boundary_bytes(index + 1)
             self.builder.change(0.0, self.gradient_of[index + 1], MemoryClass.ACTIVATIONS)
         for event in run.memory:
             self._backward_event(event, float(offsets[event.kernel]), index)
+        self._drop_state_copy(index, float(offsets[-1]), again=recomputes)
         self.builder.change(float(offsets[-1]), -self.gradient_of.pop(index + 1), MemoryClass.ACTIVATIONS)
 
     def _backward_event(self, event: MemoryEvent, time_s: float, index: int) -> None:
@@ -279,6 +282,8 @@ class _MicroBatchLowering:
             self.builder.issue(Kind.REDUCE, offsets[-1], micro_batch=self.micro_batch)
             self.builder.change(float(offsets[-1]), -self.shared_bytes, MemoryClass.GRADIENTS)
         if not self.first_micro_batch:
-            loss_bytes = self.workload.blocks[-1].output_bytes  # added to the first micro-batch's, which stays to the end of the step
+            loss_bytes = self.workload.blocks[
+                -1
+            ].output_bytes  # added to the first micro-batch's, which stays to the end of the step
             self.builder.change(self.builder.durations[-1], -loss_bytes, MemoryClass.ACTIVATIONS)
         self.builder.change(self.builder.durations[-1], -self.carried_bytes - self.state_bytes, MemoryClass.ACTIVATIONS)

@@ -81,7 +81,9 @@ class ModelSource:
                 self._workloads[micro_batch] = self.traced(micro_batch).workload
             else:
                 seq_len = self.seq_len or min(self.config.max_positions, DEFAULT_SEQ_LEN)
-                self._workloads[micro_batch] = build_workload(self.config, micro_batch=micro_batch, seq_len=seq_len, dtype="float32")
+                self._workloads[micro_batch] = build_workload(
+                    self.config, micro_batch=micro_batch, seq_len=seq_len, dtype="float32"
+                )
         return self._workloads[micro_batch]
 
     def resolve(self, plan: Plan) -> Plan:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import tomllib
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from hardware_models.errors import InputError, UnknownNameError
+from hardware_models.files import whole_file
 from simulator.plan import FILE_PREFIX, MemoryBlock, Plan
 
 _TOML_PLACE = re.compile(r"^(?P<what>.*) \(at (?:line (?P<line>\d+), column \d+|end of document)\)$", re.DOTALL)
@@ -84,12 +84,8 @@ def format_plan(plan: Plan) -> str:
 
 def write_plan(plan: Plan, path: Path) -> None:
     """Writes a plan's TOML: a reader sees the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole_file(path) as temporary:
         temporary.write_text(format_plan(plan), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def referenced_path(value: str, *, plan_path: Path) -> Path:

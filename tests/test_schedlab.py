@@ -77,7 +77,17 @@ def test_a_preset_needs_no_torch_module() -> None:
 
 def test_search_gives_the_keys_of_the_design_and_a_plan_that_simulates(tmp_path: Path) -> None:
     found = as_json("search", "--model", MODEL, "--hardware", GPU, "--out", str(tmp_path))
-    assert {"best", "lower_bound_s", "gap", "certified", "space_size", "num_simulated", "elapsed_s", "baselines", "pareto"} <= set(found)
+    assert {
+        "best",
+        "lower_bound_s",
+        "gap",
+        "certified",
+        "space_size",
+        "num_simulated",
+        "elapsed_s",
+        "baselines",
+        "pareto",
+    } <= set(found)
     assert found["certified"] is True
     assert set(found["best"]["simulate"]) == SIMULATE_KEYS
     again = as_json("simulate", "--model", MODEL, "--hardware", GPU, "--plan", str(tmp_path / "plan.toml"))
@@ -136,7 +146,9 @@ def test_unknown_names_are_refused_with_what_would_do(arguments: tuple[str, ...]
     ],
 )  # fmt: skip
 def test_plans_that_break_a_rule_are_refused(tmp_path: Path, text: str, words: tuple[str, ...]) -> None:
-    refused = run("simulate", "--model", "llama3-8b", "--hardware", GPU, "--seq-len", "512", "--plan", plan_file(tmp_path, text))
+    refused = run(
+        "simulate", "--model", "llama3-8b", "--hardware", GPU, "--seq-len", "512", "--plan", plan_file(tmp_path, text)
+    )
     assert refused.exit_code == EXIT_INPUT, refused.stderr
     for word in words:
         assert word in refused.stderr

@@ -5,14 +5,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import click
+from rich.console import Console
+
+from hardware_models.catalogue import load_hardware
+from hardware_models.files import whole_file
 from hardware_models.profile import DeviceProfile
 from search.plan_search import PlanSearch, SearchRequest
-from simulator.model_source import ModelSource
+from simulator.model_source import ModelSource, model_source
 from validation.replay import Replay, ReplayCase, replay
+from validation.reports import replay_table
 
 FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.0)
 """Of the way from the least memory to the plain schedule's."""
@@ -76,3 +84,34 @@ def budget_study(
         model=source.name, least_bytes=space.least().peak_bytes, plain_bytes=space.plain().peak_bytes, budgets_bytes=budgets,
         replay=replay(source, cases, device, repeats=repeats, on=on, progress=progress),
     )  # fmt: skip
+
+
+@click.command()
+@click.option("--model", "name", required=True)
+@click.option("--batch", type=click.IntRange(min=1))
+@click.option("--seq-len", type=click.IntRange(min=1))
+@click.option("--hardware", default="this", show_default=True)
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
+@click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), help="JSON file of the rows.")
+def main(name: str, batch: int | None, seq_len: int | None, hardware: str, device: str, repeats: int, out: Path | None) -> None:
+    """Prints predicted beside measured at each budget, and writes the rows."""
+    profile = load_hardware(hardware, device=device)
+    source = model_source(name, batch=batch, seq_len=seq_len)
+    stderr = Console(stderr=True)
+    study = budget_study(source, profile, repeats=repeats, on=device, progress=lambda text: stderr.print(text, highlight=False))
+    Console(width=150).print(replay_table([(name, study.replay)]))
+    if out is not None:
+        answer = {
+            "model": name,
+            "least_bytes": study.least_bytes,
+            "plain_bytes": study.plain_bytes,
+            "plain": study.replay.plain_json(),
+            "rows": study.rows(),
+        }
+        with whole_file(out) as temporary:
+            temporary.write_text(json.dumps(answer, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -41,7 +41,7 @@ class OperatorTimer(TorchDispatchMode):
     """Times every operator by the host's clock, waiting for the device after each."""
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._device = device
         self.timed: list[TimedOperator] = []
 
@@ -92,7 +92,12 @@ def residuals(session: ReplaySession, device: DeviceProfile, *, repeats: int = 3
         predicted[key] = float(prices.sum())
     found = [
         Residual(
-            kernel_class=key[0], op=key[1], shape=key[2], count=len(times), measured_s=sum(times), predicted_s=predicted[key] * len(times)
+            kernel_class=key[0],
+            op=key[1],
+            shape=key[2],
+            count=len(times),
+            measured_s=sum(times),
+            predicted_s=predicted[key] * len(times),
         )
         for key, times in measured.items()
     ]
@@ -107,8 +112,12 @@ def residual_table(found: Sequence[Residual], without_kernels_s: float, title: s
         table.add_column(column, justify="left" if column in {"class", "operator", "shape"} else "right")
     shown = [one for one in found if abs(one.measured_s - one.predicted_s) >= OTHER_SHARE * total]
     rest = [one for one in found if one not in shown]
-    lines = [(one.kernel_class, one.op, "x".join(map(str, one.shape)), one.count, one.measured_s, one.predicted_s) for one in shown]
-    lines.append(("others", "", "", sum(o.count for o in rest), sum(o.measured_s for o in rest), sum(o.predicted_s for o in rest)))
+    lines = [
+        (one.kernel_class, one.op, "x".join(map(str, one.shape)), one.count, one.measured_s, one.predicted_s) for one in shown
+    ]
+    lines.append(
+        ("others", "", "", sum(o.count for o in rest), sum(o.measured_s for o in rest), sum(o.predicted_s for o in rest))
+    )
     lines.append(("no kernel", "", "", 0, without_kernels_s, 0.0))
     lines.append(("all", "", "", sum(o.count for o in found), total, sum(o.predicted_s for o in found)))
     for kernel_class, op, shape, count, measured_s, predicted_s in lines:

@@ -84,7 +84,9 @@ def peak_memory(step: Callable[[], object], resident: Iterable[torch.Tensor], *,
         step()
         torch.cuda.synchronize(device)
         return PeakMemory(
-            allocated_bytes=torch.cuda.max_memory_allocated(device), reserved_bytes=torch.cuda.max_memory_reserved(device), profile=None
+            allocated_bytes=torch.cuda.max_memory_allocated(device),
+            reserved_bytes=torch.cuda.max_memory_reserved(device),
+            profile=None,
         )
     changes: list[tuple[float, int]] = []
     live = LiveStorages(lambda _, delta_bytes: changes.append((time.perf_counter(), delta_bytes)))

@@ -41,12 +41,12 @@ class ReplayResult:
 
     @property
     def time_error(self) -> float:
-        """predicted / measured median - 1."""
+        """Predicted step time over the measured median, minus 1."""
         return self.predicted.step_time_s / self.times.median_s - 1
 
     @property
     def memory_error(self) -> float:
-        """predicted / measured peak of allocated bytes - 1."""
+        """Predicted peak of allocated bytes over the measured one, minus 1."""
         return self.predicted.peak_memory_bytes[0] / self.memory.allocated_bytes - 1
 
     def to_json(self) -> dict[str, Any]:
@@ -85,7 +85,9 @@ class Replay:
         }  # fmt: skip
 
 
-def replay_case(plan: Plan, source: ModelSource, device: DeviceProfile, *, name: str = "plan", folder: Path | None = None) -> ReplayCase:
+def replay_case(
+    plan: Plan, source: ModelSource, device: DeviceProfile, *, name: str = "plan", folder: Path | None = None
+) -> ReplayCase:
     """The sequence that a plan means, ready to run.
 
     Raises:
@@ -123,7 +125,9 @@ def replay(
     session = ReplaySession(source.definition, device=on, optimizer=cases[0].plan.precision.optimizer)
     predictions = [_predict(session, case, device) for case in cases]
     plain_blocks = session.traced(session.global_batch).workload
-    plain_predicted = simulate(plain_blocks, keep_all(len(plain_blocks.blocks)), device, _setting(cases[0].plan, num_microbatches=1))
+    plain_predicted = simulate(
+        plain_blocks, keep_all(len(plain_blocks.blocks)), device, _setting(cases[0].plan, num_microbatches=1)
+    )
     sizes = [case.plan.batch.micro_batch or session.global_batch for case in cases]
     progress(f"gradients of {len(cases)} schedules against the plain module")
     matches = session.match([(case.operations, size) for case, size in zip(cases, sizes, strict=True)])
@@ -139,7 +143,9 @@ def replay(
     plain_times, *times = interleaved_times(steps, repeats=repeats, device=session.device)
     results = tuple(
         ReplayResult(case=case, predicted=predicted, times=measured, memory=memory, timeline=timeline, matches=match)
-        for case, predicted, measured, memory, timeline, match in zip(cases, predictions, times, memories, timelines, matches, strict=True)
+        for case, predicted, measured, memory, timeline, match in zip(
+            cases, predictions, times, memories, timelines, matches, strict=True
+        )
     )
     return Replay(results=results, plain_predicted=plain_predicted, plain_times=plain_times, plain_memory=plain_memory)
 
@@ -151,4 +157,6 @@ def _predict(session: ReplaySession, case: ReplayCase, device: DeviceProfile) ->
 
 
 def _setting(plan: Plan, *, num_microbatches: int) -> StepSetting:
-    return StepSetting(num_microbatches=num_microbatches, optimizer=plan.precision.optimizer, budget_bytes=plan.memory.budget_bytes)
+    return StepSetting(
+        num_microbatches=num_microbatches, optimizer=plan.precision.optimizer, budget_bytes=plan.memory.budget_bytes
+    )

@@ -55,9 +55,7 @@ class ReplaySession:
         module, inputs = model.build()
         self.name, self.seed = model.name, seed
         self.module = module.to(self.device)
-        self.batch = {
-            key: value.to(self.device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()
-        }
+        self.batch = {key: value.to(self.device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
         self.optimizer = FusedOptimizer(self.module.parameters(), name=optimizer, learning_rate=0.0)
         self._traces: dict[int, Traced] = {}
         self._stepped = False
@@ -91,7 +89,7 @@ class ReplaySession:
             total: torch.Tensor | float = 0.0
             for piece in pieces:
                 loss = loss_of(self.module(**piece)) * (1.0 / len(pieces))
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()
                 total = total + loss.detach()
             return torch.as_tensor(total)
 
@@ -117,9 +115,7 @@ class ReplaySession:
         found: list[list[GradientsMatch]] = [[] for _ in cases]
         sizes = sorted({size for _, size in cases})
         for reference_size in dict.fromkeys([*sizes, self.global_batch]):
-            against = [
-                index for index, (_, size) in enumerate(cases) if size == reference_size or reference_size == self.global_batch
-            ]
+            against = [index for index, (_, size) in enumerate(cases) if reference_size in {size, self.global_batch}]
             if not against:
                 continue
             expected = self._gradients(self.plain(reference_size))

@@ -8,12 +8,13 @@ keeps no reference to it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from torch.autograd.grad_mode import _force_original_view_tracking
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -87,7 +88,8 @@ class MicroBatch:
         with torch.no_grad(), self._same_state(block):
             y, *carried = block.graph(*self.arguments(block, x))
         self._carry(block, carried)
-        return y
+        result: torch.Tensor = y
+        return result
 
     def save(self, block: BlockGraph, x: torch.Tensor | None, option: str) -> tuple[torch.Tensor, BlockTape]:
         """Boundary after the block, cut off from the graph, and the graph.
@@ -96,16 +98,17 @@ class MicroBatch:
             option: ``all`` keeps what autograd saves; ``selective`` keeps the results of products only.
         """
         inbox: list[torch.Tensor] = []
-        with torch.enable_grad(), self._same_state(block):
+        with torch.enable_grad(), _views_replayed(), self._same_state(block):
             if x is not None:
-                x = _Boundary.apply(torch.empty(0, device=x.device, requires_grad=True), x, inbox)
+                anchor = torch.empty(0, device=x.device, requires_grad=True)
+                x = _Boundary.apply(anchor, x, inbox)  # type: ignore[no-untyped-call]
             y, *carried = _run(block, self.arguments(block, x), option)
         self._carry(block, carried)
         return y.detach(), BlockTape(block=block, edge=get_gradient_edge(y), inbox=inbox, again=option != "all")
 
     def backward(self, tape: BlockTape, grad: torch.Tensor) -> torch.Tensor | None:
         """Gradient of the boundary before the block (None for the first); parameters' gradients go to ``.grad``."""
-        with self._same_state(tape.block) if tape.again else nullcontext():
+        with _views_replayed(), self._same_state(tape.block) if tape.again else nullcontext():
             torch.autograd.backward([tape.edge], [grad])
         return tape.inbox.pop() if tape.inbox else None
 
@@ -153,6 +156,14 @@ class MicroBatch:
             _restore(buffers, buffers_after)
             if block.uses_randomness:
                 _set_random_state(device, random_after)
+
+
+def _views_replayed() -> AbstractContextManager[object]:
+    """Views that are changed in place enter the graph as themselves, on real tensors as on fakes.
+
+    By default only fakes do so: real ones enter as ``as_strided`` of their base, whose backward pass needs one temporary more.
+    """
+    return _force_original_view_tracking(True)
 
 
 def _run(block: BlockGraph, arguments: list[Any], option: str) -> tuple[Any, ...]:

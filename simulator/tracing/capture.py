@@ -11,10 +11,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode, UnsupportedOperatorException
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
 from torch.autograd.function import BackwardCFunction
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -25,6 +32,15 @@ from hardware_models.errors import InputError
 from simulator.tracing.side_values import fake_activations, new_fake_mode, to_fake
 
 LossFunction = Callable[[Any], torch.Tensor]
+
+_NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+"""Folders whose lines a trace error does not point at."""
+_OPERATOR_ERRORS: dict[type[Exception], str] = {
+    DataDependentOutputException: "needs the values of an activation",
+    DynamicOutputShapeException: "makes a shape that depends on the values of an activation",
+    UnsupportedOperatorException: "has no shape rule",
+}
+"""What an operator did that fake tensors cannot do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +127,7 @@ def capture(
         result = forward(values)
         for node in _autograd_nodes(result):
             if isinstance(node, BackwardCFunction):
-                own_functions.append(node.name())
+                own_functions.append(type(node).__name__)
             leaves.add(id(getattr(node, "variable", None)))
         return result
 
@@ -175,19 +191,15 @@ def _autograd_nodes(loss: torch.Tensor) -> Iterator[Any]:
 
 def _trace_error(error: Exception, name: str) -> InputError:
     """The operator that stopped a trace and the model's line that called it."""
-    frames = [
-        frame for frame in traceback.extract_tb(error.__traceback__)
-        if "/torch/" not in frame.filename and frame.filename != __file__
-    ]  # fmt: skip
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_THE_MODEL)]
     line = f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else "an unknown line"
+    what = next((said for kind, said in _OPERATOR_ERRORS.items() if isinstance(error, kind)), "")
     operator = getattr(error, "func", None)
-    if isinstance(error, DataDependentOutputException | UnsupportedOperatorException) and operator is not None:
-        what = f"operator {operator} needs the values of an activation" if isinstance(
-            error, DataDependentOutputException
-        ) else f"operator {operator} has no shape rule"  # fmt: skip
+    if what and operator is not None:
+        reason = f"operator {operator} {what}"
     else:
-        what = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+        reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
     return InputError(
-        source="model", key=name, value=None, rule=f"cannot be traced: {what}, called at {line}",
+        source="model", key=name, value=None, rule=f"cannot be traced: {reason}, called at {line}",
         remedy="make shapes and branches independent of activations' values there, or pass a module that is",
     )  # fmt: skip

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -185,7 +186,7 @@ def _keep_heavy(nodes: Sequence[Node], legal: Sequence[int]) -> list[int]:
     kept: list[int] = []
     bounds = [0, *legal, len(nodes)]
     anything_before = False
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in pairwise(bounds):
         operators = {operator_name(node) for node in nodes[begin:end]}
         heavy = bool(operators & HEAVY_OPERATORS)
         if heavy and anything_before:
@@ -204,7 +205,7 @@ def _split(
     notes: tuple[str, ...],
 ) -> Chain:
     bounds = [0, *positions, len(nodes)]
-    sections = [nodes[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False)]
+    sections = [nodes[begin:end] for begin, end in pairwise(bounds)]
     owner = {node: index for index, section in enumerate(sections) for node in section}
     (result,) = next(node for node in source.graph.nodes if node.op == "output").all_input_nodes
     chain_out: list[Node] = []

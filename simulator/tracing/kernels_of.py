@@ -7,6 +7,7 @@ memory with their arguments and that change nothing (views) launch nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -33,9 +34,7 @@ _NORMALIZATIONS = frozenset(
     "native_group_norm native_group_norm_backward _fused_rms_norm _fused_rms_norm_backward batch_norm_backward "
     "_batch_norm_with_update cudnn_batch_norm cudnn_batch_norm_backward".split()
 )
-_SOFTMAXES = frozenset(
-    "_softmax _log_softmax _softmax_backward_data _log_softmax_backward_data _safe_softmax logsumexp".split()
-)
+_SOFTMAXES = frozenset("_softmax _log_softmax _softmax_backward_data _log_softmax_backward_data logsumexp".split())
 _REDUCTIONS = frozenset(
     "sum mean amax amin max min var var_mean std prod all any norm linalg_vector_norm cumsum topk sort argmax "
     "nll_loss_forward mse_loss".split()
@@ -57,7 +56,7 @@ def kernels_of(operator: Any, args: Sequence[Any], out: Any) -> list[Kernel]:
     if rule is not None:
         return rule(name, args, out)
     if name.startswith("_scaled_dot_product"):
-        return _attention(name, args, out)
+        return _attention(operator, args, out)
     return _elementwise(name, args, out)
 
 
@@ -156,20 +155,21 @@ def _one_convolution(
     positions = prod((x if transposed else y).shape[2:])
     flops = 2 * x.shape[0] * positions * kernel_elements * in_channels * out_channels // groups
     shape = (x.shape[0], in_channels, out_channels, groups, kernel_elements, positions, stride[0])
-    kernel = _kernel("convolution", op, shape, args, out, flops=flops)
-    return kernel
+    return _kernel("convolution", op, shape, args, out, flops=flops)
 
 
-def _attention(name: str, args: Sequence[Any], out: Any) -> list[Kernel]:
-    backward = "backward" in name
+def _attention(operator: Any, args: Sequence[Any], out: Any) -> list[Kernel]:
+    backward = "backward" in operator.overloadpacket.__name__
     query, key = (args[1], args[2]) if backward else (args[0], args[1])
     batch, heads, query_len, head_dim = query.shape
     kv_heads, kv_len = key.shape[1], key.shape[2]
-    causal = int(any(argument is True for argument in args))
+    names = [argument.name for argument in operator._schema.arguments]  # noqa: SLF001 - torch's only access to it
+    causal = names.index("is_causal")
     products = 4 if backward else 2
     flops = products * 2 * batch * heads * query_len * kv_len * head_dim
     op = "attention_backward" if backward else "attention"
-    return [_kernel("attention", op, (batch, heads, kv_heads, query_len, kv_len, head_dim, causal), args, out, flops=flops)]
+    kernel = _kernel("attention", op, (batch, heads, kv_heads, query_len, kv_len, head_dim), args, out, flops=flops)
+    return [replace(kernel, shape=(*kernel.shape, int(causal < len(args) and args[causal] is True)))]
 
 
 def _fft(name: str, args: Sequence[Any], out: Any) -> list[Kernel]:
@@ -207,6 +207,16 @@ def _softmax(name: str, args: Sequence[Any], out: Any) -> list[Kernel]:
     return [_kernel("softmax", name, _rows_columns(name, args, out), args, out)]
 
 
+def _safe_softmax(_name: str, args: Sequence[Any], out: Any) -> list[Kernel]:
+    """A softmax, and the search for rows that are all masked: a comparison, a reduction and a selection."""
+    shape = _rows_columns("_softmax", args, out)
+    mask = torch.empty(out.shape, dtype=torch.bool, device="meta")
+    return [
+        _kernel("softmax", "_softmax", shape, (args[0],), out), _kernel("pointwise", "eq", (out.numel(),), (args[0],), mask),
+        _kernel("reduction", "all", shape, (mask,), mask[..., :1]), _kernel("pointwise", "where", (out.numel(),), (mask, out), out),
+    ]  # fmt: skip
+
+
 def _reduction(name: str, args: Sequence[Any], out: Any) -> list[Kernel]:
     return [_kernel("reduction", name, _rows_columns(name, args, out), args, out)]
 
@@ -217,16 +227,38 @@ def _nll(name: str, args: Sequence[Any], out: Any) -> list[Kernel]:
                    read_bytes=rows * args[0].element_size(), written_bytes=_num_bytes(_tensors(out)))]  # fmt: skip
 
 
+STRAIGHT, ROWS, TRANSPOSED = "_to_copy", "clone", "transposed_copy"
+"""Names of copies by how source and destination run through memory: in the same order; in another order of whole rows; with another
+fastest axis. Each is slower than the one before."""
+_STRAIGHT_COPIES = frozenset({"clone", "copy_", "_to_copy", "_reshape_copy"})
+
+
 def _copy(name: str, args: Sequence[Any], out: Any) -> list[Kernel]:
     results = _tensors(out)
     written = results[0]
+    if name in _STRAIGHT_COPIES:
+        source = args[1] if name == "copy_" else args[0]
+        if isinstance(source, torch.Tensor):
+            name = _copy_name(name, _memory_order(source), _memory_order(written))
     if name in {"gather", "index", "index_select"}:
         args = (*results, *[tensor for tensor in _tensors(args) if not tensor.dtype.is_floating_point])
-    elif name == "copy_":
+    elif len(args) > 1 and isinstance(args[1], torch.Tensor):
         args = (args[1],)
     elif name in {"fill_", "zero_"}:
         args = ()
     return [_kernel("copy", name, (written.numel(),), args, results[:1])]
+
+
+def _copy_name(name: str, source: tuple[int, ...], destination: tuple[int, ...]) -> str:
+    if source == destination:
+        return name if name == "copy_" else STRAIGHT
+    return ROWS if source[-1:] == destination[-1:] else TRANSPOSED
+
+
+def _memory_order(tensor: torch.Tensor) -> tuple[int, ...]:
+    """Axes from the slowest to the fastest in memory; those of length 1 left out."""
+    axes = [axis for axis in range(tensor.ndim) if tensor.shape[axis] > 1]
+    return tuple(sorted(axes, key=lambda axis: -tensor.stride()[axis]))
 
 
 def _elementwise(name: str, args: Sequence[Any], out: Any) -> list[Kernel]:
@@ -234,6 +266,8 @@ def _elementwise(name: str, args: Sequence[Any], out: Any) -> list[Kernel]:
     if not results:
         return []
     elements = max(tensor.numel() for tensor in results)
+    if name in {"gelu", "gelu_backward"} and "tanh" in args:
+        name = name.replace("gelu", "gelu_tanh")  # the approximation, which costs several times less or more than erf
     return [_kernel("pointwise", name, (elements,), args, out)]
 
 
@@ -245,6 +279,7 @@ _RULES: dict[str, Rule] = {
     "nll_loss_forward": _nll,
     **dict.fromkeys(_NORMALIZATIONS, _normalization),
     **dict.fromkeys(_SOFTMAXES, _softmax),
+    "_safe_softmax": _safe_softmax,
     **dict.fromkeys(_REDUCTIONS - {"nll_loss_forward"}, _reduction),
     **dict.fromkeys(_COPIES, _copy),
 }  # fmt: skip

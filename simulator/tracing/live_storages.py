@@ -24,7 +24,7 @@ class LiveStorages(TorchDispatchMode):
     """
 
     def __init__(self, on_change: OnChange) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._on_change = on_change
         self._alive: dict[int, tuple[weakref.ref[Any], int]] = {}
 

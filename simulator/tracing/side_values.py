@@ -21,7 +21,7 @@ class SideValues(TorchDispatchMode):
     """Makes floating-point factory calls fake and leaves integer ones real."""
 
     def __init__(self, fake_mode: FakeTensorMode) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.fake_mode = fake_mode
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

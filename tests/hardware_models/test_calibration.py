@@ -1,0 +1,99 @@
+"""Measuring and fitting end to end on a tiny grid."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hardware_models.calibration import fit_profile
+from hardware_models.errors import InputError
+from hardware_models.pricing import price
+
+
+@pytest.fixture(scope="module")
+def raw_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import torch
+
+    from hardware_models.microbench import measure
+    from hardware_models.microbench_cases import heavy_cases
+    from hardware_models.microbench_light import light_cases
+
+    path = tmp_path_factory.mktemp("raw") / "raw.json"
+    cases = [case for case in heavy_cases("float32", full=False) if case.kernel_class == "gemm" and case.flops < 10**8]
+    cases += [
+        case for case in light_cases("float32", full=False) if case.op in {"add", "cat", "adamw"} and case.shape[0] < 2**18
+    ]
+    told: list[float] = []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # barriers between threads starve on a machine that runs other things
+    try:
+        measure(
+            path,
+            quick=True,
+            cases=cases,
+            time_limit_s=15.0,
+            num_rounds=3,
+            pool_bytes=2**25,
+            progress=lambda _what, fraction: told.append(fraction),
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert told == sorted(told)
+    assert all(0 <= fraction <= 1 for fraction in told)
+    return path
+
+
+def test_raw_file_holds_samples_and_environment(raw_path: Path) -> None:
+    raw = json.loads(raw_path.read_text())
+    assert raw["complete"]
+    assert raw["environment"]["torch"]
+    assert raw["host"]["dispatch"]["forward_s"] > 0
+    row = next(row for row in raw["results"] if row["op"] == "add")
+    assert (row["read_bytes"], row["written_bytes"]) == (8 * row["shape"][0], 4 * row["shape"][0])
+    assert all(sample > 0 for row in raw["results"] for sample in row["samples_s"])
+
+
+def test_fitted_profile_prices_what_was_measured(raw_path: Path, tmp_path: Path) -> None:
+    raw = json.loads(raw_path.read_text())
+    profile = fit_profile(raw, tmp_path)
+    assert profile.kind == "cpu"
+    assert {curve.group for curve in profile.curves} >= {"mm", "addmm", "add", "cat", "adamw"}
+    assert (tmp_path / "provenance.toml").exists()
+    from hardware_models.kernel import Kernel
+
+    row = max((row for row in raw["results"] if row["op"] == "mm"), key=lambda row: row["flops"])
+    kernel = Kernel(
+        kernel_class="gemm", op="mm", shape=tuple(row["shape"]), dtype="float32", flops=row["flops"], read_bytes=row["read_bytes"],
+        written_bytes=row["written_bytes"],
+    )  # fmt: skip
+    predicted = price([kernel], profile)[0]
+    assert min(row["samples_s"]) / 3 < predicted < 3 * max(row["samples_s"])
+
+
+def test_measuring_goes_on_where_it_stopped(raw_path: Path) -> None:
+    from hardware_models.microbench import load_previous
+    from hardware_models.microbench_light import light_cases
+
+    cases = [case for case in light_cases("float32", full=False) if case.op == "cat" and case.shape[0] < 2**18]
+    assert all(one.samples_s for one in load_previous(raw_path, cases))
+
+
+def test_too_little_is_refused(raw_path: Path, tmp_path: Path) -> None:
+    raw = json.loads(raw_path.read_text())
+    raw["results"] = [row for row in raw["results"] if row["kernel_class"] != "gemm"]
+    with pytest.raises(InputError, match="no product was timed often enough"):
+        fit_profile(raw, tmp_path)
+
+
+def test_microbench_needs_numpy_and_torch_only() -> None:
+    code = (
+        "import sys\n"
+        "for name in ('pydantic', 'tomli_w', 'platformdirs', 'rich', 'click', 'simpy', 'optuna', 'matplotlib', 'numba'):\n"
+        "    sys.modules[name] = None\n"
+        "import hardware_models.microbench\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,99 @@
+"""The fused optimizer: torch's own steps, complex parameters among them, without temporaries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from hardware_models.errors import UnknownNameError
+from simulator.lower import OPTIMIZER_STATES, STEP_COUNT_BYTES
+from simulator.tracing.live_storages import LiveStorages
+from tests.small_models import Level
+from validation.optimizer import FusedOptimizer
+
+NUM_ELEMENTS = 30
+FLOAT_BYTES = 4
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+    torch.manual_seed(0)
+    return [nn.Parameter(torch.randn(NUM_ELEMENTS, dtype=dtype)) for _ in range(2)]
+
+
+def set_gradients(tensors: list[nn.Parameter], seed: int) -> None:
+    torch.manual_seed(seed)
+    for tensor in tensors:
+        tensor.grad = torch.randn_like(tensor)
+
+
+@pytest.mark.parametrize(("name", "reference"), [("adamw", torch.optim.AdamW), ("sgd", torch.optim.SGD)])
+def test_steps_are_torchs(name: str, reference: type[torch.optim.Optimizer]) -> None:
+    mine, theirs = parameters(), parameters()
+    ours, torchs = FusedOptimizer(mine, name=name, learning_rate=0.1), reference(theirs, lr=0.1)
+    for seed in range(3):
+        set_gradients(mine, seed)
+        set_gradients(theirs, seed)
+        ours.step()
+        torchs.step()
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other)
+    assert not torch.equal(mine[0], parameters()[0])
+
+
+def test_a_complex_parameter_steps_as_its_two_real_parts() -> None:
+    mine, theirs = parameters(torch.cfloat), parameters(torch.cfloat)
+    ours, torchs = FusedOptimizer(mine, learning_rate=0.1), torch.optim.AdamW(theirs, lr=0.1, foreach=False)
+    for seed in range(3):
+        set_gradients(mine, seed)
+        set_gradients(theirs, seed)
+        ours.step()
+        torchs.step()
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+    assert all(one.is_complex() for one in mine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.cfloat])
+def test_gradients_are_let_go_and_nothing_else_comes(dtype: torch.dtype) -> None:
+    tensors = parameters(dtype)
+    optimizer = FusedOptimizer(tensors)
+    set_gradients(tensors, 0)
+    optimizer.step()
+    set_gradients(tensors, 1)
+    level = Level()
+    live = LiveStorages(level.change)
+    live.add([*tensors, *(tensor.grad for tensor in tensors if tensor.grad is not None), *optimizer.state_tensors])
+    before, gradients = level.now, sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    with live:
+        optimizer.step()
+    assert level.now == before - gradients
+    assert level.peak == before
+    assert all(tensor.grad is None for tensor in tensors)
+
+
+@pytest.mark.parametrize("name", OPTIMIZER_STATES)
+def test_states_are_of_the_predicted_size(name: str) -> None:
+    tensors = parameters()
+    optimizer = FusedOptimizer(tensors, name=name)
+    assert optimizer.state_tensors == []
+    set_gradients(tensors, 0)
+    optimizer.step()
+    expected = len(tensors) * (OPTIMIZER_STATES[name] * NUM_ELEMENTS * FLOAT_BYTES + STEP_COUNT_BYTES[name])
+    assert sum(state.numel() * state.element_size() for state in optimizer.state_tensors) == expected
+
+
+def test_parameters_that_are_frozen_or_have_no_gradient_stay() -> None:
+    frozen, unused, used = (nn.Parameter(torch.ones(3)) for _ in range(3))
+    frozen.requires_grad_(requires_grad=False)
+    optimizer = FusedOptimizer([frozen, unused, used], learning_rate=0.1)
+    used.grad = torch.ones(3)
+    optimizer.step()
+    assert frozen.tolist() == unused.tolist() == [1.0] * 3
+    assert used.tolist() != [1.0] * 3
+    assert sum(state.numel() for state in optimizer.state_tensors) == 2 * 3 + 1
+
+
+def test_an_unknown_optimizer_lists_the_known() -> None:
+    with pytest.raises(UnknownNameError, match=r"precision.optimizer = 'lion': unknown name; known are adamw, sgd"):
+        FusedOptimizer(parameters(), name="lion")

@@ -1,0 +1,156 @@
+"""Reports: what the command line shows of a result, as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.table import Table
+
+from hardware_models.units import GIB, MS_PER_S, format_bytes
+from search.plan_search import SearchResult
+from simulator.simulate import Simulation
+from simulator.workload import Block, Workload
+
+if TYPE_CHECKING:  # replay needs torch; a table of its result does not
+    from validation.replay import Replay
+
+GIGA = 1e9
+
+
+def table_of(title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Table:
+    """A table with its first column to the left and numbers to the right."""
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def workload_summary(workload: Workload) -> dict[str, Any]:
+    """What ``schedlab trace --json`` prints: per block FLOPs, parameters and every saved tensor under each option."""
+    first = _first_places(workload)
+    return {
+        "model": workload.model, "micro_batch": workload.micro_batch, "tokens": workload.tokens,
+        "parameters": workload.parameter_elements, "model_flops": workload.model_flops, "forward_flops": workload.forward_flops,
+        "mixes_samples": workload.mixes_samples, "notes": list(workload.notes),
+        "blocks": [
+            {
+                "name": f"block{index}", "same_as": f"block{first[id(block)]}", "forward_flops": block.discard.flops,
+                "parameters": block.parameter_elements, "input_bytes": block.input_bytes, "output_bytes": block.output_bytes,
+                "options": [
+                    {
+                        "name": option.name, "saved_bytes": sum(tensor.size_bytes for tensor in option.saved),
+                        "backward_flops": option.backward.flops,
+                        "num_kernels": len(option.forward.kernels) + len(option.backward.kernels),
+                        "saved": [{"op": t.op, "shape": list(t.shape), "dtype": t.dtype, "bytes": t.size_bytes} for t in option.saved],
+                    }
+                    for option in block.options
+                ],
+            }
+            for index, block in enumerate(workload.blocks)
+        ],
+    }  # fmt: skip
+
+
+def _first_places(workload: Workload) -> dict[int, int]:
+    """Identity of each distinct block -> its first place in the chain."""
+    places: dict[int, int] = {}
+    for index, block in enumerate(workload.blocks):
+        places.setdefault(id(block), index)
+    return places
+
+
+def workload_table(workload: Workload) -> Table:
+    """Distinct blocks with what each recompute option keeps between forward and backward."""
+    title = (
+        f"{workload.model}: {len(workload.blocks)} blocks, {workload.parameter_elements:,} parameters, "
+        f"{workload.model_flops / GIGA:.1f} GFLOP forward and backward of a micro-batch of {workload.micro_batch}"
+    )
+    columns = ("block", "times", "GFLOP forward", "kernels", "parameters", "saved: all", "selective", "input only")
+    blocks: Sequence[Block] = workload.blocks
+    rows = []
+    for first in _first_places(workload).values():
+        block = blocks[first]
+        saved = [format_bytes(sum(tensor.size_bytes for tensor in option.saved)) for option in block.options]
+        rows.append((
+            str(first), str(sum(other is block for other in blocks)), f"{block.discard.flops / GIGA:.2f}", str(len(block.discard.kernels)),
+            f"{block.parameter_elements:,}", saved[0], saved[1] if len(saved) > 1 else "", format_bytes(block.input_bytes),
+        ))  # fmt: skip
+    return table_of(title, columns, rows)
+
+
+def simulation_table(simulation: Simulation) -> Table:
+    """What ``schedlab simulate`` prints."""
+    low, high = simulation.step_time_interval_s
+    values = simulation.to_json()
+    rows = [
+        ("step time", f"{simulation.step_time_s * MS_PER_S:.2f} ms (80%: {low * MS_PER_S:.2f} to {high * MS_PER_S:.2f})"),
+        ("tokens/s", f"{values['tokens_per_s_per_gpu']:.1f}"),
+        ("mfu, hfu", f"{values['mfu']:.1%}, {values['hfu']:.1%}"),
+        ("peak memory", format_bytes(simulation.peak_memory_bytes[0]) + ("" if simulation.fits else " (does not fit)")),
+        *(
+            (f"  {key.replace('_', ' ')}", format_bytes(size))
+            for key, size in simulation.profiles[0].peak_breakdown_bytes.items()
+            if size
+        ),
+        *((f"time: {key}", f"{seconds * MS_PER_S:.2f} ms") for key, seconds in simulation.time_breakdown_s.items() if seconds),
+        ("rests on", ", ".join(simulation.price.evidence)),
+    ]
+    return table_of(f"{simulation.workload.model} on {simulation.device.name}", ("", "predicted"), rows)
+
+
+def search_table(result: SearchResult) -> Table:
+    """What ``schedlab search`` prints: the best plan beside the experts'."""
+    best, size = result.simulation, result.plan.batch.micro_batch
+    rows = [
+        (
+            "best",
+            str(size),
+            result.plan.memory.recompute,
+            f"{best.step_time_s:.4f}",
+            format_bytes(best.peak_memory_bytes[0]),
+            "yes",
+        )
+    ]
+    rows += [
+        (
+            name,
+            str(row["micro_batch"]),
+            str(row["recompute"]),
+            f"{row['step_time_s']:.4f}",
+            format_bytes(row["peak_memory_bytes"]),
+            "yes" if row["fits"] else "no",
+        )
+        for name, row in sorted(result.baselines.items(), key=lambda item: item[1]["step_time_s"])
+    ]
+    proof = "certified optimal within the model" if result.study.certified else f"gap to the bound {result.study.gap:.2%}"
+    title = f"{result.request.model.name} on {result.request.device.name}, budget {format_bytes(result.request.budget_bytes)}: {proof}"
+    return table_of(title, ("plan", "micro-batch", "recompute", "step s", "peak", "fits"), rows)
+
+
+def replay_table(replays: Sequence[tuple[str, Replay]]) -> Table:
+    """Predicted beside measured, beside the plain module."""
+    columns = ("schedule", "step predicted", "measured", "error", "peak predicted", "measured", "error", "budget", "gradients")
+    rows = []
+    for name, replay in replays:
+        plain = replay.plain_predicted
+        rows.append((
+            f"{name} plain", *_pair(plain.step_time_s, replay.plain_times.median_s, "s"),
+            *_pair(plain.peak_memory_bytes[0] / GIB, replay.plain_memory.allocated_bytes / GIB, "GiB"), "", "",
+        ))  # fmt: skip
+        for result in replay.results:
+            budget, measured = result.case.plan.memory.budget_bytes, result.memory.allocated_bytes
+            verdict = "" if budget is None else f"{budget / GIB:.4f} GiB {'kept' if measured <= budget else 'exceeded'}"
+            match = result.matches[0]
+            rows.append((
+                f"{name} {result.case.name}", *_pair(result.predicted.step_time_s, result.times.median_s, "s"),
+                *_pair(result.predicted.peak_memory_bytes[0] / GIB, measured / GIB, "GiB"), verdict,
+                "bitwise" if match.bitwise else f"rel {match.max_rel:.1e}",
+            ))  # fmt: skip
+    return table_of("predicted and measured, beside the plain module", columns, rows)
+
+
+def _pair(predicted: float, measured: float, unit: str) -> tuple[str, str, str]:
+    return f"{predicted:.4f} {unit}", f"{measured:.4f} {unit}", f"{predicted / measured - 1:+.2%}"
