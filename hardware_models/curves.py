@@ -21,7 +21,7 @@ _ALIGNED_BYTES = 64
 """A row that is no multiple of this many bytes (a cache line, a vector register) is written unaligned."""
 _FFT_FLOPS = 5.0
 """Operations of a complex transform per element and binary digit of its length (Cooley and Tukey 1965)."""
-TERMS = ("launch_s", "s_per_flop", "s_per_read_byte", "s_per_written_byte", "s_per_spilled_byte")
+TERMS = ("launch_s", "s_per_flop", "s_per_read_byte", "s_per_written_byte", "s_per_spilled_byte", "s_per_product")
 
 
 def work_flops(kernel: Kernel) -> float:
@@ -97,7 +97,7 @@ class Curve:
     """Measured seconds of a group of operators at points, and how to go between and beyond them.
 
     **Model**: ``log t = log p(kernel) + g(features)``. ``p = launch_s + s_per_flop * flops + s_per_read_byte * read + s_per_written_byte *
-    written + s_per_spilled_byte * max(0, read + written - cache_bytes)`` is the physical part with coefficients >= 0; ``g`` is the mean of
+    written + s_per_spilled_byte * max(0, read + written - cache_bytes) + s_per_product * products`` is the physical part with coefficients >= 0; ``g`` is the mean of
     a Gaussian process (Matern 3/2, one length scale in octaves) through the logarithmic residuals at the points, so it interpolates
     inside the grid and fades to ``p`` a few octaves beyond it.
 
@@ -116,7 +116,7 @@ class Curve:
     """``p`` at the points."""
     cache_bytes: int
     """Traffic beyond this does not stay in the last-level cache."""
-    coefficients: tuple[float, float, float, float, float]
+    coefficients: tuple[float, ...]
     """In the order of `TERMS`."""
     length_scale: float
     noise: float
@@ -136,7 +136,7 @@ class Curve:
 
 
 def physical_terms(kernels: Sequence[Kernel], cache_bytes: int) -> Floats:
-    """The factors of `TERMS`, shape ``(len(kernels), 5)``."""
+    """The factors of `TERMS`, shape ``(len(kernels), len(TERMS))``; a batched product counts its products, one by one on some devices."""
     rows = [
         (
             1.0,
@@ -144,6 +144,7 @@ def physical_terms(kernels: Sequence[Kernel], cache_bytes: int) -> Floats:
             float(kernel.read_bytes),
             float(kernel.written_bytes),
             float(max(0, kernel.moved_bytes - cache_bytes)),
+            float(kernel.shape[0]) if kernel.kernel_class == "batched_gemm" else 0.0,
         )
         for kernel in kernels
     ]

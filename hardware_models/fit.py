@@ -61,7 +61,7 @@ def fit_curve(kernels: Sequence[Kernel], seconds: Sequence[float], *, group: str
         points=tuple(tuple(float(x) for x in row) for row in points),
         seconds=tuple(float(x) for x in np.exp(log_times)), physical_seconds=tuple(float(x) for x in np.exp(log_base)),
         cache_bytes=cache_bytes,
-        coefficients=_five(coefficients),
+        coefficients=tuple(float(value) for value in coefficients),
         length_scale=length_scale, noise=noise,
         relative_standard_error=float(np.sqrt(np.average(errors**2, weights=_weights(log_times)))), median_error=float(np.median(np.abs(errors))),
     )  # fmt: skip
@@ -84,11 +84,6 @@ def _determined(terms: Floats) -> Floats:
     if np.count_nonzero(terms[:, 4] > _MOST * (terms[:, 2] + terms[:, 3])) < _LEAST_SPILLING:
         terms[:, 4] = 0.0
     return terms
-
-
-def _five(values: Floats) -> tuple[float, float, float, float, float]:
-    launch, flop, read, written, spilled = (float(value) for value in values)
-    return launch, flop, read, written, spilled
 
 
 def _weights(log_times: Floats) -> Floats:

@@ -109,7 +109,7 @@ class _CurveSection(_Section):
     seconds: list[_Positive]
     physical_seconds: list[_Positive]
     cache_bytes: Annotated[int, Field(ge=0)]
-    coefficients: tuple[_NonNegative, _NonNegative, _NonNegative, _NonNegative, _NonNegative]
+    coefficients: tuple[_NonNegative, _NonNegative, _NonNegative, _NonNegative, _NonNegative, _NonNegative]
     length_scale: _Positive
     noise: _Positive
     relative_standard_error: _NonNegative

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hardware_models.errors import InputError, UnknownNameError
+from hardware_models.errors import UnknownNameError
 from hardware_models.profile import DeviceProfile
 from simulator.models import MODELS
 from simulator.plan import Plan, check_model, check_single_device, resolve_batch

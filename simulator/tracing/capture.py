@@ -112,31 +112,12 @@ def capture(
     buffers = {key: to_fake(value, fake_mode) for key, value in module.named_buffers()}
     tensors = {key: to_fake(value, fake_mode) for key, value in example_inputs.items() if isinstance(value, torch.Tensor)}
     constants = {key: value for key, value in example_inputs.items() if not isinstance(value, torch.Tensor)}
-    own_functions: list[str] = []
-    leaves: set[int] = set()
-
-    def forward(values: list[torch.Tensor]) -> torch.Tensor:
-        split = (len(parameters), len(parameters) + len(buffers))
-        state = dict(zip(parameters, values[: split[0]], strict=True)) | dict(
-            zip(buffers, values[split[0] : split[1]], strict=True)
-        )
-        inputs = dict(zip(tensors, values[split[1] :], strict=True)) | constants
-        return loss(torch.func.functional_call(module, state, kwargs=inputs, tie_weights=True))
-
-    def traced(values: list[torch.Tensor]) -> torch.Tensor:
-        result = forward(values)
-        for node in _autograd_nodes(result):
-            if isinstance(node, BackwardCFunction):
-                own_functions.append(type(node).__name__)
-            leaves.add(id(getattr(node, "variable", None)))
-        return result
-
+    forward = _forward_of(module, (parameters, buffers, tensors), constants, loss)
     values = [*parameters.values(), *buffers.values(), *tensors.values()]
+    traced: GraphModule | None
     try:
         with _attributes_kept(module), fake_activations(fake_mode), torch.enable_grad():
-            graph: GraphModule | None = make_fx(
-                traced, pre_dispatch=True, tracing_mode="real", _error_on_data_dependent_ops=False
-            )(values)
+            traced, own_functions, leaves = _graph_of(forward, values)
     except InputError:
         raise
     except Exception as error:
@@ -149,13 +130,50 @@ def capture(
         )  # fmt: skip
     notes: tuple[str, ...] = ()
     if own_functions:
-        graph = None
-        notes = (f"one block: the module defines autograd functions ({', '.join(sorted(set(own_functions)))})",)
+        traced = None
+        notes = (f"one block: the module defines autograd functions ({', '.join(sorted(own_functions))})",)
     return Capture(
-        graph=graph, forward=forward, fake_mode=fake_mode, parameters=parameters, buffers=buffers, inputs=tensors, notes=notes,
+        graph=traced, forward=forward, fake_mode=fake_mode, parameters=parameters, buffers=buffers, inputs=tensors, notes=notes,
         has_batch_statistics=any(isinstance(part, _BatchNorm) and part.training for part in module.modules()),
         trained=trained,
     )  # fmt: skip
+
+
+def _forward_of(
+    module: torch.nn.Module,
+    groups: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]],
+    constants: Mapping[str, Any],
+    loss: LossFunction,
+) -> Callable[[list[torch.Tensor]], torch.Tensor]:
+    """The module and loss as a function of the values of its (parameters, buffers, tensor inputs), in their order."""
+    parameters, buffers, tensors = groups
+
+    def forward(values: list[torch.Tensor]) -> torch.Tensor:
+        num_states = len(parameters) + len(buffers)
+        state = dict(zip((*parameters, *buffers), values[:num_states], strict=True))
+        inputs = {**dict(zip(tensors, values[num_states:], strict=True)), **constants}
+        return loss(torch.func.functional_call(module, state, kwargs=inputs, tie_weights=True))
+
+    return forward
+
+
+def _graph_of(
+    forward: Callable[[list[torch.Tensor]], torch.Tensor], values: list[torch.Tensor]
+) -> tuple[GraphModule, frozenset[str], frozenset[int]]:
+    """The operators of ``forward(values)``, the user's own autograd functions in it, and ids of the leaves that get a gradient."""
+    own_functions: set[str] = set()
+    leaves: set[int] = set()
+
+    def traced(values: list[torch.Tensor]) -> torch.Tensor:
+        result = forward(values)
+        for node in _autograd_nodes(result):
+            if isinstance(node, BackwardCFunction):
+                own_functions.add(type(node).__name__)
+            leaves.add(id(getattr(node, "variable", None)))
+        return result
+
+    graph: GraphModule = make_fx(traced, pre_dispatch=True, tracing_mode="real", _error_on_data_dependent_ops=False)(values)
+    return graph, frozenset(own_functions), frozenset(leaves)
 
 
 @contextmanager

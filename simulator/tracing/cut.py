@@ -256,19 +256,19 @@ def _block(
         if operator_name(node) == SET_GRADIENTS and node.args[0]:
             copies[node].args = (outer,)  # a region that ends gives back the caller's mode, not what it was while tracing
     graph.output(tuple(copies[node] for node in (leaving, *carried_out)))
-    mutated = dict.fromkeys(
-        names[argument][2:]
-        for node in section
-        for argument in _buffers_changed(node, names)
-        if names[argument].startswith("b:")
-    )
     operators = tuple(operator_name(node) for node in section)
     return BlockGraph(
         name=f"block{index}", graph=GraphModule(source, graph), arguments=tuple(arguments),
-        carried_out=tuple(node.name for node in carried_out), mutated_buffers=tuple(mutated),
+        carried_out=tuple(node.name for node in carried_out), mutated_buffers=_mutated_buffers(section, names),
         uses_randomness=any(_uses_randomness(node) for node in section),
         mixes_samples=any(_uses_batch_statistics(node) for node in section), operators=operators,
     )  # fmt: skip
+
+
+def _mutated_buffers(section: Sequence[Node], names: dict[Node, str]) -> tuple[str, ...]:
+    """Names of the buffers that a section changes, each once."""
+    changed = (names[argument] for node in section for argument in _buffers_changed(node, names))
+    return tuple(dict.fromkeys(name[2:] for name in changed if name.startswith("b:")))
 
 
 def _uses_randomness(node: Node) -> bool:

@@ -70,7 +70,7 @@ def test_truncated_file_is_named(tmp_path: Path) -> None:
 def _curve(**changes: object) -> dict[str, Any]:
     curve = {
         "kernel_class": "pointwise", "group": "add", "dtype": "float32", "evidence": "measured", "points": [[10.0], [12.0]], "seconds": [1e-6, 4e-6],
-        "physical_seconds": [1e-6, 4e-6], "cache_bytes": 0, "coefficients": [0.0, 0.0, 1e-9, 0.0, 0.0], "length_scale": 1.0, "noise": 0.1,
+        "physical_seconds": [1e-6, 4e-6], "cache_bytes": 0, "coefficients": [0.0, 0.0, 1e-9, 0.0, 0.0, 0.0], "length_scale": 1.0, "noise": 0.1,
         "relative_standard_error": 0.1, "median_error": 0.1,
     }  # fmt: skip
     return {"format": 1, "curve": [curve | changes]}

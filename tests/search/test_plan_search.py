@@ -21,7 +21,9 @@ from simulator.simulate import StepSetting, simulate
 from tests.small_models import BATCH
 
 DEVICE = load_hardware("h100-sxm")
-KEYS = set("best objective budget_bytes lower_bound_s gap certified space_size num_simulated elapsed_s baselines pareto".split())
+KEYS = set(
+    "best objective budget_bytes lower_bound_s gap certified space_size num_simulated elapsed_s baselines pareto".split()
+)
 
 
 @cache
@@ -30,7 +32,9 @@ def model(name: str = "residual_mlp") -> ModelSource:
 
 
 def request(budget_bytes: int, **changes: Any) -> SearchRequest:
-    return SearchRequest(model=changes.pop("model", model()), device=DEVICE, global_batch=BATCH, budget_bytes=budget_bytes, **changes)
+    return SearchRequest(
+        model=changes.pop("model", model()), device=DEVICE, global_batch=BATCH, budget_bytes=budget_bytes, **changes
+    )
 
 
 @cache

@@ -30,14 +30,19 @@ class Simulator:
         self.values, self.asked = values, list[str]()
 
     def __call__(self, text: str) -> Outcome:
+        """The outcome of a point."""
         self.asked.append(text)
         value = self.values[text]
         if value is None:
-            raise InfeasibleError(limit=f"no room at {text}", smallest_change="more", needed_bytes=len(self.values) - len(self.asked))
+            raise InfeasibleError(
+                limit=f"no room at {text}", smallest_change="more", needed_bytes=len(self.values) - len(self.asked)
+            )
         return Outcome(value=value, bound=value, attributes={"name": text})
 
 
-def study(space: list[BoundedPoint], simulate: Callable[[str], Outcome], storage: str | None = None, **more: float) -> StudyResult:
+def study(
+    space: list[BoundedPoint], simulate: Callable[[str], Outcome], storage: str | None = None, **more: float
+) -> StudyResult:
     return run_study(space, simulate, request="a test", storage=storage, time_limit_s=more.get("time_limit_s"))
 
 
@@ -67,7 +72,10 @@ def test_points_that_bounds_do_not_exclude_are_all_simulated() -> None:
 @given(st.lists(st.tuples(st.integers(1, 20), st.integers(0, 5), st.booleans()), min_size=1, max_size=6))
 def test_the_answer_is_that_of_simulating_everything(table: list[tuple[int, int, bool]]) -> None:
     names = [f"p{index}" for index in range(len(table))]
-    space = [BoundedPoint(text=name, bound=float(max(0, value - slack))) for name, (value, slack, _) in zip(names, table, strict=True)]
+    space = [
+        BoundedPoint(text=name, bound=float(max(0, value - slack)))
+        for name, (value, slack, _) in zip(names, table, strict=True)
+    ]
     values = {name: float(value) if feasible else None for name, (value, _, feasible) in zip(names, table, strict=True)}
     feasible = [value for value in values.values() if value is not None]
     if not feasible:

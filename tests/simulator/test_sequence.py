@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hardware_models.errors import InputError
-from simulator.sequence import Operation, check_sequence, checkpoint_blocks, format_sequence, keep_all, parse_sequence, runs_twice
+from simulator.sequence import (
+    Operation,
+    check_sequence,
+    checkpoint_blocks,
+    format_sequence,
+    keep_all,
+    parse_sequence,
+    runs_twice,
+)
 from tests.small_models import nested
 
 BLOCKS = st.integers(0, 300)
@@ -48,7 +56,11 @@ def test_a_line_that_is_no_operation_is_named(line: str) -> None:
         ("F_e 0,F_all 2,B 2", 2, "operation 2 = 'F_all 2:all': 0 <= block < 2 must hold"),
         ("F_all 0,F_all 1,B 0", 2, "operation 3 = 'B 0': the next backward is of block 1, after its F_all"),
         ("F_all 0,F_e 1,B 1", 2, "operation 3 = 'B 1': the next backward is of block 1, after its F_all"),
-        ("F_all 1,B 1", 2, "operation 1 = 'F_all 1:all': the block's input is neither the output just made nor kept by an F_ck"),
+        (
+            "F_all 1,B 1",
+            2,
+            "operation 1 = 'F_all 1:all': the block's input is neither the output just made nor kept by an F_ck",
+        ),
         ("F_all 0,F_e 1,F_all 2,B 2,F_all 1", 3, "operation 5 = 'F_all 1:all': the block's input is neither"),
         ("F_e 0,F_ck 1,F_all 1,F_all 1", 2, "operation 4 = 'F_all 1:all': the block's input is neither"),
         ("F_all 0,F_all 1,B 1,F_e 0,F_all 1", 2, "operation 5 = 'F_all 1:all': block 1 has run backward already"),

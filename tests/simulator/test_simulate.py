@@ -12,7 +12,16 @@ from hardware_models.catalogue import load_hardware
 from hardware_models.profile import DeviceProfile
 from simulator.program import Kind, MemoryClass
 from simulator.sequence import checkpoint_blocks, keep_all
-from simulator.simulate import INTERVAL_Z, SEGMENT_BYTES, TIME_CLASSES, Simulation, StepSetting, simulate, static_peak_bytes, step_kernels
+from simulator.simulate import (
+    INTERVAL_Z,
+    SEGMENT_BYTES,
+    TIME_CLASSES,
+    Simulation,
+    StepSetting,
+    simulate,
+    static_peak_bytes,
+    step_kernels,
+)
 from simulator.workload import Workload
 from tests.small_models import BATCH, nested, program_of, sequences, traced
 

@@ -32,7 +32,15 @@ MEMORY_TOLERANCE = 1e-3
 SPLITS = (1, 3)
 SOME = {1: ("none", "nested"), 3: ("selective", "mixed")}
 """Sequences at each split for the models whose trait lies elsewhere."""
-ALL_SEQUENCES = ("residual-mlp", "convolution-net", "transformer", "own-function", "no-grad-region", "skip-over-everything", "spectral")
+ALL_SEQUENCES = (
+    "residual-mlp",
+    "convolution-net",
+    "transformer",
+    "own-function",
+    "no-grad-region",
+    "skip-over-everything",
+    "spectral",
+)
 SEED = 5
 
 Result = tuple[Tensor, dict[str, Tensor | None], dict[str, Tensor], Tensor]

@@ -110,8 +110,8 @@ def test_shared_gradients_are_summed_before_they_meet_the_parameters() -> None:
     assert not run.aliases
 
 
-class Stop(RuntimeError):
-    pass
+class StopError(RuntimeError):
+    """Raised in the middle of a step."""
 
 
 def fail_in(trace_of: Traced, index: int, run_number: int) -> Traced:
@@ -123,7 +123,7 @@ def fail_in(trace_of: Traced, index: int, run_number: int) -> Traced:
         calls.append(1)
         result = block.graph(*arguments)
         if len(calls) == run_number:
-            raise Stop
+            raise StopError
         return result
 
     blocks = list(trace_of.chain.blocks)
@@ -143,7 +143,7 @@ def test_a_failure_in_the_middle_leaves_the_module_usable(name: str, run_number:
     assert 2 in runs_twice(operations)
     module, inputs = build(name)
     hooks = [(len(part._forward_hooks), len(part._backward_hooks), part.training) for part in module.modules()]
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         ScheduledStep(module=module, traced=fail_in(trace_of, 2, run_number), operations=operations)([inputs])
     assert [(len(part._forward_hooks), len(part._backward_hooks), part.training) for part in module.modules()] == hooks
     assert all(value.requires_grad and value.is_leaf for value in module.parameters())
@@ -176,6 +176,6 @@ def test_random_state_is_the_present_one_after_a_failed_second_run() -> None:
     reference(**inputs)
     after = torch.get_rng_state()
     torch.manual_seed(1)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         ScheduledStep(module=module, traced=fail_in(trace_of, 2, 2), operations=sequences(trace_of)["full"])([inputs])
     assert torch.equal(after, torch.get_rng_state())

@@ -1,5 +1,7 @@
 """Capture: what the graph holds, that the module stays as it was, and what a trace that fails says."""
 
+# ruff: noqa: D101, D102 - small modules: forward is forward
+
 from __future__ import annotations
 
 from types import SimpleNamespace

@@ -1,5 +1,7 @@
 """Cut: which blocks a module becomes, which of them are one, and what a block says about itself."""
 
+# ruff: noqa: D101, D102 - small modules: forward is forward
+
 from __future__ import annotations
 
 import pytest

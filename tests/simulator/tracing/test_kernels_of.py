@@ -120,7 +120,7 @@ def test_shape_of_a_convolution() -> None:
 
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_backward_of_a_grouped_convolution_is_twice_its_forward(groups: int) -> None:
-    """torch's counter takes the weight's gradient for ungrouped."""
+    """Torch's counter takes the weight's gradient for ungrouped."""
     x, weight = leaf(2, 4, 8, 8), leaf(8, 4 // groups, 3, 3)
     forward = sum(one.flops for one in kernels(lambda: F.conv2d(x, weight, groups=groups)))
     assert forward == 2 * 2 * (6 * 6) * (3 * 3) * 4 * 8 // groups
@@ -148,7 +148,7 @@ def test_fourier_transforms_by_the_length_of_the_signal() -> None:
     "function",
     [
         lambda x: x.view(2, 6), lambda x: x.t(), lambda x: x[1:], lambda x: x.detach(), lambda x: x.expand(2, 3, 4),
-        lambda x: x.unsqueeze(0), lambda x: x.split(1), lambda x: torch.empty_like(x),
+        lambda x: x.unsqueeze(0), lambda x: x.split(1), torch.empty_like,
     ],
 )  # fmt: skip
 def test_views_and_bare_allocations_launch_nothing(function: Callable[[Tensor], Any]) -> None:
@@ -182,8 +182,8 @@ def test_bytes_are_each_operand_once() -> None:
     x = random(6, 4)
     found = kernel(lambda: x + x)
     assert (found.read_bytes, found.written_bytes) == (2 * 24 * FLOAT_BYTES, 24 * FLOAT_BYTES)
-    assert kernel(lambda: x.clone()).moved_bytes == 2 * 24 * FLOAT_BYTES
-    assert kernel(lambda: x.zero_()).moved_bytes == 24 * FLOAT_BYTES
+    assert kernel(x.clone).moved_bytes == 2 * 24 * FLOAT_BYTES
+    assert kernel(x.zero_).moved_bytes == 24 * FLOAT_BYTES
 
 
 def test_an_embedding_reads_the_rows_that_it_takes() -> None:

@@ -1,5 +1,7 @@
 """Record: what each pass allocates, keeps and lets go; the books balance for every small model, option and block."""
 
+# ruff: noqa: D102 - small modules: forward is forward
+
 from __future__ import annotations
 
 from collections import Counter
@@ -150,7 +152,11 @@ def test_sizes_of_a_workload() -> None:
     assert (workload.micro_batch, workload.tokens, workload.batch_bytes) == (BATCH, tokens, 2 * tokens * 8)
     assert traced("transformer", 3).workload.micro_batch == BATCH // 3
     assert traced("residual-mlp").workload.tokens == BATCH
-    assert [traced(name).workload.mixes_samples for name in ("convolution-net", "eval-convolution", "spectral")] == [True, False, False]
+    assert [traced(name).workload.mixes_samples for name in ("convolution-net", "eval-convolution", "spectral")] == [
+        True,
+        False,
+        False,
+    ]
 
 
 class Cast(nn.Module):
@@ -168,5 +174,7 @@ def test_dtypes_are_the_operators() -> None:
     workload = trace(Cast(), {"x": torch.randn(4, WIDTH)}).workload
     products = {kernel.dtype for block in workload.blocks for kernel in block.discard.kernels if kernel.kernel_class == "gemm"}
     assert products == {"bfloat16"}
-    spectral = {kernel.dtype for block in blocks_of("spectral")[1] for kernel in block.discard.kernels if "gemm" in kernel.kernel_class}
+    spectral = {
+        kernel.dtype for block in blocks_of("spectral")[1] for kernel in block.discard.kernels if "gemm" in kernel.kernel_class
+    }
     assert "complex64" in spectral

@@ -1,5 +1,7 @@
 """Models that users name: factories, how their inputs are split, and what is refused."""
 
+# ruff: noqa: D101, D102 - small modules: forward is forward
+
 from __future__ import annotations
 
 import sys
@@ -62,7 +64,9 @@ def test_one_tensor_is_the_first_argument() -> None:
 
 @pytest.mark.parametrize("result", [None, nn.Linear(1, 1), (nn.Linear(1, 1), 3), ("model", {}), (1, 2, 3)], ids=repr)
 def test_what_is_no_pair_is_refused(result: Any) -> None:
-    with pytest.raises(InputError, match=r"model mine: return value = '\w+': a pair \(nn.Module, example inputs\); return the module and a"):
+    with pytest.raises(
+        InputError, match=r"model mine: return value = '\w+': a pair \(nn.Module, example inputs\); return the module and a"
+    ):
         model(lambda: result).build()
 
 
@@ -97,7 +101,9 @@ def test_an_argument_that_the_function_does_not_take_is_refused() -> None:
 
 @pytest.mark.parametrize("name", ["no_such_module:f", "tests.small_models:no_such_function"])
 def test_a_function_that_is_not_there_is_refused(name: str) -> None:
-    with pytest.raises(InputError, match=rf"--model: name = '{name}': cannot be imported: .*no_such.*; name a module on the Python path"):
+    with pytest.raises(
+        InputError, match=rf"--model: name = '{name}': cannot be imported: .*no_such.*; name a module on the Python path"
+    ):
         traced_model(name, batch=None, seq_len=None)
 
 
