@@ -13,7 +13,8 @@ from search.chain_schedules import evaluate
 from simulator.lower import PassPrices, lower, resident_bytes
 from simulator.program import Kind
 from simulator.simulate import static_peak_bytes
-from tests.small_models import SMALL_MODELS, sequences, traced
+from tests.small_models import SMALL_MODELS, traced
+from tests.small_steps import sequences
 
 DEVICE = load_hardware("h100-sxm")
 

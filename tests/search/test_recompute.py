@@ -14,7 +14,8 @@ from simulator.plan import Batch, Memory, Plan
 from simulator.sequence import Operation, keep_all
 from simulator.simulate import StepSetting, simulate
 from simulator.workload import Workload
-from tests.small_models import BATCH, SMALL_MODELS, nested, sequences, traced
+from tests.small_models import BATCH, SMALL_MODELS, traced
+from tests.small_steps import nested, sequences
 
 DEVICE = load_hardware("h100-sxm")
 NUM_BUDGETS = 6

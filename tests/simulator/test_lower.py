@@ -17,7 +17,8 @@ from simulator.program import Kind, MemoryClass, Program
 from simulator.sequence import Operation, checkpoint_blocks, keep_all, parse_sequence
 from simulator.simulate import static_peak_bytes
 from simulator.workload import Block, BlockOption, MemoryEvent, Pass, Workload
-from tests.small_models import SMALL_MODELS, nested, program_of, sequences, traced
+from tests.small_models import SMALL_MODELS, traced
+from tests.small_steps import nested, program_of, sequences
 
 OUT, SAVED, TEMPORARY, GRADIENT, CARRIED, STATE = 10, 100, 1000, 10_000, 100_000, 1_000_000
 LOSS = OUT

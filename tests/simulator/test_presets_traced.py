@@ -16,6 +16,13 @@ from simulator.workload import Pass
 
 BATCH, SEQ_LEN, VOCAB = 3, 10, 101
 
+COPIES = {"clone", "_to_copy", "transposed_copy"}
+"""A generated workload has no strides, by which a trace tells copies apart."""
+
+
+def operators(run: Pass) -> Counter[str]:
+    return Counter("copy" if kernel.op in COPIES else kernel.op for kernel in run.kernels)
+
 
 def models(name: str) -> tuple[TransformerConfig, Any]:
     if name == "gpt2":
@@ -80,10 +87,9 @@ def test_blocks_agree_with_the_trace(name: str) -> None:
             assert option.saved_internal_bytes == expected.saved_internal_bytes
             assert (option.keeps_input, option.keeps_output) == (expected.keeps_input, expected.keeps_output)
         one, other = mine.options[0], theirs.options[0]
-        assert Counter(kernel.op for kernel in one.backward.kernels) == Counter(kernel.op for kernel in other.backward.kernels)
+        assert operators(one.backward) == operators(other.backward)
         assert peak_bytes(one.backward) == peak_bytes(other.backward)
         if index > 1:  # before: masks and tables, which the two make in different blocks
-            assert Counter(k.op for k in one.forward.kernels) == Counter(
-                k.op for k in other.forward.kernels if k.op != "arange"
-            )
+            theirs_without_tables = [kernel for kernel in other.forward.kernels if kernel.op != "arange"]
+            assert operators(one.forward) == operators(replace(other.forward, kernels=tuple(theirs_without_tables)))
             assert peak_bytes(one.forward) == peak_bytes(other.forward)

@@ -11,7 +11,8 @@ from simulator.plan import Memory, MemoryBlock, Plan
 from simulator.recompute import operations_of
 from simulator.sequence import format_sequence, keep_all, parse_sequence
 from simulator.workload import Workload
-from tests.small_models import nested, traced
+from tests.small_models import traced
+from tests.small_steps import nested
 
 
 @pytest.fixture(scope="module")

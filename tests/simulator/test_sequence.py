@@ -16,7 +16,7 @@ from simulator.sequence import (
     parse_sequence,
     runs_twice,
 )
-from tests.small_models import nested
+from tests.small_steps import nested
 
 BLOCKS = st.integers(0, 300)
 OPERATIONS = st.one_of(

@@ -23,7 +23,8 @@ from simulator.simulate import (
     step_kernels,
 )
 from simulator.workload import Workload
-from tests.small_models import BATCH, nested, program_of, sequences, traced
+from tests.small_models import BATCH, traced
+from tests.small_steps import nested, program_of, sequences
 
 KEYS = set(
     "step_time_s step_time_interval_s tokens_per_s_per_gpu model_flops_per_s_per_gpu mfu hfu peak_memory_bytes peak_reserved_bytes "

@@ -14,18 +14,8 @@ from simulator.sequence import Operation, check_sequence, keep_all
 from simulator.simulate import static_peak_bytes
 from simulator.tracing.trace import Traced, trace
 from simulator.tracing.traced_model import micro_batches
-from tests.small_models import (
-    BATCH,
-    SMALL_MODELS,
-    CachedAttribute,
-    build,
-    measured_step,
-    nested,
-    plain_step,
-    program_of,
-    sequences,
-    traced,
-)
+from tests.small_models import BATCH, SMALL_MODELS, CachedAttribute, build, traced
+from tests.small_steps import measured_step, nested, plain_step, program_of, sequences
 from validation.run_step import ScheduledStep
 
 MEMORY_TOLERANCE = 1e-3

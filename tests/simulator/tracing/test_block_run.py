@@ -14,7 +14,8 @@ from torch import Tensor
 from simulator.sequence import runs_twice
 from simulator.tracing.block_run import MicroBatch
 from simulator.tracing.trace import Traced
-from tests.small_models import build, plain_step, sequences, traced
+from tests.small_models import build, traced
+from tests.small_steps import plain_step, sequences
 from validation.run_step import ScheduledStep
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from simulator.tracing.live_storages import LiveStorages, storage_of
-from tests.small_models import Level
+from tests.small_steps import Level
 
 FLOAT_BYTES = 4
 
