@@ -40,6 +40,8 @@ __all__ = ["Plan", "Simulation", "load_hardware", "main", "model_source", "read_
 
 EXIT_INPUT, EXIT_INFEASIBLE = 2, 3
 THIS = "this"
+PIPE_COLUMNS = 150
+"""Width of tables that go to a file or a pipe."""
 
 Command = Callable[..., dict[str, Any]]
 stderr = Console(stderr=True)
@@ -62,7 +64,7 @@ def reported(command: Command) -> Callable[..., None]:
         if as_json:
             click.echo(json.dumps(result))
         elif table is not None:
-            Console().print(table)
+            Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)
 
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(run)
 
