@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
+from hardware_models.files import whole_file
 from hardware_models.host_memory import keep_freed_pages
 from hardware_models.microbench_cases import Call, Case, Pool, heavy_cases
 from hardware_models.microbench_host import host_timings
@@ -178,10 +179,9 @@ def load_previous(path: Path, cases: Sequence[Case]) -> list[Measured]:
 
 
 def write_raw(path: Path, raw: dict[str, Any]) -> None:
-    """Writes to a temporary file beside it, then renames."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(raw))
-    temporary.replace(path)
+    """Writes the raw timings, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(raw))
 
 
 def noise(measured: Sequence[Measured]) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tomllib
 from collections.abc import Mapping
 from itertools import pairwise
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hardware_models.curves import Curve
 from hardware_models.errors import InputError
+from hardware_models.files import whole_file
 from hardware_models.kernel import KernelClass
 from hardware_models.profile import CopyEngine, DeviceProfile, Efficiency, Evidence, Sourced
 
@@ -237,11 +237,6 @@ def curve_table(curve: Curve) -> dict[str, Any]:
 
 
 def write_toml(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a whole file or none: to a temporary file beside it, then renamed over it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
+    """Writes a TOML file, whole or not at all."""
+    with whole_file(path) as temporary:
         temporary.write_text(tomli_w.dumps(values), encoding="utf-8")
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
