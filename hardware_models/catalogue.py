@@ -10,13 +10,14 @@ from pathlib import Path
 
 from platformdirs import user_cache_path
 
+from hardware_models.aliases import closest_device
 from hardware_models.errors import InputError, UnknownNameError
 from hardware_models.profile import DeviceProfile
 from hardware_models.profile_file import DEVICE_FILE, load_profile
 
 THIS = "this"
 CACHE_VARIABLE = "SCHEDLAB_CACHE"
-_DATA = Path(__file__).parent / "data"
+CATALOGUE_FOLDER = Path(__file__).parent / "data"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +51,7 @@ def load_hardware(name_or_path: str | Path, *, device: str = "cpu") -> DevicePro
             )  # fmt: skip
         return load_profile(folder)
     if text in catalogue_names():
-        return load_profile(_DATA / text)
+        return load_profile(CATALOGUE_FOLDER / text)
     path = Path(name_or_path)
     if path.is_dir():
         return load_profile(path)
@@ -64,19 +65,21 @@ def load_hardware(name_or_path: str | Path, *, device: str = "cpu") -> DevicePro
                 remedy="name the folder that holds it",
             )
         return load_profile(path.parent)
+    closest = closest_device(text)
     raise UnknownNameError(
-        source="--hardware", key="name", value=text, known=(*catalogue_names(), THIS), remedy="or give the folder of a profile"
-    )
+        source="--hardware", key="name", value=text, known=(*catalogue_names(), THIS),
+        remedy=(f"did you mean {closest!r}? " if closest else "") + "Or give the folder of a profile: 'schedlab calibrate --device cuda --out DIR' measures one",
+    )  # fmt: skip
 
 
 def catalogue_names() -> tuple[str, ...]:
     """Names that the catalogue holds, sorted."""
-    return tuple(sorted(path.parent.name for path in _DATA.glob(f"*/{DEVICE_FILE}")))
+    return tuple(sorted(path.parent.name for path in CATALOGUE_FOLDER.glob(f"*/{DEVICE_FILE}")))
 
 
 def list_hardware() -> tuple[HardwareEntry, ...]:
     """The catalogue, then the calibrated devices of this machine, with what each rests on."""
-    folders = [_DATA / name for name in catalogue_names()]
+    folders = [CATALOGUE_FOLDER / name for name in catalogue_names()]
     folders += sorted(path.parent for path in (cache_folder() / "hardware").glob(f"this-*/{DEVICE_FILE}"))
     entries = []
     for folder in folders:

@@ -47,11 +47,18 @@ class Case:
     dtype: str
     flops: int
     build: Build
+    variant: str = ""
+    """How it differs from what a kernel of this shape is by default (layout, back end); those that do are compared with it, not fitted."""
+    work_bytes: int = 0
+    """About what its operands and results take."""
+    tier: int = 0
+    """Lower ones are measured first."""
 
     @property
     def key(self) -> str:
         """Unique text of the case."""
-        return f"{self.kernel_class}/{self.op}/{self.dtype}/{'x'.join(map(str, self.shape))}"
+        variant = f"/{self.variant}" if self.variant else ""
+        return f"{self.kernel_class}/{self.op}/{self.dtype}/{'x'.join(map(str, self.shape))}{variant}"
 
 
 class Pool:

@@ -1,9 +1,9 @@
-"""The part of `microbench` that is no single kernel: eager dispatch, copies between host and device, sustained load."""
+"""The part of `microbench` that is no single kernel: eager dispatch, the host's memory, sustained load of a CPU."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,8 +13,7 @@ from hardware_models.microbench_timing import Stopwatch
 
 _NUM_OPS = 100
 _TINY = 4
-_COPY_BYTES = (2**12, 2**16, 2**20, 2**23, 2**26, 2**28)
-_SUSTAINED_SIZE = {"cpu": 512, "cuda": 8192}
+_SUSTAINED_SIZE = 512
 _SUSTAINED_SHARE = 0.4
 
 
@@ -34,13 +33,11 @@ class _TinyChain(torch.nn.Module):
 
 
 def host_timings(device: str, *, time_limit_s: float) -> dict[str, Any]:
-    """Dispatch seconds per kernel (forward, backward), copies (CUDA only) and the rate under sustained load."""
+    """Of a CPU: dispatch seconds per kernel (forward, backward) and the rate under sustained load."""
     stopwatch = Stopwatch(device)
-    result: dict[str, Any] = {"dispatch": dispatch(device, stopwatch)}
-    result["sustained"] = sustained(device, stopwatch, duration_s=_SUSTAINED_SHARE * time_limit_s)
-    if device == "cuda":
-        result["copies"] = copies(stopwatch)
-    return result
+    return {
+        "dispatch": dispatch(device, stopwatch), "sustained": sustained(stopwatch, duration_s=_SUSTAINED_SHARE * time_limit_s),
+    }  # fmt: skip
 
 
 def dispatch(device: str, stopwatch: Stopwatch, *, repeats: int = 15) -> Mapping[str, float]:
@@ -79,11 +76,10 @@ def _bare_operator(x: torch.Tensor) -> float:
         return (time.perf_counter() - begin) / _NUM_OPS
 
 
-def sustained(device: str, stopwatch: Stopwatch, *, duration_s: float) -> Mapping[str, float]:
+def sustained(stopwatch: Stopwatch, *, duration_s: float) -> Mapping[str, float]:
     """Rates of a matrix product in the first and the last quarter of a stretch under load: what clocks do when hot."""
-    size = _SUSTAINED_SIZE[device]
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    a = torch.ones(size, size, device=device, dtype=dtype)
+    size = _SUSTAINED_SIZE
+    a = torch.ones(size, size)
     rates: list[float] = []
     begin = time.perf_counter()
     while time.perf_counter() - begin < duration_s or len(rates) < 4:  # noqa: PLR2004 - a quarter needs one
@@ -96,72 +92,27 @@ def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
-def copies(stopwatch: Stopwatch, *, sizes: tuple[int, ...] = _COPY_BYTES) -> list[Mapping[str, Any]]:
-    """Pinned copies host to device and back: alone, both at once, and under a matrix product (whose slowdown is kept too)."""
-    rows: list[Mapping[str, Any]] = []
-    streams = torch.cuda.Stream(), torch.cuda.Stream()
-    for size in sizes:
-        hosts = [torch.empty(size, dtype=torch.uint8).pin_memory() for _ in range(2)]
-        devices = [torch.empty(size, dtype=torch.uint8, device="cuda") for _ in range(2)]
-
-        def to_device(hosts: list[torch.Tensor] = hosts, devices: list[torch.Tensor] = devices) -> None:
-            devices[0].copy_(hosts[0], non_blocking=True)
-
-        def to_host(hosts: list[torch.Tensor] = hosts, devices: list[torch.Tensor] = devices) -> None:
-            hosts[1].copy_(devices[1], non_blocking=True)
-
-        alone = {"h2d": _best(stopwatch, to_device), "d2h": _best(stopwatch, to_host)}
-        rows.append(
-            {"bytes": size, "h2d_s": alone["h2d"], "d2h_s": alone["d2h"], "duplex_s": _both(streams, to_device, to_host)}
-        )
-        if size == sizes[-1]:
-            rows[-1] = {**rows[-1], **_under_compute(streams[0], to_device)}
-    return rows
+_HOST_COPY_BYTES = 2**28
+"""More than the last-level cache of any server processor but a few; two such buffers."""
 
 
-def _best(stopwatch: Stopwatch, run: Callable[[], None], repeats: int = 5) -> float:
-    run()
-    return min(stopwatch.time(run, 1) for _ in range(repeats))
+def host_memory(*, size_bytes: int = _HOST_COPY_BYTES, repeats: int = 5) -> Mapping[str, float]:
+    """Bytes/s read plus written by a copy in the host's memory, with all of torch's threads and with one."""
+    source, target = (torch.ones(size_bytes // 4) for _ in range(2))
+    found = {"bytes": float(size_bytes), "copy_bytes_per_s": _copy_rate(source, target, repeats)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        found["copy_one_thread_bytes_per_s"] = _copy_rate(source, target, repeats)
+    finally:
+        torch.set_num_threads(threads)
+    return found
 
 
-def _both(streams: tuple[torch.cuda.Stream, torch.cuda.Stream], *runs: Callable[[], None]) -> float:
-    """Wall seconds of both directions at once."""
+def _copy_rate(source: torch.Tensor, target: torch.Tensor, repeats: int) -> float:
     times = []
-    for _ in range(5):
-        torch.cuda.synchronize()
+    for _ in range(repeats):
         begin = time.perf_counter()
-        for stream, run in zip(streams, runs, strict=True):
-            with torch.cuda.stream(stream):
-                run()
-        torch.cuda.synchronize()
+        target.copy_(source)
         times.append(time.perf_counter() - begin)
-    return min(times)
-
-
-def _under_compute(stream: torch.cuda.Stream, run: Callable[[], None]) -> Mapping[str, float]:
-    """The copy's and the product's times while both run."""
-    a = torch.ones(8192, 8192, device="cuda", dtype=torch.bfloat16)
-    num_products = 20
-
-    def events() -> tuple[torch.cuda.Event, torch.cuda.Event]:
-        return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-
-    def products(*, with_copy: bool) -> tuple[float, float]:
-        torch.cuda.synchronize()
-        compute, copy = events(), events()
-        compute[0].record()
-        for _ in range(num_products):
-            torch.mm(a, a)
-        compute[1].record()
-        if with_copy:
-            with torch.cuda.stream(stream):
-                copy[0].record()
-                run()
-                copy[1].record()
-        torch.cuda.synchronize()
-        return compute[0].elapsed_time(compute[1]) / 1e3, copy[0].elapsed_time(copy[1]) / 1e3 if with_copy else 0.0
-
-    products(with_copy=False)
-    alone_s, _ = products(with_copy=False)
-    together_s, copy_s = products(with_copy=True)
-    return {"compute_alone_s": alone_s, "compute_with_copy_s": together_s, "copy_with_compute_s": copy_s}
+    return 2 * source.numel() * source.element_size() / min(times)

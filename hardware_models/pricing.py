@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import numpy as np
 
-from hardware_models.curves import Curve, Floats
+from hardware_models.curves import Floats
 from hardware_models.kernel import Kernel
-from hardware_models.op_groups import group_of
+from hardware_models.pricers import Pricer, pricer_of
 from hardware_models.profile import EVIDENCE_KINDS, DeviceProfile, Evidence
-from hardware_models.roofline import roofline_seconds
-from hardware_models.units import DTYPE_BYTES
-
-_BY_TRAFFIC = frozenset({"pointwise", "copy", "optimizer"})
-"""Classes priced by bytes: a curve of one dtype holds for all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,19 +25,21 @@ class Price:
     """Kinds that it rests on, strongest first."""
 
 
-def price(kernels: Sequence[Kernel], profile: DeviceProfile) -> Floats:
-    """Seconds of each kernel on the device; shape ``(len(kernels),)``, all positive.
+def price(kernels: Sequence[Kernel], profile: DeviceProfile, *, sustained: bool = True, stack: str = "") -> Floats:
+    """Seconds of each kernel on the device; shape ``(len(kernels),)``, all positive. `pricers` says what each rests on.
 
-    **Model**: the curve of its operator (`curves.Curve`; `op_groups` says which) where the profile has one in its dtype, else the
-    roofline (`roofline.roofline_seconds`).
+    Args:
+        kernels: to price.
+        profile: of the device.
+        sustained: as in a long step; False: each timed alone, on a cool board.
+        stack: software whose curves are preferred where there are several; empty: the one nearest to torch.
 
     Raises:
         InputError: a kernel computes in a dtype for which the device has no peak.
     """
     seconds = np.empty(len(kernels), dtype=np.float64)
-    for curve, positions in _by_curve(kernels, profile).items():
-        chosen = [kernels[position] for position in positions]
-        seconds[positions] = roofline_seconds(chosen, profile) if curve is None else curve.seconds_of(chosen)
+    for pricer, positions in _priced(kernels, profile, sustained=sustained, stack=stack):
+        seconds[positions] = pricer.seconds_of([kernels[position] for position in positions])
     return seconds
 
 
@@ -53,76 +49,26 @@ def price_together(kernels: Sequence[Kernel], profile: DeviceProfile) -> Price:
     **Model**: errors of kernels on one curve (or of one class on the roofline) are taken as fully correlated, those of different curves as
     independent: ``var = sum_c (r_c * sum_{k in c} t_k)^2``.
     """
-    seconds = price(kernels, profile)
+    total_s = 0.0
     kinds: set[Evidence] = set()
-    spread: dict[object, float] = defaultdict(float)
-    for curve, positions in _by_curve(kernels, profile).items():
-        if curve is not None:
-            kinds.add(curve.evidence)
-            spread[curve.kernel_class, curve.group, curve.dtype] += curve.relative_standard_error * float(
-                seconds[positions].sum()
-            )
-            continue
-        kinds |= {"datasheet"}
-        for position in positions:
-            efficiency = profile.efficiency(kernels[position].kernel_class)
-            kinds.add(efficiency.evidence)
-            spread[efficiency.kernel_class] += efficiency.relative_standard_error * float(seconds[position])
-    total_s = float(seconds.sum())
+    spread: dict[str, float] = defaultdict(float)
+    for pricer, positions in _priced(kernels, profile, sustained=True, stack=""):
+        seconds = float(pricer.seconds_of([kernels[position] for position in positions]).sum())
+        total_s += seconds
+        kinds.update(pricer.evidence)
+        spread[pricer.name] += pricer.relative_standard_error * seconds
     error_s = float(np.sqrt(sum(value**2 for value in spread.values())))
     ordered: list[Evidence] = [kind for kind in EVIDENCE_KINDS if kind in kinds]
     return Price(total_s=total_s, relative_standard_error=error_s / total_s if total_s else 0.0, evidence=tuple(ordered))
 
 
-def _by_curve(kernels: Sequence[Kernel], profile: DeviceProfile) -> Mapping[Curve | None, list[int]]:
-    """Positions of the kernels by the curve that prices them; None for the roofline. In order of first use."""
-    chosen: dict[tuple[str, str, str], Curve | None] = {}
-    positions: dict[Curve | None, list[int]] = {}
-    by_curve: dict[int, list[int]] = {}
-    curves: dict[int, Curve | None] = {}
+def _priced(
+    kernels: Sequence[Kernel], profile: DeviceProfile, *, sustained: bool, stack: str
+) -> Iterator[tuple[Pricer, list[int]]]:
+    """Positions of the kernels by what prices them, in order of first use."""
+    positions: dict[tuple[object, ...], list[int]] = {}
     for position, kernel in enumerate(kernels):
-        key = kernel.kernel_class, kernel.op, kernel.dtype
-        if key not in chosen:
-            chosen[key] = curve_of(kernel, profile)
-        curve = chosen[key]
-        by_curve.setdefault(id(curve), []).append(position)
-        curves[id(curve)] = curve
-    for identity, rows in by_curve.items():
-        positions.setdefault(curves[identity], []).extend(rows)
-    return positions
-
-
-def curve_of(kernel: Kernel, profile: DeviceProfile) -> Curve | None:
-    """The curve that prices a kernel; None where only the roofline does."""
-    index = _index(profile.curves)
-    for dtype in _dtypes(kernel, profile):
-        measured = index.get((kernel.kernel_class, dtype), {})
-        group = group_of(kernel.op, kernel.kernel_class, frozenset(measured))
-        if group is not None:
-            return measured[group]
-    return None
-
-
-def _dtypes(kernel: Kernel, profile: DeviceProfile) -> tuple[str, ...]:
-    """Dtypes whose curves hold for a kernel: its own, one of the same width and peak, any where bytes decide."""
-    known = tuple(dict.fromkeys(curve.dtype for curve in profile.curves if curve.kernel_class == kernel.kernel_class))
-    if kernel.kernel_class in _BY_TRAFFIC:
-        return (kernel.dtype, *known)
-    peaks = profile.peak_flops_per_s
-    twins = tuple(
-        other
-        for other in known
-        if DTYPE_BYTES.get(other) == DTYPE_BYTES.get(kernel.dtype)
-        and other in peaks
-        and peaks[other] == peaks.get(kernel.dtype)
-    )
-    return (kernel.dtype, *twins)
-
-
-@lru_cache(maxsize=64)
-def _index(curves: tuple[Curve, ...]) -> Mapping[tuple[str, str], Mapping[str, Curve]]:
-    """Curves by class and dtype, then by operator."""
-    index: dict[tuple[str, str], dict[str, Curve]] = {}
-    for curve in curves:
-        index.setdefault((curve.kernel_class, curve.dtype), {})[curve.group] = curve
-    return index
+        one_token = kernel.kernel_class == "attention" and kernel.shape[3] == 1
+        positions.setdefault((kernel.kernel_class, kernel.op, kernel.dtype, len(kernel.shape), one_token), []).append(position)
+    for rows in positions.values():
+        yield pricer_of(kernels[rows[0]], profile, sustained=sustained, stack=stack), rows

@@ -4,121 +4,43 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, TypeVar
 
-import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+import numpy as np
+from pydantic import BaseModel, ValidationError
 
+from hardware_models.bandwidth_ramp import BandwidthRamp
 from hardware_models.curves import Curve
 from hardware_models.errors import InputError
-from hardware_models.files import whole_file
-from hardware_models.kernel import KernelClass
-from hardware_models.profile import CopyEngine, DeviceProfile, Efficiency, Evidence, Sourced
+from hardware_models.gridded_file import load_grids
+from hardware_models.profile import CopyEngine, DeviceProfile, Efficiency, Evidence, HostDispatch, Sourced, Sustained
+from hardware_models.profile_sections import (
+    LEAST_CACHE_BYTES,
+    LEAST_CLOCK_HZ,
+    LEAST_MEMORY_BYTES,
+    LEAST_RATE,
+    MOST_CLOCK_HZ,
+    MOST_RATE,
+    MOST_SECONDS,
+    CurveSection,
+    DeviceFile,
+    KernelsFile,
+    LightSection,
+    SustainedSection,
+)
 
 DEVICE_FILE, KERNELS_FILE, PROVENANCE_FILE = "device.toml", "kernels.toml", "provenance.toml"
 FORMAT = 1
 
-_LEAST_RATE = 1e9
-"""No device computes or moves less than this in a second: a smaller value is in another unit (GB/s, TFLOP/s)."""
-_MOST_SECONDS = 1.0
-"""Launching one kernel takes less than this: a larger value is in another unit (us)."""
-_LEAST_MEMORY_BYTES = 2**20
-
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-_Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
-_Rate = Annotated[float, Field(ge=_LEAST_RATE, allow_inf_nan=False)]
-_Seconds = Annotated[float, Field(ge=0, lt=_MOST_SECONDS, allow_inf_nan=False)]
-
+_MONOTONE_FROM_BYTES, _MONOTONE_TO_BYTES, _MONOTONE_POINTS = 1e3, 1e11, 400
+"""Sizes between which the time of a memory-bound kernel is checked to grow."""
+_ROUNDING = 1e-9
 
 _Model = TypeVar("_Model", bound=BaseModel)
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=False)
-
-
-class _SourcedSection(_Section):
-    evidence: Evidence
-    source: str = Field(min_length=1)
-    date: str = Field(min_length=1)
-
-
-class _RateSection(_SourcedSection):
-    value: _Rate
-
-
-class _SecondsSection(_SourcedSection):
-    value: _Seconds
-
-
-class _MemorySection(_SourcedSection):
-    value: Annotated[int, Field(ge=_LEAST_MEMORY_BYTES)]
-
-
-class _BytesSection(_SourcedSection):
-    value: Annotated[int, Field(ge=0)]
-
-
-class _EfficiencySection(_Section):
-    kernel_class: KernelClass | Literal["default"]
-    flops: _Fraction
-    bandwidth: _Fraction
-    relative_standard_error: _NonNegative
-    evidence: Evidence
-    source: str = Field(min_length=1)
-
-
-class _CopySection(_Section):
-    to_device_bytes_per_s: _Rate
-    to_host_bytes_per_s: _Rate
-    latency_s: _Seconds
-    duplex_efficiency: _Fraction
-    compute_slowdown: Annotated[float, Field(ge=1, allow_inf_nan=False)]
-    evidence: Evidence
-    source: str = Field(min_length=1)
-
-
-class _DeviceFile(_Section):
-    format: Literal[1]
-    name: str = Field(min_length=1)
-    kind: Literal["cpu", "cuda"]
-    provenance: str
-    num_multiprocessors: Annotated[int, Field(ge=0)]
-    tile: tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
-    memory_bytes: _MemorySection
-    memory_bandwidth_bytes_per_s: _RateSection
-    dispatch_s: _SecondsSection
-    launch_s: _SecondsSection
-    context_bytes: _BytesSection
-    peak_flops_per_s: dict[str, _RateSection] = Field(min_length=1)
-    efficiency: list[_EfficiencySection] = Field(min_length=1)
-    copy_engine: _CopySection | None = None
-
-
-class _CurveSection(_Section):
-    kernel_class: KernelClass
-    group: str = Field(min_length=1)
-    dtype: str = Field(min_length=1)
-    evidence: Evidence
-    points: list[list[_Finite]] = Field(min_length=1)
-    seconds: list[_Positive]
-    physical_seconds: list[_Positive]
-    cache_bytes: Annotated[int, Field(ge=0)]
-    coefficients: tuple[_NonNegative, _NonNegative, _NonNegative, _NonNegative, _NonNegative, _NonNegative]
-    length_scale: _Positive
-    noise: _Positive
-    relative_standard_error: _NonNegative
-    median_error: _NonNegative
-
-
-class _KernelsFile(_Section):
-    format: Literal[1]
-    curve: list[_CurveSection] = []
 
 
 def load_profile(folder: Path) -> DeviceProfile:
@@ -128,10 +50,10 @@ def load_profile(folder: Path) -> DeviceProfile:
         InputError: a file is missing, truncated, or holds a value that breaks a rule; names file, key, value, rule and remedy.
     """
     device_path, kernels_path = folder / DEVICE_FILE, folder / KERNELS_FILE
-    device = _validated(_DeviceFile, device_path)
+    device = _validated(DeviceFile, device_path)
     curves: tuple[Curve, ...] = ()
     if kernels_path.exists():
-        kernels = _validated(_KernelsFile, kernels_path)
+        kernels = _validated(KernelsFile, kernels_path)
         curves = tuple(_curve(section, kernels_path, position) for position, section in enumerate(kernels.curve))
     efficiencies = tuple(Efficiency(**section.model_dump()) for section in device.efficiency)
     if "default" not in {one.kernel_class for one in efficiencies}:
@@ -139,25 +61,78 @@ def load_profile(folder: Path) -> DeviceProfile:
             source=str(device_path), key="efficiency", value=None, rule="one [[efficiency]] has kernel_class = 'default'", remedy="add it",
         )  # fmt: skip
     copy = device.copy_engine
-    return DeviceProfile(
+    profile = DeviceProfile(
         name=device.name, kind=device.kind, memory_bytes=device.memory_bytes.value,
         peak_flops_per_s=MappingProxyType({dtype: peak.value for dtype, peak in device.peak_flops_per_s.items()}),
         memory_bandwidth_bytes_per_s=device.memory_bandwidth_bytes_per_s.value, dispatch_s=device.dispatch_s.value,
         context_bytes=device.context_bytes.value, launch_s=device.launch_s.value, num_multiprocessors=device.num_multiprocessors,
         tile=device.tile, efficiencies=efficiencies, curves=curves,
         copy_engine=None if copy is None else CopyEngine(**copy.model_dump(exclude={"source"})),
-        evidence=MappingProxyType(_evidence(device)), provenance=device.provenance,
+        evidence=MappingProxyType(_evidence(device)), provenance=device.provenance, **_data_sheet(device),
+        light=None if device.light is None else _light(device.light, device.memory_bandwidth_bytes_per_s.value, device_path),
+        host_dispatch=None if device.host_dispatch is None else HostDispatch(**device.host_dispatch.model_dump()),
+        sustained=None if device.sustained is None else _sustained(device.sustained, device_path),
     )  # fmt: skip
+    return replace(profile, grids=load_grids(folder, profile.laws()))
 
 
-def _evidence(device: _DeviceFile) -> dict[str, Evidence]:
+_REQUIRED = ("memory_bytes", "memory_bandwidth_bytes_per_s", "dispatch_s", "launch_s", "context_bytes")
+_OPTIONAL = ("l2_bytes", "boost_clock_hz", "tdp_w", "peer_bytes_per_s", "workspace_bytes")
+_NAMES = ("architecture", "compute_capability", "memory_kind", "host_link", "peer_link")
+
+
+def _evidence(device: DeviceFile) -> dict[str, Evidence]:
     kinds = {f"peak_flops_per_s.{dtype}": peak.evidence for dtype, peak in device.peak_flops_per_s.items()}
-    for key in ("memory_bytes", "memory_bandwidth_bytes_per_s", "dispatch_s", "launch_s", "context_bytes"):
-        kinds[key] = getattr(device, key).evidence
+    for key in (*_REQUIRED, *_OPTIONAL, "light", "host_dispatch", "sustained"):
+        section = getattr(device, key)
+        if section is not None:
+            kinds[key] = section.evidence
     return kinds
 
 
-def _curve(section: _CurveSection, path: Path, position: int) -> Curve:
+def _data_sheet(device: DeviceFile) -> dict[str, Any]:
+    """Fields of the profile that a file may leave out."""
+    given = {key: getattr(device, key) for key in _OPTIONAL}
+    return {key: section.value for key, section in given.items() if section is not None} | {
+        key: getattr(device, key) for key in _NAMES
+    }
+
+
+def _light(section: LightSection, bandwidth_bytes_per_s: float, path: Path) -> BandwidthRamp:
+    ramp = BandwidthRamp(**(section.model_dump() | {"mix": tuple(section.mix), "wide_mix": tuple(section.wide_mix)}))
+    for key, mix in (("mix", ramp.mix), ("wide_mix", ramp.wide_mix)):
+        if any(before >= after for (before, _rate), (after, _other) in pairwise(mix)):
+            raise InputError(
+                source=str(path), key=f"light.{key}", value=[fraction for fraction, _rate in mix], rule="read fractions increase strictly",
+                remedy="sort the pairs and merge equal ones",
+            )  # fmt: skip
+        fastest = section.dram_bytes_per_s * max(rate for _fraction, rate in mix)
+        if fastest > bandwidth_bytes_per_s * (1 + _ROUNDING):
+            raise InputError(
+                source=str(path), key="light.dram_bytes_per_s", value=section.dram_bytes_per_s,
+                rule=f"dram_bytes_per_s * {key} <= memory_bandwidth_bytes_per_s must hold, but got {fastest:.4g} > {bandwidth_bytes_per_s:.4g}",
+                remedy="no kernel is faster than the theoretical bandwidth: correct one of them",
+            )  # fmt: skip
+    sizes = np.geomspace(_MONOTONE_FROM_BYTES, _MONOTONE_TO_BYTES, _MONOTONE_POINTS)
+    falls = np.flatnonzero(np.diff(ramp.seconds(sizes)) < 0)
+    if len(falls):
+        raise InputError(
+            source=str(path), key="light", value=None, rule=f"time grows with the bytes moved, but falls at {sizes[falls[0]]:.3g} bytes",
+            remedy="rates fall from first_wave to cache to dram: correct the one that does not, or fit again",
+        )  # fmt: skip
+    return ramp
+
+
+def _sustained(section: SustainedSection, path: Path) -> Sustained:
+    if not section.low <= section.factor <= section.high:
+        raise InputError(
+            source=str(path), key="sustained.factor", value=section.factor,
+            rule=f"low <= factor <= high must hold, but got low={section.low}, high={section.high}", remedy="correct the interval",
+        )  # fmt: skip
+    return Sustained(**section.model_dump())
+
+
+def _curve(section: CurveSection, path: Path, position: int) -> Curve:
     where = f"curve[{position}] ({section.group})"
     lengths = len(section.points), len(section.seconds), len(section.physical_seconds)
     if len(set(lengths)) != 1:
@@ -202,7 +177,7 @@ def _as_input_error(problem: ValidationError, path: Path) -> InputError:
     """The first violation in our words."""
     first = problem.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
-    kind = first["type"]
+    kind, bound = first["type"], first.get("ctx", {})
     if kind == "missing":
         return InputError(
             source=str(path), key=key, value=None, rule="this key is required", remedy=_REMEDY_OF_MISSING[path.name]
@@ -213,13 +188,19 @@ def _as_input_error(problem: ValidationError, path: Path) -> InputError:
         )
     rule = first["msg"][0].lower() + first["msg"][1:]
     remedy = _REMEDIES.get(kind, "correct the value")
-    if kind == "greater_than_equal" and first.get("ctx", {}).get("ge") == _LEAST_RATE:
-        remedy = "give the rate in bytes/s or FLOP/s, not in GB/s or TFLOP/s"
-    if kind == "less_than" and first.get("ctx", {}).get("lt") == _MOST_SECONDS:
-        remedy = "give seconds, not microseconds"
+    remedy = _REMEDY_OF_BOUND.get((kind, bound.get("ge", bound.get("le", bound.get("lt")))), remedy)
     return InputError(source=str(path), key=key, value=first["input"], rule=rule, remedy=remedy)
 
 
+_REMEDY_OF_BOUND: Mapping[tuple[str, Any], str] = {
+    ("greater_than_equal", LEAST_RATE): "give the rate in bytes/s or FLOP/s, not in GB/s or TFLOP/s",
+    ("less_than_equal", MOST_RATE): "give the rate in bytes/s or FLOP/s: no device is that fast",
+    ("less_than", MOST_SECONDS): "give seconds, not microseconds",
+    ("greater_than_equal", LEAST_MEMORY_BYTES): "give bytes, not GB",
+    ("greater_than_equal", LEAST_CACHE_BYTES): "give bytes, not MB",
+    ("greater_than_equal", LEAST_CLOCK_HZ): "give hertz, not MHz or GHz",
+    ("less_than_equal", MOST_CLOCK_HZ): "give hertz",
+}
 _REMEDY_OF_MISSING = {DEVICE_FILE: "add it", KERNELS_FILE: "repeat 'schedlab calibrate': this version writes it"}
 _REMEDIES = {"finite_number": "give a finite number", "literal_error": "choose one of these"}
 
@@ -234,9 +215,3 @@ def curve_table(curve: Curve) -> dict[str, Any]:
     table = {name: getattr(curve, name) for name in Curve.__slots__}
     return table | {"points": [list(row) for row in curve.points], "seconds": list(curve.seconds),
                     "physical_seconds": list(curve.physical_seconds), "coefficients": list(curve.coefficients)}  # fmt: skip
-
-
-def write_toml(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a TOML file, whole or not at all."""
-    with whole_file(path) as temporary:
-        temporary.write_text(tomli_w.dumps(values), encoding="utf-8")

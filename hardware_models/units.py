@@ -11,6 +11,7 @@ KB, MB, GB, TB = 10**3, 10**6, 10**9, 10**12
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 MS_PER_S = 1e3
 US_PER_S = 1e6
+TFLOP = 1e12
 
 DTYPE_BYTES = MappingProxyType(
     {

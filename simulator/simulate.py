@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from hardware_models.caching_allocator import DEFAULT_SETTINGS, AllocatorPeaks, AllocatorSettings
 from hardware_models.kernel import Kernel
 from hardware_models.pricing import Price, price, price_together
 from hardware_models.profile import DeviceProfile
-from hardware_models.units import MIB
 from simulator import engine_simpy
 from simulator.lower import PassPrices, lower, optimizer_pass
 from simulator.program import Kind, MemoryClass, Program
+from simulator.reserved_memory import reserved_peaks, resident_tensors
 from simulator.sequence import Operation
 from simulator.timeline import MemoryProfile, Timeline
 from simulator.workload import Workload
@@ -21,8 +22,6 @@ TIME_CLASSES = ("compute", "recompute", "bubble", "tp", "cp", "ep", "pp", "dp", 
 KIND_CLASS = {
     Kind.FORWARD: "compute", Kind.BACKWARD: "compute", Kind.RECOMPUTE: "recompute", Kind.OPTIMIZER: "optimizer", Kind.REDUCE: "compute",
 }  # fmt: skip
-SEGMENT_BYTES = 2 * MIB
-"""Granularity in which CUDA's caching allocator takes memory from the device."""
 INTERVAL_Z = 1.2816
 """Half-width of an 80% interval in standard errors of a normal distribution."""
 
@@ -37,6 +36,8 @@ class StepSetting:
     """Most bytes allocated on the device; None: what the device has."""
     dtype: str = "float32"
     """In which ``mfu`` counts the device's peak."""
+    allocator: AllocatorSettings = DEFAULT_SETTINGS
+    """PYTORCH_ALLOC_CONF, on CUDA."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,8 @@ class Simulation:
     """All kernels of the step together."""
     hardware_flops: int
     """FLOPs of a step with recompute."""
+    allocators: tuple[AllocatorPeaks, ...]
+    """Per device, what a run of such steps does to CUDA's caching allocator; empty on a CPU."""
 
     @property
     def step_time_s(self) -> float:
@@ -72,10 +75,17 @@ class Simulation:
 
     @property
     def peak_reserved_bytes(self) -> tuple[int, ...]:
-        """What the allocator holds at least: on CUDA whole segments; on a CPU, which keeps no pool, the same as allocated."""
-        if self.device.kind == "cpu":
+        """What the allocator holds, per device: on a CPU, which keeps no pool, the bytes of live tensors."""
+        if not self.allocators:
             return self.peak_memory_bytes
-        return tuple(-(-peak // SEGMENT_BYTES) * SEGMENT_BYTES for peak in self.peak_memory_bytes)
+        return tuple(peaks.peak_reserved_bytes for peaks in self.allocators)
+
+    @property
+    def peak_allocated_bytes(self) -> tuple[int, ...]:
+        """Most bytes in blocks, per device: ``peak_memory_bytes`` with the allocator's rounding, torch.cuda.max_memory_allocated."""
+        if not self.allocators:
+            return self.peak_memory_bytes
+        return tuple(peaks.peak_allocated_bytes for peaks in self.allocators)
 
     @property
     def fits(self) -> bool:
@@ -138,7 +148,37 @@ def simulate(
     return Simulation(
         workload=workload, device=device, setting=setting, timeline=timeline, profiles=profiles, program=program,
         price=price_together(kernels, device), hardware_flops=sum(kernel.flops for kernel in kernels),
+        allocators=_allocators(workload, program, device, setting, timeline, profiles),
     )  # fmt: skip
+
+
+def _allocators(
+    workload: Workload,
+    program: Program,
+    device: DeviceProfile,
+    setting: StepSetting,
+    timeline: Timeline,
+    profiles: tuple[MemoryProfile, ...],
+) -> tuple[AllocatorPeaks, ...]:
+    """The allocator's peaks per device of a CUDA profile; what would be needed where the device has too little."""
+    if device.kind == "cpu":
+        return ()
+    found = []
+    for profile, resident_bytes in zip(profiles, program.resident_bytes, strict=True):
+        updates = (span.start_s for span in timeline.spans if span.kind is Kind.OPTIMIZER and span.device == profile.device)
+        tensors = resident_tensors(
+            workload, resident_bytes, num_microbatches=setting.num_microbatches, optimizer=setting.optimizer
+        )
+        replay = partial(
+            reserved_peaks, profile, tensors, update_s=min(updates, default=timeline.makespan_s), settings=setting.allocator
+        )
+        peaks = replay()
+        capacity = device.memory_bytes - device.context_bytes
+        if peaks.peak_reserved_bytes > capacity >= peaks.peak_allocated_bytes:  # the cache may be given back in time
+            limited = replay(capacity_bytes=capacity)
+            peaks = peaks if limited.out_of_memory_at is not None else limited
+        found.append(peaks)
+    return tuple(found)
 
 
 def step_kernels(workload: Workload, operations: Sequence[Operation], setting: StepSetting) -> list[Kernel]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from hardware_models.calibration import fit_profile
+from hardware_models.calibration import calibrate, fit_profile
 from hardware_models.errors import InputError
 from hardware_models.pricing import price
 
@@ -80,6 +83,7 @@ def test_measuring_goes_on_where_it_stopped(raw_path: Path) -> None:
 
     cases = [case for case in light_cases("float32", full=False) if case.op == "cat" and case.shape[0] < 2**18]
     assert all(one.samples_s for one in load_previous(raw_path, cases))
+    assert not any(one.samples_s for one in load_previous(raw_path, cases, device="cuda"))
 
 
 def test_too_little_is_refused(raw_path: Path, tmp_path: Path) -> None:
@@ -97,3 +101,51 @@ def test_microbench_needs_numpy_and_torch_only() -> None:
         "import hardware_models.microbench\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_machine_without_a_gpu_says_so(tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(
+        InputError, match=r"--device: device = 'cuda': torch .* finds no GPU; install a build of torch for CUDA"
+    ):
+        calibrate(tmp_path, device="cuda")
+    assert not (tmp_path / "device.toml").exists()
+
+
+def test_microbench_runs_from_a_bare_folder(tmp_path: Path) -> None:
+    """The package copied alone, no site of its own beside torch and numpy: it starts, and says what it lacks."""
+    root = Path(__file__).parents[2]
+    shutil.copytree(
+        root / "hardware_models", tmp_path / "hardware_models", ignore=shutil.ignore_patterns("__pycache__", "data")
+    )
+    command = [sys.executable, "-m", "hardware_models.microbench", "--out", str(tmp_path), "--device", "cuda"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "finds no GPU" in done.stderr
+
+
+@pytest.mark.slow
+def test_quick_calibration_of_a_cpu_takes_less_than_a_minute(tmp_path: Path) -> None:
+    begin = time.perf_counter()
+    for command in (
+        ["hardware_models.microbench", "--out", str(tmp_path), "--device", "cpu", "--quick"],
+        ["hardware_models.calibration", "--raw", str(tmp_path / "raw.json"), "--out", str(tmp_path / "profile")],
+    ):
+        subprocess.run([sys.executable, "-m", *command], cwd=Path(__file__).parents[2], check=True)
+    assert time.perf_counter() - begin < 60.0
+    raw = json.loads((tmp_path / "raw.json").read_text())
+    assert raw["complete"]
+    assert {row["kernel_class"] for row in raw["results"]} >= {
+        "gemm",
+        "attention",
+        "convolution",
+        "fft",
+        "pointwise",
+        "optimizer",
+    }
+    assert (tmp_path / "raw.json").stat().st_size < 20 * 10**6
+    assert (tmp_path / "profile" / "device.toml").exists()

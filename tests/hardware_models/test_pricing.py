@@ -17,7 +17,8 @@ from hardware_models.errors import InputError
 from hardware_models.fit import fit_curve, nonnegative_least_squares
 from hardware_models.kernel import KERNEL_CLASSES, Kernel
 from hardware_models.op_groups import CLASS_DEFAULT, group_of
-from hardware_models.pricing import curve_of, price, price_together
+from hardware_models.pricers import curve_of
+from hardware_models.pricing import price, price_together
 from hardware_models.profile import DeviceProfile, Efficiency
 from hardware_models.roofline import quantized_flops
 

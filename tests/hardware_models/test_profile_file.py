@@ -13,7 +13,8 @@ import tomli_w
 
 from hardware_models.catalogue import catalogue_names, list_hardware, load_hardware, this_profile_path
 from hardware_models.errors import InputError, UnknownNameError
-from hardware_models.profile_file import load_profile, write_toml
+from hardware_models.profile_file import load_profile
+from hardware_models.toml_file import write_toml
 
 DATA = Path(__file__).parents[2] / "hardware_models" / "data"
 
@@ -50,6 +51,26 @@ def _set(*keys: str, value: object) -> Callable[[dict[str, Any]], object]:
         (_set("launch_s", "evidence", value="guess"), "launch_s.evidence", "'measured', 'published' or 'datasheet'"),
         (lambda v: v["efficiency"].pop(0), "efficiency", "kernel_class = 'default'"),
         (lambda v: v["efficiency"][0].update(flops=1.5), "efficiency.0.flops", "less than or equal to 1"),
+        (_set("memory_bytes", "value", value=80), "memory_bytes.value", "give bytes, not GB"),
+        (_set("memory_bytes", "value", value=-1), "memory_bytes.value", "greater than or equal to"),
+        (_set("peak_flops_per_s", "float16", "value", value=1e27), "peak_flops_per_s.float16.value", "no device is that fast"),
+        (_set("l2_bytes", "value", value=50), "l2_bytes.value", "give bytes, not MB"),
+        (_set("boost_clock_hz", "value", value=1980.0), "boost_clock_hz.value", "give hertz, not MHz or GHz"),
+        (_set("tdp_w", "value", value=float("nan")), "tdp_w.value", "finite number"),
+        (_set("tdp_w", "value", value=0.0), "tdp_w.value", "greater than 0"),
+        (_set("compute_capability", value="9"), "compute_capability", "match pattern"),
+        (lambda v: v["host_dispatch"].pop("compiled_s"), "host_dispatch.compiled_s", "this key is required; add it"),
+        (_set("host_dispatch", "eager_s", value=5.8), "host_dispatch.eager_s", "give seconds, not microseconds"),
+        (_set("sustained", "factor", value=0.5), "sustained.factor", "low <= factor <= high must hold, but got low=0.82, high=0.93"),
+        (_set("sustained", "factor", value=1.2), "sustained.factor", "less than or equal to 1"),
+        (lambda v: v["light"].pop("spill_width"), "light.spill_width", "this key is required; add it"),
+        (_set("light", "dram_bytes_per_s", value=2800.0), "light.dram_bytes_per_s", "not in GB/s or TFLOP/s"),
+        (_set("light", "dram_bytes_per_s", value=3.4e12), "light.dram_bytes_per_s", "memory_bandwidth_bytes_per_s must hold, but got"),
+        (_set("light", "cache_bytes_per_s", value=1e10), "light", "time grows with the bytes moved, but falls at"),
+        (_set("light", "mix", value=[[0.5, 1.0], [0.0, 1.0]]), "light.mix", "read fractions increase strictly"),
+        (_set("light", "wide_mix", value=[[0.5, 2.0]]), "light.dram_bytes_per_s", "dram_bytes_per_s * wide_mix <= memory_bandwidth_bytes_per_s must hold"),
+        (_set("light", "cache_bytes", value=50.0), "light.cache_bytes", "give bytes, not MB"),
+        (_set("light", "wide_mix", value=[[0.5, float("inf")]]), "light.wide_mix.0.1", "finite number"),
     ],
 )  # fmt: skip
 def test_bad_device_values_are_named(tmp_path: Path, change: Callable[[dict[str, Any]], object], key: str, words: str) -> None:
@@ -101,12 +122,32 @@ def test_missing_folder_content(tmp_path: Path) -> None:
 def test_catalogue_loads_with_sources(name: str) -> None:
     profile = load_hardware(name)
     assert profile.name == name
-    assert profile.peak("float16") >= 1e14
+    assert profile.peak("float16") >= 1e13
     assert all(one.source for one in profile.efficiencies)
 
 
-def test_required_devices_are_in_the_catalogue() -> None:
-    assert {"h100-sxm", "h200-sxm", "a100-sxm-80gb", "a100-sxm-40gb", "v100-sxm2-32gb", "b200", "l4"} <= set(catalogue_names())
+def test_a_profile_without_the_optional_sections_loads(tmp_path: Path) -> None:
+    optional = "light host_dispatch sustained l2_bytes boost_clock_hz tdp_w peer_bytes_per_s workspace_bytes architecture host_link peer_link".split()
+
+    def strip(values: dict[str, Any]) -> None:
+        for key in optional:
+            del values[key]
+
+    bare = load_profile(_changed(tmp_path / "device", strip))
+    assert bare.light is None
+    assert bare.host_dispatch is None
+    assert bare.sustained is None
+    assert bare.l2_bytes == 0
+    assert bare.peak_flops_per_s == load_hardware("h100-sxm").peak_flops_per_s
+    assert "light" not in bare.evidence
+
+
+def test_evidence_names_every_section() -> None:
+    kinds = load_hardware("h200-sxm").evidence
+    assert kinds["light"] == "published"
+    assert kinds["sustained"] == "published"
+    assert kinds["l2_bytes"] == "datasheet"
+    assert load_hardware("h100-sxm").evidence["light"] == "datasheet"
 
 
 def test_folder_and_file_load_alike() -> None:
@@ -114,8 +155,13 @@ def test_folder_and_file_load_alike() -> None:
 
 
 def test_unknown_name_lists_the_known() -> None:
-    with pytest.raises(UnknownNameError, match=r"known are .*h100-sxm.*this"):
-        load_hardware("h100sxm")
+    with pytest.raises(
+        UnknownNameError, match=r"known are .*h100-sxm.*this; did you mean 'h100-sxm'.*schedlab calibrate"
+    ) as caught:
+        load_hardware("h100-smx")
+    assert caught.value.known == (*catalogue_names(), "this")
+    with pytest.raises(UnknownNameError, match=r"; Or give the folder of a profile"):
+        load_hardware("zzz")
 
 
 def test_this_machine_uncalibrated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hardware_models.caching_allocator import parse_alloc_conf
 from hardware_models.catalogue import load_hardware
 from hardware_models.profile import DeviceProfile
+from hardware_models.units import MIB
 from simulator.program import Kind, MemoryClass
 from simulator.sequence import checkpoint_blocks, keep_all
 from simulator.simulate import (
     INTERVAL_Z,
-    SEGMENT_BYTES,
     TIME_CLASSES,
     Simulation,
     StepSetting,
@@ -116,22 +117,35 @@ def test_the_interval_comes_from_the_prices(workload: Workload, device: DevicePr
 
 def test_memory_peaks_and_whole_segments(workload: Workload, device: DeviceProfile) -> None:
     found = simulate(workload, nested(5), device)
-    (peak,), (reserved,) = found.peak_memory_bytes, found.peak_reserved_bytes
+    (peak,), (allocated,), (reserved,) = found.peak_memory_bytes, found.peak_allocated_bytes, found.peak_reserved_bytes
     assert peak == static_peak_bytes(found.program)
-    assert reserved % SEGMENT_BYTES == 0
-    assert 0 <= reserved - peak < SEGMENT_BYTES
+    assert allocated % 512 == 0
+    assert reserved % (2 * MIB) == 0
+    assert peak <= allocated <= reserved
+    tensors = len(workload.optimizer_tensors) * 5 + len(found.program.memory_bytes)
+    assert allocated - peak < 512 * tensors, "all tensors are small: each loses less than 512 bytes"
     cpu = simulate(workload, nested(5), device.changed(kind="cpu"))
-    assert cpu.peak_reserved_bytes == cpu.peak_memory_bytes
+    assert cpu.peak_reserved_bytes == cpu.peak_allocated_bytes == cpu.peak_memory_bytes == (peak,)
+
+
+def test_the_allocators_settings_change_what_is_reserved(workload: Workload, device: DeviceProfile) -> None:
+    plain = simulate(workload, keep_all(5), device)
+    rounded = StepSetting(allocator=parse_alloc_conf("roundup_power2_divisions:1"))
+    assert simulate(workload, keep_all(5), device, rounded).allocators == plain.allocators
+    coarse = StepSetting(allocator=parse_alloc_conf("roundup_power2_divisions:2"))
+    found = simulate(workload, keep_all(5), device, coarse)
+    assert found.peak_allocated_bytes > plain.peak_allocated_bytes
+    assert found.peak_memory_bytes == plain.peak_memory_bytes
 
 
 def test_what_fits(workload: Workload, device: DeviceProfile) -> None:
-    (peak,) = simulate(workload, keep_all(5), device).peak_memory_bytes
+    plain = simulate(workload, keep_all(5), device)
+    (peak,), (reserved,) = plain.peak_memory_bytes, plain.peak_reserved_bytes
     assert simulate(workload, keep_all(5), device, StepSetting(budget_bytes=peak)).fits
     assert not simulate(workload, keep_all(5), device, StepSetting(budget_bytes=peak - 1)).fits
     assert simulate(workload, nested(5), device, StepSetting(budget_bytes=peak - 1)).fits
-    segments = -(-peak // SEGMENT_BYTES) * SEGMENT_BYTES
-    assert simulate(workload, keep_all(5), device.changed(memory_bytes=segments + 9, context_bytes=9)).fits
-    assert not simulate(workload, keep_all(5), device.changed(memory_bytes=segments + 8, context_bytes=9)).fits
+    assert simulate(workload, keep_all(5), device.changed(memory_bytes=reserved + 9, context_bytes=9)).fits
+    assert not simulate(workload, keep_all(5), device.changed(memory_bytes=reserved + 8, context_bytes=9)).fits
 
 
 def test_recompute_takes_longer_and_needs_less(device: DeviceProfile) -> None:

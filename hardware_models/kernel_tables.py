@@ -1,0 +1,290 @@
+"""Published timings of kernels: CSV formats, told apart by their columns, into one kind of row."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from types import MappingProxyType
+
+from hardware_models.errors import InputError
+from hardware_models.kernel import Kernel
+from hardware_models.units import DTYPE_BYTES, TFLOP, US_PER_S
+
+DTYPES: Mapping[str, str] = MappingProxyType(
+    {
+        "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16", "fp16": "float16", "half": "float16", "float32": "float32", "fp32": "float32",
+        "float": "float32", "tf32": "tf32", "fp8": "float8_e4m3fn", "fp8_block": "float8_e4m3fn", "int8": "int8",
+    }
+)  # fmt: skip
+"""torch's names of the dtypes that tables write."""
+TRAINING_STACK = "sustained"
+"""Stack of rows that are rates inside a loop of products: priced as in a training step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimedKernel:
+    """One timing."""
+
+    device: str
+    """As the table writes it."""
+    stack: str
+    kernel: Kernel
+    seconds: float
+    op: str
+    """Name that errors are reported under."""
+    source: str
+    line: int
+    """Of the file, the header being 1."""
+
+    @property
+    def sustained(self) -> bool:
+        """Whether the kernel was timed in a loop that heats the board, as a training step does."""
+        return self.stack == TRAINING_STACK
+
+
+def gemm_kernel(m: int, n: int, k: int, dtype: str, *, op: str = "mm", result_dtype: str | None = None) -> Kernel:
+    """C[m, n] = A[m, k] B[k, n]; the result of eight-bit operands is bfloat16 unless said."""
+    operand = DTYPE_BYTES[dtype]
+    result = DTYPE_BYTES[result_dtype or ("bfloat16" if operand == 1 else dtype)]
+    return Kernel(
+        kernel_class="gemm", op=op, shape=(m, n, k), dtype=dtype, flops=2 * m * n * k, read_bytes=operand * k * (m + n), written_bytes=result * m * n,
+    )  # fmt: skip
+
+
+def attention_kernel(
+    batch: int,
+    heads: int,
+    kv_heads: int,
+    query_len: int,
+    kv_len: int,
+    head_dim: int,
+    dtype: str,
+    *,
+    causal: bool,
+    backward: bool = False,
+) -> Kernel:
+    """Fused attention, forward or backward; FLOPs in full."""
+    width = DTYPE_BYTES[dtype] * head_dim * batch
+    query, keys = width * heads * query_len, width * kv_heads * kv_len
+    passes = 2 if backward else 1
+    return Kernel(
+        kernel_class="attention", op="attention_backward" if backward else "attention", shape=(batch, heads, kv_heads, query_len, kv_len, head_dim, int(causal)),
+        dtype=dtype, flops=passes * 4 * batch * heads * query_len * kv_len * head_dim, read_bytes=passes * (query + 2 * keys), written_bytes=passes * query,
+    )  # fmt: skip
+
+
+def read_kernels(path: str | Path) -> tuple[TimedKernel, ...]:
+    """Timings of a CSV file.
+
+    Raises:
+        InputError: no such file, the columns are those of no known table, or a value breaks a rule; names file, line and column.
+    """
+    path = Path(path)
+    reader = csv.DictReader(_text(path).splitlines())
+    columns = set(reader.fieldnames or ())
+    read = next((read for needed, read in _FORMATS if needed <= columns), None)
+    if read is None:
+        known = "; ".join(", ".join(sorted(needed)) for needed, _ in _FORMATS)
+        raise InputError(
+            source=str(path),
+            key="header",
+            value=sorted(columns),
+            rule=f"the columns hold one of: {known}",
+            remedy="name the columns so",
+        )
+    return tuple(read(_Cells(path=path, line=reader.line_num, values=values)) for values in reader)
+
+
+def is_kernel_table(path: str | Path) -> bool:
+    """Whether `read_kernels` knows the file's header.
+
+    Raises:
+        InputError: no such file.
+    """
+    columns = set(next(csv.reader(_text(Path(path)).splitlines()), []))
+    return any(needed <= columns for needed, _ in _FORMATS)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as problem:
+        raise InputError(source=str(path), key="", value=None, rule="no such file", remedy="correct the path") from problem
+    except (UnicodeDecodeError, IsADirectoryError) as problem:
+        raise InputError(
+            source=str(path), key="", value=None, rule=f"a CSV file: {problem}", remedy="name the table"
+        ) from problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cells:
+    """One row with its place, so that a bad value can be named."""
+
+    path: Path
+    line: int
+    values: Mapping[str, str]
+
+    def text(self, column: str) -> str:
+        value = (self.values.get(column) or "").strip()
+        if not value:
+            raise self._error(column, value, "a value is required")
+        return value
+
+    def count(self, column: str) -> int:
+        value = self.number(column)
+        if value != int(value):
+            raise self._error(column, value, "a whole number")
+        return int(value)
+
+    def number(self, column: str) -> float:
+        text = self.text(column)
+        try:
+            value = float(text)
+        except ValueError as problem:
+            raise self._error(column, text, "a number") from problem
+        if not (isfinite(value) and value > 0):
+            raise self._error(column, text, "a positive, finite number")
+        return value
+
+    def dtype(self, column: str) -> str:
+        text = self.text(column)
+        if text.lower() not in DTYPES:
+            raise self._error(column, text, f"one of {', '.join(DTYPES)}")
+        return DTYPES[text.lower()]
+
+    def parts(self, column: str) -> dict[str, str]:
+        """``name=value`` pairs of a cell."""
+        pairs = [part.split("=", 1) for part in self.text(column).split(", ")]
+        if any(len(pair) != 2 for pair in pairs):  # noqa: PLR2004 - a name and a value
+            raise self._error(column, self.text(column), "name=value pairs, separated by a comma and a space")
+        return {name.strip(): value.strip() for name, value in pairs}
+
+    def timed(self, kernel: Kernel, *, device: str, stack: str, op: str, seconds: float) -> TimedKernel:
+        return TimedKernel(
+            device=device,
+            stack=stack,
+            kernel=kernel,
+            seconds=seconds,
+            op=op,
+            source=self.values.get("source", ""),
+            line=self.line,
+        )
+
+    def _error(self, column: str, value: object, rule: str) -> InputError:
+        return InputError(
+            source=str(self.path),
+            key=f"line {self.line}, {column}",
+            value=value,
+            rule=rule,
+            remedy="correct the row or remove it",
+        )
+
+
+def _gemm(cells: _Cells) -> TimedKernel:
+    kernel = gemm_kernel(cells.count("m"), cells.count("n"), cells.count("k"), cells.dtype("dtype"))
+    return cells.timed(
+        kernel,
+        device=cells.text("device"),
+        stack=cells.text("kernel_source"),
+        op="gemm",
+        seconds=cells.number("latency_us") / US_PER_S,
+    )
+
+
+def _prefill(cells: _Cells) -> TimedKernel:
+    length = cells.count("seq")
+    kernel = attention_kernel(
+        cells.count("batch"),
+        cells.count("n_heads"),
+        cells.count("n_kv_heads"),
+        length,
+        length,
+        cells.count("head_dim"),
+        cells.dtype("dtype"),
+        causal=True,
+    )
+    return cells.timed(
+        kernel,
+        device=cells.text("device"),
+        stack=cells.text("kernel"),
+        op="attention_prefill",
+        seconds=cells.number("latency_us") / US_PER_S,
+    )
+
+
+def _decode(cells: _Cells) -> TimedKernel:
+    kernel = attention_kernel(
+        cells.count("batch"), cells.count("n_heads"), cells.count("n_kv_heads"), 1, cells.count("kv_len"), cells.count("head_dim"), cells.dtype("dtype"),
+        causal=False,
+    )  # fmt: skip
+    return cells.timed(
+        kernel,
+        device=cells.text("device"),
+        stack=cells.text("kernel"),
+        op="attention_decode",
+        seconds=cells.number("latency_us") / US_PER_S,
+    )
+
+
+_STAGES = MappingProxyType({"TN": "gemm_forward", "NN": "gemm_input_gradient", "NT": "gemm_weight_gradient"})
+"""Pass that multiplies in a layout, of an ``nn.Linear``."""
+
+
+def _efficiency(cells: _Cells) -> TimedKernel:
+    """A rate of a kernel inside a loop: ``op`` matmul, group_matmul, sdp_fwd or sdp_bwd, ``shape`` as name=value pairs."""
+    op, sizes = cells.text("op"), cells.parts("shape")
+
+    def size(name: str) -> int:
+        if not sizes.get(name, "").isdigit():
+            raise InputError(
+                source=str(cells.path), key=f"line {cells.line}, shape", value=sizes.get(name), rule=f"{name}=<whole number>", remedy="correct the row or remove it",
+            )  # fmt: skip
+        return int(sizes[name])
+
+    if op == "matmul":
+        kernel = gemm_kernel(
+            size("b") * size("m"), size("n"), size("k"), "bfloat16", result_dtype=DTYPES[sizes.get("out_dtype", "bf16")]
+        )
+        name = _STAGES.get(sizes.get("layout", "TN"), "gemm_forward")
+        counted = float(kernel.flops)
+    elif op == "group_matmul":
+        groups, m, n, k = size("ng"), size("M"), size("N"), size("K")
+        one = gemm_kernel(m, n, k, "bfloat16")
+        kernel = Kernel(
+            kernel_class="batched_gemm", op="_grouped_mm", shape=(groups, m, n, k), dtype="bfloat16", flops=groups * one.flops,
+            read_bytes=groups * one.read_bytes, written_bytes=groups * one.written_bytes,
+        )  # fmt: skip
+        name, counted = "grouped_gemm", float(kernel.flops)
+    else:
+        length, backward = size("seq_len"), op == "sdp_bwd"
+        kernel = attention_kernel(
+            size("batch"),
+            size("head_num"),
+            size("kv_head_num"),
+            length,
+            length,
+            size("qk_head_dim"),
+            "bfloat16",
+            causal=True,
+            backward=backward,
+        )
+        name, counted = ("attention_backward" if backward else "attention_prefill"), kernel.flops * (1.25 if backward else 1.0)
+    return cells.timed(
+        kernel,
+        device=cells.text("system"),
+        stack=TRAINING_STACK,
+        op=name,
+        seconds=counted / (cells.number("achieved_tflops") * TFLOP),
+    )
+
+
+_FORMATS: tuple[tuple[frozenset[str], Callable[[_Cells], TimedKernel]], ...] = (
+    (frozenset({"m", "n", "k", "dtype", "device", "kernel_source", "latency_us"}), _gemm),
+    (frozenset({"device", "kernel", "dtype", "batch", "seq", "n_heads", "n_kv_heads", "head_dim", "latency_us"}), _prefill),
+    (frozenset({"device", "kernel", "dtype", "batch", "kv_len", "n_heads", "n_kv_heads", "head_dim", "latency_us"}), _decode),
+    (frozenset({"system", "op", "shape", "achieved_tflops"}), _efficiency),
+)
+"""Columns of a table, and what reads its rows."""

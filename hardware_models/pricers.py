@@ -1,0 +1,280 @@
+"""What prices a kernel: a measured curve, a gridded curve, products that a kernel amounts to, or the roofline. One choice, in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import hypot
+from types import MappingProxyType
+from typing import Protocol
+
+import numpy as np
+
+from hardware_models.curves import Curve, Floats
+from hardware_models.gridded import GriddedCurve
+from hardware_models.kernel import Kernel
+from hardware_models.op_groups import group_of
+from hardware_models.physical_law import SHARPNESS, Integers
+from hardware_models.profile import DeviceProfile, Evidence
+from hardware_models.roofline import roofline_evidence, roofline_seconds
+from hardware_models.units import DTYPE_BYTES
+
+_BY_TRAFFIC = frozenset({"pointwise", "copy", "optimizer"})
+"""Classes priced by bytes: a curve of one dtype holds for all."""
+_SAME_TENSOR_CORE = MappingProxyType({"float8_e5m2": "float8_e4m3fn"})
+_PRODUCT_CLASSES = frozenset({"batched_gemm", "convolution"})
+PRODUCT_FORM_ERROR = 0.2
+"""Relative error of pricing a batched product or a convolution as the plain products that it amounts to: an estimate, not measured on a GPU."""
+_BLOCK = 128
+"""Rows and columns of the tile that a product is cut into when it is asked how many multiprocessors one of a batch leaves idle."""
+
+
+class Pricer(Protocol):
+    """Seconds of kernels of one class, operator and dtype."""
+
+    @property
+    def name(self) -> str:
+        """Prices with one name have one error, those with different names independent ones."""
+
+    @property
+    def relative_standard_error(self) -> float:
+        """Of a price."""
+
+    @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """Kinds that a price rests on."""
+
+    def seconds_of(self, kernels: Sequence[Kernel]) -> Floats:
+        """Shape ``(len(kernels),)``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredPricer:
+    """A curve that was measured on this machine."""
+
+    curve: Curve
+
+    @property
+    def name(self) -> str:
+        """Class, group and dtype of the curve."""
+        return f"{self.curve.kernel_class}/{self.curve.group}/{self.curve.dtype}"
+
+    @property
+    def relative_standard_error(self) -> float:
+        """Of the curve."""
+        return self.curve.relative_standard_error
+
+    @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """Of the curve."""
+        return (self.curve.evidence,)
+
+    def seconds_of(self, kernels: Sequence[Kernel]) -> Floats:
+        """By the curve."""
+        return self.curve.seconds_of(kernels)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GridPricer:
+    """A gridded curve of kernels timed alone, at the rate that a board sustains.
+
+    **Model**: ``t = alone * (1 + (1 / sustained - 1) * share)``, share = how far the kernel is bound by arithmetic (`GriddedCurve.compute_share`): clocks fall
+    under the power limit, the memory's does not.
+    """
+
+    curve: GriddedCurve
+    sustained: float
+    """Rate in the run over that of a kernel alone, in (0, 1]."""
+    sustained_error: float
+    """Relative standard error of ``sustained``."""
+
+    @property
+    def name(self) -> str:
+        """Class, group and dtype of the curve."""
+        return f"{self.curve.kernel_class}/{self.curve.group}/{self.curve.dtype}"
+
+    @property
+    def relative_standard_error(self) -> float:
+        """Of the curve and of the sustained rate, independent."""
+        return hypot(self.curve.relative_standard_error, self.sustained_error)
+
+    @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """Of the curve."""
+        return (self.curve.evidence,)
+
+    def seconds_of(self, kernels: Sequence[Kernel]) -> Floats:
+        """By the grid, slowed by the power limit."""
+        return self.seconds(np.array([kernel.shape for kernel in kernels], dtype=np.int64))
+
+    def seconds(self, shapes: Integers) -> Floats:
+        """The same from shapes, as in `Kernel`: ``(num, dims)`` -> ``(num,)``."""
+        alone_s = self.curve.seconds(shapes)
+        if self.sustained == 1.0:
+            return alone_s
+        return np.asarray(alone_s * (1.0 + (1.0 / self.sustained - 1.0) * self.curve.compute_share(shapes)), dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProductPricer:
+    """Batched products and convolutions as the plain products that they amount to.
+
+    **Model**: a kernel is ``count`` products (m, n, k) (`product_form`). One takes ``t1`` by the grid. A batched kernel's products share the multiprocessors
+    that one leaves idle: ``t = launch + max(count * (t1 - launch) * min(1, tiles / multiprocessors), bytes / bandwidth)``; grouped products of unequal
+    sizes run one after the other. A convolution's ``t1`` counts its own traffic, not that of the unfolded matrix.
+
+    **Source**: Chetlur et al. 2014 (cuDNN: convolution as an implicit product); grouped: MooreThreads/SimuMax @4dcaae513b, 108 groups on B200 within 11% (median)
+    of one after the other.
+    """
+
+    grid: GridPricer
+
+    @property
+    def name(self) -> str:
+        """Of the grid: the error is that of its products."""
+        return self.grid.name
+
+    @property
+    def relative_standard_error(self) -> float:
+        """Of the grid and of the form."""
+        return hypot(self.grid.relative_standard_error, PRODUCT_FORM_ERROR)
+
+    @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """The grid's, and an estimate."""
+        return (*self.grid.evidence, "datasheet")
+
+    def seconds_of(self, kernels: Sequence[Kernel]) -> Floats:
+        """By the products."""
+        forms = [product_form(kernel) for kernel in kernels]
+        shapes = np.array([form[1:] for form in forms], dtype=np.int64)
+        count = np.array([form[0] for form in forms], dtype=np.float64)
+        law = self.grid.curve.law
+        memory_s = np.array([kernel.moved_bytes for kernel in kernels]) / law.bandwidth_bytes_per_s
+        one_s = self.grid.seconds(shapes) - law.launch_s
+        tiles = -(-shapes[:, 0] // _BLOCK) * -(-shapes[:, 1] // _BLOCK)
+        alone = np.array([kernel.op == "_grouped_mm" for kernel in kernels])
+        share = np.where(alone, 1.0, np.minimum(1.0, tiles / max(1, law.num_multiprocessors)))
+        unfolded = np.array([kernel.kernel_class == "convolution" for kernel in kernels])
+        compute_s, traffic_s = law.parts("product", shapes)
+        arithmetic = compute_s / (compute_s**SHARPNESS + traffic_s**SHARPNESS) ** (1.0 / SHARPNESS)
+        busy_s = count * one_s * share * np.where(unfolded, arithmetic, 1.0)
+        return np.asarray(law.launch_s + np.maximum(busy_s, memory_s), dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RooflinePricer:
+    """First principles."""
+
+    profile: DeviceProfile
+    kernel_class: str
+
+    @property
+    def name(self) -> str:
+        """The class."""
+        return self.kernel_class
+
+    @property
+    def relative_standard_error(self) -> float:
+        """Of the class's efficiencies."""
+        return roofline_evidence(self.kernel_class, self.profile)[1]
+
+    @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """The data sheet's peaks and the efficiencies' kind."""
+        return ("datasheet", roofline_evidence(self.kernel_class, self.profile)[0])
+
+    def seconds_of(self, kernels: Sequence[Kernel]) -> Floats:
+        """By the roofline."""
+        return roofline_seconds(kernels, self.profile)
+
+
+def product_form(kernel: Kernel) -> tuple[int, int, int, int]:
+    """Count and (m, n, k) of the products that a batched product or a convolution amounts to."""
+    if kernel.kernel_class == "batched_gemm":
+        batch, m, n, k = kernel.shape
+        return batch, m, n, k
+    batch, in_channels, out_channels, groups, elements, positions, stride = kernel.shape
+    inputs, outputs = max(1, in_channels // groups), max(1, out_channels // groups)
+    if kernel.op == "convolution_backward_weight":
+        return groups, outputs, inputs * elements, batch * positions
+    if kernel.op == "convolution_backward_input":
+        return groups, batch * positions * stride**2, inputs, max(1, outputs * elements // stride**2)
+    return groups, batch * positions, outputs, inputs * elements
+
+
+def grid_group(kernel: Kernel) -> str:
+    """The group of gridded curves that a kernel belongs to."""
+    if kernel.kernel_class == "attention":
+        if "backward" in kernel.op:
+            return "attention_backward"
+        return "attention_decode" if kernel.shape[3] == 1 else "attention"
+    return "mm"
+
+
+def pricer_of(kernel: Kernel, profile: DeviceProfile, *, sustained: bool = True, stack: str = "") -> Pricer:
+    """What prices a kernel on a device: its measured curve, else its grid, else products, else the roofline.
+
+    Args:
+        kernel: to price.
+        profile: of the device.
+        sustained: as in a long step (`Sustained.factor`); False: timed alone.
+        stack: software whose curve is preferred; empty: the one nearest to torch.
+    """
+    curve = curve_of(kernel, profile)
+    if curve is not None:
+        return MeasuredPricer(curve=curve)
+    grid = _grid_of(kernel, profile, stack)
+    if grid is None:
+        return RooflinePricer(profile=profile, kernel_class=kernel.kernel_class)
+    factor, error = 1.0, 0.0
+    if sustained and profile.sustained is not None:
+        factor = profile.sustained.factor
+        error = (profile.sustained.high - profile.sustained.low) / (2.0 * factor)
+    pricer = GridPricer(curve=grid, sustained=factor, sustained_error=error)
+    return ProductPricer(grid=pricer) if kernel.kernel_class in _PRODUCT_CLASSES else pricer
+
+
+def curve_of(kernel: Kernel, profile: DeviceProfile) -> Curve | None:
+    """The measured curve that prices a kernel; None where there is none."""
+    index = _index(profile.curves)
+    for dtype in _dtypes(kernel, profile):
+        measured = index.get((kernel.kernel_class, dtype), {})
+        group = group_of(kernel.op, kernel.kernel_class, frozenset(measured))
+        if group is not None:
+            return measured[group]
+    return None
+
+
+def _grid_of(kernel: Kernel, profile: DeviceProfile, stack: str) -> GriddedCurve | None:
+    if kernel.kernel_class not in {"gemm", "attention", *_PRODUCT_CLASSES}:
+        return None
+    dtype = _SAME_TENSOR_CORE.get(kernel.dtype, kernel.dtype)
+    found = [grid for grid in profile.grids if grid.group == grid_group(kernel) and grid.dtype == dtype]
+    return next((grid for grid in found if grid.stack == stack), found[0] if found else None)
+
+
+def _dtypes(kernel: Kernel, profile: DeviceProfile) -> tuple[str, ...]:
+    """Dtypes whose curves hold for a kernel: its own, one of the same width and peak, any where bytes decide."""
+    known = tuple(dict.fromkeys(curve.dtype for curve in profile.curves if curve.kernel_class == kernel.kernel_class))
+    if kernel.kernel_class in _BY_TRAFFIC:
+        return (kernel.dtype, *known)
+    peaks = profile.peak_flops_per_s
+    twins = tuple(
+        other
+        for other in known
+        if DTYPE_BYTES.get(other) == DTYPE_BYTES.get(kernel.dtype)
+        and other in peaks
+        and peaks[other] == peaks.get(kernel.dtype)
+    )
+    return (kernel.dtype, *twins)
+
+
+@lru_cache(maxsize=64)
+def _index(curves: tuple[Curve, ...]) -> Mapping[tuple[str, str], Mapping[str, Curve]]:
+    """Curves by class and dtype, then by operator."""
+    index: dict[tuple[str, str], dict[str, Curve]] = {}
+    for curve in curves:
+        index.setdefault((curve.kernel_class, curve.dtype), {})[curve.group] = curve
+    return index

@@ -1,0 +1,191 @@
+"""Reserved memory: the memory events of a simulated step, replayed through the model of CUDA's caching allocator.
+
+**Model**: parameters and the batch are allocated tensor by tensor, then the step's events in time order; the optimizer makes its states
+at the end of the first step, as torch's do, in what the step has left in the cache. The step is repeated until one adds no segment:
+what a long run reserves.
+
+**Not modelled**: library workspaces; streams other than the allocating one; order of frees at one instant beyond the program's own.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from hardware_models.caching_allocator import (
+    DEFAULT_SETTINGS,
+    AllocationEvent,
+    AllocatorPeaks,
+    AllocatorSettings,
+    CachingAllocator,
+    apply_event,
+    peaks_of,
+)
+from simulator.lower import OPTIMIZER_STATES, STEP_COUNT_BYTES
+from simulator.program import MemoryClass
+from simulator.timeline import MemoryProfile
+from simulator.workload import Workload
+
+MOST_SUMS = 4096
+"""Sums of tensors that are looked at to find those that go together."""
+MOST_STEPS = 8
+"""Steps after which a replay ends even if the last one still added segments."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResidentTensors:
+    """Bytes of each tensor that is alive before a step and after it, in the order in which training makes them."""
+
+    parameters: tuple[int, ...]
+    """Parameters, then buffers and what else stays, as one."""
+    batch: tuple[int, ...]
+    optimizer_states: tuple[int, ...]
+
+
+def resident_tensors(
+    workload: Workload, resident_bytes: Sequence[int], *, num_microbatches: int, optimizer: str
+) -> ResidentTensors:
+    """The tensors that make up the resident bytes of a program (by `MemoryClass`)."""
+    element_bytes = workload.gradient_bytes // max(1, sum(workload.optimizer_tensors))
+    sizes = [elements * element_bytes for elements in workload.optimizer_tensors]
+    count_bytes = (STEP_COUNT_BYTES[optimizer],) if STEP_COUNT_BYTES[optimizer] else ()
+    states = [state for size in sizes for state in (*count_bytes, *[size] * OPTIMIZER_STATES[optimizer])]
+    return ResidentTensors(
+        parameters=_with_rest(sizes, resident_bytes[MemoryClass.PARAMETERS]),
+        batch=_with_rest([workload.batch_bytes] * num_microbatches, resident_bytes[MemoryClass.BATCH]),
+        optimizer_states=_with_rest(states, resident_bytes[MemoryClass.OPTIMIZER_STATES]),
+    )
+
+
+def _with_rest(sizes: Sequence[int], total: int) -> tuple[int, ...]:
+    """Tensors that sum to a total: the known ones and one for what is left; the total alone where they are more than it."""
+    rest = total - sum(sizes)
+    return (total,) if rest < 0 else (*sizes, *([rest] if rest else []))
+
+
+def reserved_peaks(
+    profile: MemoryProfile,
+    resident: ResidentTensors,
+    *,
+    update_s: float,
+    settings: AllocatorSettings = DEFAULT_SETTINGS,
+    capacity_bytes: int | None = None,
+) -> AllocatorPeaks:
+    """What the allocator allocates and reserves at most over a run of such steps.
+
+    Args:
+        profile: bytes over time of one device and step, by `MemoryClass`.
+        resident: the tensors behind the profile's first row.
+        update_s: when the optimizer begins to run.
+        settings: the allocator's.
+        capacity_bytes: what the device can give the allocator; None: no limit, so that the result says what would be needed.
+
+    Returns:
+        ``out_of_memory_at`` counts the calls of the whole run.
+    """
+    step, at_update = step_events(profile, update_s=update_s)
+    allocator = CachingAllocator(settings, capacity_bytes=capacity_bytes)
+    static = (*_allocations("parameter", resident.parameters), *_allocations("batch", resident.batch))
+    states = _allocations("state", resident.optimizer_states)
+    count = 0
+    for index in range(MOST_STEPS):
+        before = allocator.peak_reserved_bytes
+        events = (*static, *step[:at_update], *states, *step[at_update:]) if index == 0 else step
+        for event in events:
+            if not apply_event(allocator, event):
+                return peaks_of(allocator, out_of_memory_at=count)
+            count += 1
+        if index and allocator.peak_reserved_bytes == before:
+            break
+    return peaks_of(allocator)
+
+
+def _allocations(kind: str, sizes: Iterable[int]) -> tuple[AllocationEvent, ...]:
+    return tuple(AllocationEvent(action="allocate", name=(kind, n), size_bytes=size) for n, size in enumerate(sizes))
+
+
+def step_events(profile: MemoryProfile, *, update_s: float) -> tuple[tuple[AllocationEvent, ...], int]:
+    """A step as calls of the allocator, and the index of the first one after the optimizer began.
+
+    A rise of a class is one tensor. A fall frees a tensor of that size: the oldest of transient ones (producers die before consumers),
+    the youngest of others (backward passes run in reverse). A fall that no single tensor explains frees several that sum to it; where
+    none do, the youngest that fit, and the rest of the fall waits for the class's next one. At the end everything is free.
+    """
+    tensors = _Tensors()
+    changes = np.diff(profile.alive_bytes, axis=0)
+    at_update: int | None = None
+    for row, memory_class in np.argwhere(changes).tolist():
+        if at_update is None and profile.time_s[row + 1] > update_s:
+            at_update = len(tensors.events)
+        delta = int(changes[row, memory_class])
+        if delta > 0:
+            tensors.allocate(memory_class, delta)
+        else:
+            tensors.free(memory_class, -delta)
+    end = len(tensors.events) if at_update is None else at_update
+    for memory_class in list(tensors.alive):
+        tensors.free_all(memory_class)
+    return tuple(tensors.events), end
+
+
+def _sum_to(tensors: Sequence[tuple[int, int]], total: int) -> tuple[int, ...] | None:
+    """Names of tensors that sum to a total, the youngest (last) preferred; None where none do or the search grows too large."""
+    reached: dict[int, tuple[int, ...]] = {0: ()}
+    for name, size in reversed(tensors):
+        for before, names in list(reached.items()):
+            if before + size <= total and before + size not in reached:
+                reached[before + size] = (*names, name)
+        if total in reached:
+            return reached[total]
+        if len(reached) > MOST_SUMS:
+            return None
+    return None
+
+
+class _Tensors:
+    """Live tensors of each class, while changes of bytes are read as tensors that come and go."""
+
+    def __init__(self) -> None:
+        self.events: list[AllocationEvent] = []
+        self.alive: dict[int, dict[int, int]] = defaultdict(dict)
+        """Per class: bytes by name, oldest first."""
+        self.by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
+        """Names by class and size, oldest first."""
+        self.owed: dict[int, int] = defaultdict(int)
+        self.count = 0
+
+    def allocate(self, memory_class: int, size: int) -> None:
+        name = self.count
+        self.count += 1
+        self.alive[memory_class][name] = size
+        self.by_size[memory_class, size].append(name)
+        self.events.append(AllocationEvent(action="allocate", name=name, size_bytes=size))
+
+    def free(self, memory_class: int, size: int) -> None:
+        same = self.by_size[memory_class, size]
+        if same:
+            self._release(memory_class, same[0] if memory_class == MemoryClass.TRANSIENT else same[-1])
+            return
+        exact = _sum_to(list(self.alive[memory_class].items()), size)
+        if exact is not None:
+            for name in exact:
+                self._release(memory_class, name)
+            return
+        owed = size + self.owed[memory_class]
+        for name, alive in reversed(list(self.alive[memory_class].items())):
+            if alive <= owed:
+                owed -= alive
+                self._release(memory_class, name)
+        self.owed[memory_class] = owed
+
+    def free_all(self, memory_class: int) -> None:
+        for name in list(self.alive[memory_class]):
+            self._release(memory_class, name)
+
+    def _release(self, memory_class: int, name: int) -> None:
+        size = self.alive[memory_class].pop(name)
+        self.by_size[memory_class, size].remove(name)
+        self.events.append(AllocationEvent(action="free", name=name))
