@@ -34,7 +34,16 @@ from simulator.presets import PRESETS
 from simulator.sequence import format_sequence
 from simulator.simulate import Simulation, StepSetting
 from simulator.simulate import simulate as run_simulation
-from validation.reports import replay_table, search_table, simulation_table, table_of, workload_summary, workload_table
+from validation.kernel_check import check_kernels
+from validation.reports import (
+    kernel_check_table,
+    replay_table,
+    search_table,
+    simulation_table,
+    table_of,
+    workload_summary,
+    workload_table,
+)
 
 __all__ = ["Plan", "Simulation", "load_hardware", "main", "model_source", "read_plan", "run_search", "run_simulation"]
 
@@ -311,6 +320,32 @@ def replay(
             trace_path, {"predicted": (result.predicted.timeline, result.predicted.profiles), "measured": measured}
         )
     return result.to_json() | {"plain": outcome.plain_json(), "_table": replay_table([(model_name, outcome)])}
+
+
+@main.command()
+@click.option(
+    "--kernels",
+    "kernels_path",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="CSV of kernel, copy or collective timings.",
+)
+@click.option(
+    "--hardware-dir", type=click.Path(path_type=Path), help="Folder of device folders that are taken before the catalogue's."
+)
+@reported
+def validate(kernels_path: Path, hardware_dir: Path | None) -> dict[str, Any]:
+    """Prices every row of a file of published timings, and reports the errors."""
+    if hardware_dir is not None and not hardware_dir.is_dir():
+        raise InputError(
+            source="--hardware-dir",
+            key="",
+            value=str(hardware_dir),
+            rule="a folder of device folders",
+            remedy="correct the path",
+        )
+    check = check_kernels(kernels_path, hardware_dir=hardware_dir)
+    return check.to_json() | {"_table": kernel_check_table(check)}
 
 
 if __name__ == "__main__":

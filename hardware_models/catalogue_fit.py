@@ -16,14 +16,16 @@ from hardware_models.catalogue import CATALOGUE_FOLDER, catalogue_names, load_ha
 from hardware_models.gridded import GriddedCurve
 from hardware_models.gridded_file import write_grids
 from hardware_models.gridded_fit import fit_gridded
-from hardware_models.kernel_tables import TimedKernel, read_kernels
+from hardware_models.kernel_tables import TRAINING_ATTENTION, TimedKernel, read_kernels
 from hardware_models.physical_law import Floats, Integers, Sizes
 from hardware_models.profile import DeviceProfile
 
 GRID_TABLES = ("gemm_latency_aiconfigurator.csv", "attention_prefill_aiconfigurator.csv", "attention_decode_aiconfigurator.csv")
 """Tables of kernels timed alone on full grids of sizes."""
-LOOP_TABLE = "op_efficiency_simumax_b200_a100pcie.csv"
-"""The only timings of backward passes."""
+TRAINING_TABLE = "op_efficiency_simumax_b200_a100pcie.csv"
+"""Attention as training frameworks run it, forward and backward, at few shapes."""
+TIMED_IN_TRAINING = MappingProxyType({"b200": "b200", "a100-sxm-80gb": "a100-pcie-80gb"})
+"""Devices with a grid of attention, and the device of that table whose timings shift it (the PCIe board's clock is the same, its power limit lower)."""
 SIZES_OF_GROUP: Mapping[str, Sizes] = MappingProxyType(
     {"mm": "product", "attention": "attention", "attention_decode": "decode", "attention_backward": "attention-backward"}
 )
@@ -111,6 +113,24 @@ class Transfer:
     """Magnitudes of the relative errors."""
 
 
+def training_curve(forward: GriddedCurve, rows: Sequence[TimedKernel]) -> GriddedCurve:
+    """Attention as training frameworks run it: a grid of other software, shifted by the median of the logarithms of a few timings over it.
+
+    Args:
+        forward: the grid.
+        rows: timings of forward passes by `TRAINING_ATTENTION`.
+    """
+    shapes = np.array([row.kernel.shape for row in rows], dtype=np.int64)
+    logs = np.log(np.array([row.seconds for row in rows]) / forward.seconds(shapes))
+    shift = float(np.median(logs))
+    errors = np.sort(np.abs(np.expm1(logs - shift)))
+    return replace(
+        forward, stack=TRAINING_ATTENTION, log_ratios=forward.log_ratios + shift, num_points=len(rows), source=f"{forward.source}; shifted to {rows[0].source}",
+        relative_standard_error=float(np.sqrt(np.mean(errors**2))), median_error=float(np.median(errors)), p90_error=float(np.quantile(errors, 0.9)),
+        p99_error=float(np.quantile(errors, 0.99)),
+    )  # fmt: skip
+
+
 def backward_curve(forward: GriddedCurve) -> GriddedCurve:
     """Attention's backward pass, from the grid of its forward pass (`BACKWARD_OVER_FORWARD`)."""
     error = float(np.hypot(forward.relative_standard_error, BACKWARD_ERROR))
@@ -142,7 +162,14 @@ def transfers(
     found = []
     for one in timings:
         profile = profiles[one.device]
-        first = _first(curves[one.device], one.group, one.dtype)
+        first = next(
+            (
+                curve
+                for curve in curves[one.device]
+                if (curve.group, curve.dtype) == (one.group, one.dtype) and curve.stack != TRAINING_ATTENTION
+            ),
+            None,
+        )
         others = [profiles[name] for name in curves if name != one.device and _first(curves[name], one.group, one.dtype)]
         if first is None or first.stack != one.stack or not others:
             continue
@@ -212,13 +239,18 @@ def fit_catalogue(
 ) -> tuple[dict[str, tuple[GriddedCurve, ...]], tuple[Transfer, ...]]:
     """Fits every table of `GRID_TABLES` and writes ``grids.toml`` of every catalogued GPU; returns the curves by device and the transfers between devices."""
     rows = [row for name in GRID_TABLES for row in read_kernels(measurements / name)]
+    training = [row for row in read_kernels(measurements / TRAINING_TABLE) if row.kernel.op == "attention"]
     timings = gathered(rows)
     profiles = {name: load_hardware(name) for name in catalogue_names()}
     curves: dict[str, tuple[GriddedCurve, ...]] = {}
     for one in timings:
         curve = fitted(one, profiles[one.device])
-        extra = (curve, backward_curve(curve)) if one.group == "attention" else (curve,)
-        curves[one.device] = (*curves.get(one.device, ()), *extra)
+        found = [curve]
+        if one.group == "attention":
+            shifted = [row for row in training if device_named(row.device) == TIMED_IN_TRAINING.get(one.device)]
+            found = [training_curve(curve, shifted), curve] if shifted else [curve]
+            found += [backward_curve(forward) for forward in found]
+        curves[one.device] = (*curves.get(one.device, ()), *found)
     seen = transfers(timings, curves, profiles)
     for name, profile in profiles.items():
         own = curves.get(name, ())

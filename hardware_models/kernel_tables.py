@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
 from types import MappingProxyType
 
+from hardware_models.bandwidth_ramp import LaunchMode
 from hardware_models.errors import InputError
 from hardware_models.kernel import Kernel
-from hardware_models.units import DTYPE_BYTES, TFLOP, US_PER_S
+from hardware_models.units import DTYPE_BYTES, GB, TFLOP, US_PER_S
 
 DTYPES: Mapping[str, str] = MappingProxyType(
     {
@@ -20,8 +22,10 @@ DTYPES: Mapping[str, str] = MappingProxyType(
     }
 )  # fmt: skip
 """torch's names of the dtypes that tables write."""
-TRAINING_STACK = "sustained"
-"""Stack of rows that are rates inside a loop of products: priced as in a training step."""
+LOOP_STACK = "loop"
+"""Stack of rows that are rates of products one after the other, without a pause."""
+TRAINING_ATTENTION = "transformer-engine"
+"""Stack of attention as training frameworks run it (cuDNN and FlashAttention 2 through Transformer Engine); each timed alone, by a profiler's trace."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +46,7 @@ class TimedKernel:
     @property
     def sustained(self) -> bool:
         """Whether the kernel was timed in a loop that heats the board, as a training step does."""
-        return self.stack == TRAINING_STACK
+        return self.stack == LOOP_STACK
 
 
 def gemm_kernel(m: int, n: int, k: int, dtype: str, *, op: str = "mm", result_dtype: str | None = None) -> Kernel:
@@ -76,6 +80,52 @@ def attention_kernel(
     )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TimedStream:
+    """Timing of a benchmark kernel that only moves bytes (one 8-byte number a thread and operand)."""
+
+    device: str
+    launch: LaunchMode
+    moved_bytes: float
+    read_fraction: float
+    seconds: float
+    """Of one kernel; of ``moved_bytes`` at the rate that the table states where it states a rate."""
+    op: str
+    line: int
+
+
+def read_streams(path: str | Path) -> tuple[TimedStream, ...]:
+    """Timings of small kernels by size, or rates of memory by pattern.
+
+    Raises:
+        InputError: no such file, the columns are those of no known table, or a value breaks a rule; names file, line and column.
+    """
+    path = Path(path)
+    reader = csv.DictReader(_text(path).splitlines())
+    columns = set(reader.fieldnames or ())
+    read = next((read for needed, read in _STREAM_FORMATS if needed <= columns), None)
+    if read is None:
+        raise _unknown_header(path, columns, [needed for needed, _ in _STREAM_FORMATS])
+    return tuple(timed for values in reader for timed in read(_Cells(path=path, line=reader.line_num, values=values)))
+
+
+def is_stream_table(path: str | Path) -> bool:
+    """Whether `read_streams` knows the file's header."""
+    columns = _header(Path(path))
+    return any(needed <= columns for needed, _ in _STREAM_FORMATS)
+
+
+def _unknown_header(path: Path, columns: AbstractSet[str], known: Sequence[AbstractSet[str]]) -> InputError:
+    return InputError(
+        source=str(path), key="header", value=sorted(columns), rule="the columns hold one of: " + "; ".join(", ".join(sorted(needed)) for needed in known),
+        remedy="name the columns so",
+    )  # fmt: skip
+
+
+def _header(path: Path) -> AbstractSet[str]:
+    return set(next(csv.reader(_text(path).splitlines()), []))
+
+
 def read_kernels(path: str | Path) -> tuple[TimedKernel, ...]:
     """Timings of a CSV file.
 
@@ -87,14 +137,7 @@ def read_kernels(path: str | Path) -> tuple[TimedKernel, ...]:
     columns = set(reader.fieldnames or ())
     read = next((read for needed, read in _FORMATS if needed <= columns), None)
     if read is None:
-        known = "; ".join(", ".join(sorted(needed)) for needed, _ in _FORMATS)
-        raise InputError(
-            source=str(path),
-            key="header",
-            value=sorted(columns),
-            rule=f"the columns hold one of: {known}",
-            remedy="name the columns so",
-        )
+        raise _unknown_header(path, columns, [needed for needed, _ in _FORMATS])
     return tuple(read(_Cells(path=path, line=reader.line_num, values=values)) for values in reader)
 
 
@@ -104,7 +147,7 @@ def is_kernel_table(path: str | Path) -> bool:
     Raises:
         InputError: no such file.
     """
-    columns = set(next(csv.reader(_text(Path(path)).splitlines()), []))
+    columns = _header(Path(path))
     return any(needed <= columns for needed, _ in _FORMATS)
 
 
@@ -236,6 +279,7 @@ _STAGES = MappingProxyType({"TN": "gemm_forward", "NN": "gemm_input_gradient", "
 def _efficiency(cells: _Cells) -> TimedKernel:
     """A rate of a kernel inside a loop: ``op`` matmul, group_matmul, sdp_fwd or sdp_bwd, ``shape`` as name=value pairs."""
     op, sizes = cells.text("op"), cells.parts("shape")
+    stack = TRAINING_ATTENTION if op in {"sdp_fwd", "sdp_bwd"} else LOOP_STACK
 
     def size(name: str) -> int:
         if not sizes.get(name, "").isdigit():
@@ -275,7 +319,7 @@ def _efficiency(cells: _Cells) -> TimedKernel:
     return cells.timed(
         kernel,
         device=cells.text("system"),
-        stack=TRAINING_STACK,
+        stack=stack,
         op=name,
         seconds=counted / (cells.number("achieved_tflops") * TFLOP),
     )
@@ -288,3 +332,41 @@ _FORMATS: tuple[tuple[frozenset[str], Callable[[_Cells], TimedKernel]], ...] = (
     (frozenset({"system", "op", "shape", "achieved_tflops"}), _efficiency),
 )
 """Columns of a table, and what reads its rows."""
+
+
+_MODES: Mapping[str, LaunchMode] = MappingProxyType({"stream launch": "stream", "cudaGraph": "graph"})
+_PATTERNS = MappingProxyType({"init_write_GBps": 0.0, "read_GBps": 1.0, "scale_GBps": 0.5, "triad_GBps": 2 / 3})
+"""Part of the traffic of a memory benchmark that is read: write only, read only, one of each, two reads and a write."""
+RATE_BYTES = 4.0 * GB
+"""Traffic that stands for a stated rate: far beyond every cache."""
+
+
+def _small(cells: _Cells) -> Iterator[TimedStream]:
+    mode = cells.text("mode")
+    if mode not in _MODES:
+        raise InputError(
+            source=str(cells.path),
+            key=f"line {cells.line}, mode",
+            value=mode,
+            rule=f"one of {', '.join(_MODES)}",
+            remedy="correct the row or remove it",
+        )
+    yield TimedStream(
+        device=cells.text("gpu"), launch=_MODES[mode], moved_bytes=cells.number("bytes_moved"), read_fraction=0.5,
+        seconds=cells.number("time_per_kernel_us") / US_PER_S, op="small_kernel", line=cells.line,
+    )  # fmt: skip
+
+
+def _memory(cells: _Cells) -> Iterator[TimedStream]:
+    for column, fraction in _PATTERNS.items():
+        if (cells.values.get(column) or "").strip():
+            yield TimedStream(
+                device=cells.text("gpu"), launch="stream", moved_bytes=RATE_BYTES, read_fraction=fraction, seconds=RATE_BYTES / (cells.number(column) * GB),
+                op=f"memory_{column.removesuffix('_GBps')}", line=cells.line,
+            )  # fmt: skip
+
+
+_STREAM_FORMATS: tuple[tuple[frozenset[str], Callable[[_Cells], Iterator[TimedStream]]], ...] = (
+    (frozenset({"gpu", "mode", "bytes_moved", "time_per_kernel_us"}), _small),
+    (frozenset({"gpu", "init_write_GBps", "read_GBps", "scale_GBps", "triad_GBps"}), _memory),
+)

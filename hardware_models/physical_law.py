@@ -87,7 +87,8 @@ def law_seconds(sizes: Sizes, shapes: Integers, law: PhysicalLaw, *, at_edge: Fl
     """Seconds by the roofline; shape ``(num,)``.
 
     **Model**: ``launch + (compute^s + memory^s)^(1/s)`` with s = `SHARPNESS`. For products beyond a grid, ``compute`` is multiplied by `quantization` over that of
-    the nearest shape of the grid, which the grid's own timings already hold.
+    the nearest shape of the grid, which the grid's own timings already hold, but never divided: between nodes the grid does not hold the nearest shape's own
+    waves, and a rate above that of the edge would pass the device's peak.
 
     **Source**: Williams, Waterman and Patterson 2009 (roofline).
 
@@ -101,9 +102,8 @@ def law_seconds(sizes: Sizes, shapes: Integers, law: PhysicalLaw, *, at_edge: Fl
     if sizes == "product" and at_edge is not None and law.num_multiprocessors:
         beyond = np.flatnonzero((np.abs(at_edge - coordinates(sizes, shapes)) > 0.0).any(axis=1))
         nearest = np.rint(np.exp2(at_edge[beyond])).astype(np.int64)
-        compute_s[beyond] *= quantization(shapes[beyond], law.num_multiprocessors) / quantization(
-            nearest, law.num_multiprocessors
-        )
+        over_edge = quantization(shapes[beyond], law.num_multiprocessors) / quantization(nearest, law.num_multiprocessors)
+        compute_s[beyond] *= np.maximum(1.0, over_edge)
     return np.asarray(law.launch_s + (compute_s**SHARPNESS + memory_s**SHARPNESS) ** (1.0 / SHARPNESS), dtype=np.float64)
 
 

@@ -121,8 +121,9 @@ class ProductPricer:
     """Batched products and convolutions as the plain products that they amount to.
 
     **Model**: a kernel is ``count`` products (m, n, k) (`product_form`). One takes ``t1`` by the grid. A batched kernel's products share the multiprocessors
-    that one leaves idle: ``t = launch + max(count * (t1 - launch) * min(1, tiles / multiprocessors), bytes / bandwidth)``; grouped products of unequal
-    sizes run one after the other. A convolution's ``t1`` counts its own traffic, not that of the unfolded matrix.
+    that one leaves idle: ``t = launch + max(count * (t1 - launch) * share, bytes / bandwidth)`` with ``share = tiles / multiprocessors``, at least ``1 / count`` (a
+    batch takes no less than one of it) and at least the law's compute time over ``t1`` (a split of the summed axis fills what few tiles leave idle), at most 1;
+    grouped products of unequal sizes run one after the other. A convolution's ``t1`` counts its own traffic, not that of the unfolded matrix.
 
     **Source**: Chetlur et al. 2014 (cuDNN: convolution as an implicit product); grouped: MooreThreads/SimuMax @4dcaae513b, 108 groups on B200 within 11% (median)
     of one after the other.
@@ -153,11 +154,12 @@ class ProductPricer:
         law = self.grid.curve.law
         memory_s = np.array([kernel.moved_bytes for kernel in kernels]) / law.bandwidth_bytes_per_s
         one_s = self.grid.seconds(shapes) - law.launch_s
-        tiles = -(-shapes[:, 0] // _BLOCK) * -(-shapes[:, 1] // _BLOCK)
-        alone = np.array([kernel.op == "_grouped_mm" for kernel in kernels])
-        share = np.where(alone, 1.0, np.minimum(1.0, tiles / max(1, law.num_multiprocessors)))
-        unfolded = np.array([kernel.kernel_class == "convolution" for kernel in kernels])
         compute_s, traffic_s = law.parts("product", shapes)
+        tiles = -(-shapes[:, 0] // _BLOCK) * -(-shapes[:, 1] // _BLOCK)
+        occupied = np.maximum(tiles / max(1, law.num_multiprocessors), compute_s / np.maximum(one_s, compute_s))
+        alone = np.array([kernel.op == "_grouped_mm" for kernel in kernels])
+        share = np.where(alone, 1.0, np.minimum(1.0, np.maximum(occupied, 1.0 / count)))
+        unfolded = np.array([kernel.kernel_class == "convolution" for kernel in kernels])
         arithmetic = compute_s / (compute_s**SHARPNESS + traffic_s**SHARPNESS) ** (1.0 / SHARPNESS)
         busy_s = count * one_s * share * np.where(unfolded, arithmetic, 1.0)
         return np.asarray(law.launch_s + np.maximum(busy_s, memory_s), dtype=np.float64)

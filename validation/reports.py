@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from hardware_models.units import GIB, MS_PER_S, format_bytes
 from search.plan_search import SearchResult
 from simulator.simulate import Simulation
 from simulator.workload import Block, Workload
+from validation.kernel_check import KernelCheck
 
 if TYPE_CHECKING:  # replay needs torch; a table of its result does not
     from validation.replay import Replay
@@ -154,3 +156,26 @@ def replay_table(replays: Sequence[tuple[str, Replay]]) -> Table:
 
 def _pair(predicted: float, measured: float, unit: str) -> tuple[str, str, str]:
     return f"{predicted:.4f} {unit}", f"{measured:.4f} {unit}", f"{predicted / measured - 1:+.2%}"
+
+
+def kernel_check_table(check: KernelCheck) -> Table:
+    """Errors of a file of timings by group; rows that cannot be priced are counted by reason."""
+    rows = [
+        (
+            name,
+            f"{group.num}",
+            f"{group.median_ape:.1%}",
+            f"{group.p90_ape:.1%}",
+            f"{group.p99_ape:.1%}",
+            f"{group.max_ape:.1%}",
+            f"{group.bias:+.1%}",
+        )
+        for name, group in check.groups.items()
+    ]
+    reasons = Counter(reason for _line, reason in check.not_expressible)
+    rows += [(f"not priced: {reason}", f"{num}", "", "", "", "", "") for reason, num in reasons.items()]
+    return table_of(
+        f"{check.path.name}: {check.num_rows} rows",
+        ("operation/device/dtype/stack", "rows", "median", "p90", "p99", "worst", "bias"),
+        rows,
+    )

@@ -48,6 +48,8 @@ class TimedCollective:
     num_nodes: int
     ranks_per_node: int
     bytes: float
+    dtype: str
+    """As the table writes it; empty where it does not say."""
     seconds: float
     platform: str
     source: str
@@ -167,7 +169,7 @@ class _Cells:
         ranks, nodes = self.count("n_gpus"), self.count("n_nodes")
         values: dict[str, object] = {
             "device": device, "stack": stack, "collective": "", "num_ranks": ranks, "num_nodes": nodes,
-            "ranks_per_node": ranks_per_node or max(1, ranks // nodes), "bytes": 0.0, "seconds": 0.0, "platform": self.platform or device,
+            "ranks_per_node": ranks_per_node or max(1, ranks // nodes), "bytes": 0.0, "dtype": (self.values.get("dtype") or "").strip(), "seconds": 0.0, "platform": self.platform or device,
             "source": self.text("source"), "commit": self.text("provenance"), "line": self.line,
         }  # fmt: skip
         return TimedCollective(**(values | changes))  # type: ignore[arg-type]

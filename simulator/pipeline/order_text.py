@@ -1,0 +1,111 @@
+"""Orders as text and CSV, in the form that `torch.distributed.pipelining` prints, writes and reads."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from pathlib import Path
+from typing import get_args
+
+from hardware_models.errors import InputError
+from simulator.pipeline.action import Action, ActionKind, Cell, Order, Overlap, actions_of
+from simulator.pipeline.check_order import check_order
+from simulator.pipeline.grid import grid_of_texts
+
+LETTERS: dict[ActionKind, str] = {"F": "F", "B": "I", "W": "W", "BW": "B"}
+"""Letter of each kind in torch's text: ``I`` is the input gradient alone, ``B`` the full backward."""
+OVERLAP_WORD = "OVERLAP_F_B"
+"""What torch writes after a pair that runs as one."""
+_KINDS: dict[str, ActionKind] = {letter: kind for kind, letter in LETTERS.items()}
+_ACTION = re.compile(r"^(\d+)([FIWB])(\d+)$")
+_OVERLAP = re.compile(rf"^\(([^;()]+);([^;()]+)\){OVERLAP_WORD}$")
+_OTHER = re.compile(r"^\d+(UNSHARD|RESHARD|REDUCE_GRAD|SEND_F|RECV_F|SEND_B|RECV_B)\d*$")
+_FORMS = "an action is STAGE, one of F (forward), I (input gradient), W (weight gradient), B (full backward), MICRO-BATCH"
+
+assert set(LETTERS) == set(get_args(ActionKind))
+
+
+def cell_text(cell: Cell) -> str:
+    """``2F0``, ``2I0``, ``2W0``, ``2B0`` or ``(4F0;5B0)OVERLAP_F_B``."""
+    if isinstance(cell, Overlap):
+        return f"({cell_text(cell.forward)};{cell_text(cell.backward)}){OVERLAP_WORD}"
+    return f"{cell.stage}{LETTERS[cell.kind]}{cell.micro_batch}"
+
+
+def parse_cell(text: str) -> Cell | None:
+    """The action or pair of a text; None where the text is neither."""
+    pair = _OVERLAP.match(text.strip())
+    if pair is not None:
+        forward, backward = (parse_cell(part) for part in pair.groups())
+        right = isinstance(forward, Action) and isinstance(backward, Action) and (forward.kind, backward.kind) == ("F", "BW")
+        return Overlap(forward, backward) if right else None  # type: ignore[arg-type]
+    match = _ACTION.match(text.strip())
+    return None if match is None else Action(int(match[1]), _KINDS[match[2]], int(match[3]))
+
+
+def order_texts(order: Order) -> tuple[str, ...]:
+    """One line per rank, actions separated by commas: what a row of the CSV holds."""
+    return tuple(",".join(map(cell_text, cells)) for cells in order.ranks)
+
+
+def order_csv(order: Order) -> str:
+    """The CSV that torch's ``_dump_csv(..., format="compute_only")`` writes: a row per rank.
+
+    Not modelled: torch places a stage on one rank only, so it cannot load orders of two directions.
+    """
+    out = io.StringIO(newline="")
+    csv.writer(out).writerows([cell_text(cell) for cell in cells] for cells in order.ranks)
+    return out.getvalue()
+
+
+def parse_order(text: str, *, source: str = "order") -> Order:
+    """The checked order of a CSV: a row per rank, blank cells (idle steps) skipped.
+
+    Raises:
+        InputError: a cell is no action, or the order cannot run (shows the grid with the cell marked).
+    """
+    rows = list(csv.reader(io.StringIO(text)))
+    ranks = []
+    for rank, row in enumerate(rows):
+        cells: list[Cell] = []
+        for step, word in enumerate(row):
+            if not word.strip():
+                continue
+            cell = parse_cell(word)
+            if cell is None:
+                raise _bad_cell(rows, rank, step, source)
+            cells.append(cell)
+        ranks.append(tuple(cells))
+    actions = [action for cells in ranks for action in actions_of(cells)]
+    order = Order(
+        name=source,
+        num_stages=1 + max((action.stage for action in actions), default=-1),
+        num_microbatches=1 + max((action.micro_batch for action in actions), default=-1),
+        ranks=tuple(ranks),
+    )
+    check_order(order, source=source)
+    return order
+
+
+def read_order(path: Path) -> Order:
+    """The checked order of a CSV file.
+
+    Raises:
+        InputError: the file cannot be read, or `parse_order` refuses it.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        rule = f"an order is a readable CSV file, but {error}"
+        raise InputError(source=str(path), key="", value=None, rule=rule, remedy="name a file with a row per rank") from error
+    return parse_order(text, source=str(path))
+
+
+def _bad_cell(rows: list[list[str]], rank: int, step: int, source: str) -> InputError:
+    word = rows[rank][step].strip()
+    lowered = _OTHER.match(word) is not None
+    remedy = "write it with format='compute_only', without communication" if lowered else "as in 2F0,2I0,2W0,2B0,(4F0;5B0)OVERLAP_F_B"
+    grid = grid_of_texts(rows, marked={(rank, step)})
+    rule = _FORMS if not lowered else "an order holds compute actions only"
+    return InputError(source=source, key=f"row {rank}, column {step}", value=word, rule=rule, remedy=f"{remedy}\n{grid}")
