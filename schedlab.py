@@ -32,7 +32,7 @@ from simulator.plan import Plan, check_gpus
 from simulator.plan_file import read_plan, write_plan
 from simulator.presets import PRESETS
 from simulator.sequence import format_sequence
-from simulator.simulate import Simulation, StepSetting
+from simulator.simulate import ENGINES, Simulation, StepSetting
 from simulator.simulate import simulate as run_simulation
 from validation.kernel_check import check_kernels
 from validation.reports import (
@@ -181,7 +181,7 @@ def trace(model_name: str, batch: int | None, seq_len: int | None) -> dict[str, 
 @hardware_option
 @click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Plan TOML (default: the plain module).")
 @click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Devices that the plan must use.")
-@click.option("--engine", type=click.Choice(["simpy"]), default="simpy", show_default=True)
+@click.option("--engine", type=click.Choice(sorted(ENGINES)), default="compiled", show_default=True)
 @click.option("--trace", "trace_path", type=click.Path(path_type=Path), help="Write a Chrome trace (opens in Perfetto).")
 @click.option(
     "--plot", "plot_path", type=click.Path(path_type=Path), help="Write the timeline; the memory plot goes beside it."
@@ -192,17 +192,22 @@ def simulate(
     trace_path: Path | None, plot_path: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Predicts the step time and the memory of a plan."""
-    del engine  # there is one so far
     device = device_profile(hardware_name)
     plan = read_plan(plan_path) if plan_path else Plan()
     source = model_source(model_name, device=device, seq_len=seq_len).with_plan_batch(plan)
-    simulation = simulate_plan(source, plan, device, gpus=gpus, folder=plan_path.parent if plan_path else None)
+    simulation = simulate_plan(source, plan, device, gpus=gpus, folder=plan_path.parent if plan_path else None, engine=engine)
     write_figures(simulation, trace_path=trace_path, plot_path=plot_path, name=model_name)
     return simulation.to_json() | {"_table": simulation_table(simulation)}
 
 
 def simulate_plan(
-    source: ModelSource, plan: Plan, device: DeviceProfile, *, gpus: int = 1, folder: Path | None = None
+    source: ModelSource,
+    plan: Plan,
+    device: DeviceProfile,
+    *,
+    gpus: int = 1,
+    folder: Path | None = None,
+    engine: str = "compiled",
 ) -> Simulation:
     """A plan's prediction."""
     plan = source.resolve(plan)
@@ -211,7 +216,7 @@ def simulate_plan(
     setting = StepSetting(
         num_microbatches=plan.num_microbatches, optimizer=plan.precision.optimizer, budget_bytes=plan.memory.budget_bytes
     )
-    return run_simulation(workload, sequence_of(plan, workload, device, folder=folder), device, setting)
+    return run_simulation(workload, sequence_of(plan, workload, device, folder=folder), device, setting, engine=engine)
 
 
 def write_figures(simulation: Simulation, *, trace_path: Path | None, plot_path: Path | None, name: str) -> None:

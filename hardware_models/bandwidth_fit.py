@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from numpy.typing import NDArray
 
 from hardware_models.bandwidth_ramp import BandwidthRamp, Floats
 from hardware_models.errors import InputError
-from hardware_models.units import US_PER_S
+from hardware_models.kernel_tables import TimedStream, read_streams
 
 Bools = NDArray[np.bool_]
 
@@ -112,28 +111,15 @@ def read_ramp_timings(path: Path) -> Mapping[str, RampTimings]:
     """Timings by device from a table with the columns gpu, mode, bytes_moved and time_per_kernel_us.
 
     Raises:
-        InputError: a column is missing or a mode unknown.
+        InputError: no such file, a column is missing or a mode unknown.
     """
-    rows: dict[str, list[tuple[float, float, bool]]] = {}
-    with path.open(encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
-            missing = [name for name in ("gpu", "mode", "bytes_moved", "time_per_kernel_us") if name not in row]
-            if missing:
-                raise InputError(source=str(path), key=missing[0], value=None, rule="this column is required", remedy="add it")
-            if row["mode"] not in {"stream launch", "cudaGraph"}:
-                raise InputError(
-                    source=str(path),
-                    key="mode",
-                    value=row["mode"],
-                    rule="a mode is 'stream launch' or 'cudaGraph'",
-                    remedy="correct it",
-                )
-            rows.setdefault(row["gpu"], []).append(
-                (float(row["bytes_moved"]), float(row["time_per_kernel_us"]) / US_PER_S, row["mode"] == "stream launch")
-            )
+    rows: dict[str, list[TimedStream]] = {}
+    for row in read_streams(path):
+        rows.setdefault(row.device, []).append(row)
     return {
         gpu: RampTimings(
-            moved_bytes=np.array([one[0] for one in found]), seconds=np.array([one[1] for one in found]), stream=np.array([one[2] for one in found])
+            moved_bytes=np.array([one.moved_bytes for one in found]), seconds=np.array([one.seconds for one in found]),
+            stream=np.array([one.launch == "stream" for one in found]),
         )
         for gpu, found in rows.items()
     }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +36,9 @@ MOST_LOG_RATIO = 7.0
 """No kernel takes a thousand times its roofline: a greater logarithm is a broken table."""
 
 
+_Axis = Annotated[list[Positive], Field(min_length=1)]
+
+
 class _Errors(Section):
     relative_standard_error: NonNegative
     median_error: NonNegative
@@ -51,7 +55,7 @@ class _GridSection(_Errors):
     evidence: Literal["measured", "published", "datasheet"]
     source: Name
     num_points: Count
-    axes: tuple[list[Positive], list[Positive], list[Positive]]
+    axes: tuple[_Axis, _Axis, _Axis]
     nodes: Annotated[str, Field(pattern=r"^[\w.-]+\.csv$")]
 
 
@@ -146,6 +150,11 @@ def _grid(section: _GridSection, path: Path, position: int, law: PhysicalLaw) ->
                     source=str(path), key=f"grid[{position}].axes ({name})", value=after, rule=f"sizes increase strictly, but this one follows {before:g}",
                     remedy="sort the axis and the rows of its table",
                 )  # fmt: skip
+    if (section.kernel_class == "gemm") != (section.sizes == "product"):
+        raise InputError(
+            source=str(path), key=f"grid[{position}].sizes", value=section.sizes, rule=f"axes that kernels of class {section.kernel_class} have",
+            remedy="product for gemm, the others for attention",
+        )  # fmt: skip
     values = section.model_dump(exclude={"nodes"}) | {"axes": tuple(tuple(axis) for axis in section.axes)}
     return GriddedCurve(**values, law=law, log_ratios=_nodes(path.with_name(section.nodes), section))
 
@@ -154,7 +163,9 @@ def _nodes(path: Path, section: _GridSection) -> NDArray[np.float64]:
     """The table of nodes: a row for each pair of sizes on the first two axes, then a column for each size on the third."""
     lengths = [len(axis) for axis in section.axes]
     try:
-        rows = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of an empty table, which is refused below
+            rows = np.loadtxt(path, delimiter=",", skiprows=1, ndmin=2)
     except (OSError, ValueError) as problem:
         raise InputError(
             source=str(path), key="", value=None, rule=f"a table of numbers: {problem}", remedy="restore the file"

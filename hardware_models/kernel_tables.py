@@ -138,7 +138,16 @@ def read_kernels(path: str | Path) -> tuple[TimedKernel, ...]:
     read = next((read for needed, read in _FORMATS if needed <= columns), None)
     if read is None:
         raise _unknown_header(path, columns, [needed for needed, _ in _FORMATS])
-    return tuple(read(_Cells(path=path, line=reader.line_num, values=values)) for values in reader)
+    try:
+        return tuple(read(_Cells(path=path, line=reader.line_num, values=values)) for values in reader)
+    except csv.Error as problem:
+        raise InputError(
+            source=str(path),
+            key=f"line {reader.line_num}",
+            value=None,
+            rule=f"a CSV file: {problem}",
+            remedy="close the quotes",
+        ) from problem
 
 
 def is_kernel_table(path: str | Path) -> bool:
@@ -173,13 +182,13 @@ class _Cells:
     def text(self, column: str) -> str:
         value = (self.values.get(column) or "").strip()
         if not value:
-            raise self._error(column, value, "a value is required")
+            raise self.error(column, value, "a value is required")
         return value
 
     def count(self, column: str) -> int:
         value = self.number(column)
         if value != int(value):
-            raise self._error(column, value, "a whole number")
+            raise self.error(column, value, "a whole number")
         return int(value)
 
     def number(self, column: str) -> float:
@@ -187,22 +196,22 @@ class _Cells:
         try:
             value = float(text)
         except ValueError as problem:
-            raise self._error(column, text, "a number") from problem
+            raise self.error(column, text, "a number") from problem
         if not (isfinite(value) and value > 0):
-            raise self._error(column, text, "a positive, finite number")
+            raise self.error(column, text, "a positive, finite number")
         return value
 
     def dtype(self, column: str) -> str:
         text = self.text(column)
         if text.lower() not in DTYPES:
-            raise self._error(column, text, f"one of {', '.join(DTYPES)}")
+            raise self.error(column, text, f"one of {', '.join(DTYPES)}")
         return DTYPES[text.lower()]
 
     def parts(self, column: str) -> dict[str, str]:
         """``name=value`` pairs of a cell."""
         pairs = [part.split("=", 1) for part in self.text(column).split(", ")]
         if any(len(pair) != 2 for pair in pairs):  # noqa: PLR2004 - a name and a value
-            raise self._error(column, self.text(column), "name=value pairs, separated by a comma and a space")
+            raise self.error(column, self.text(column), "name=value pairs, separated by a comma and a space")
         return {name.strip(): value.strip() for name, value in pairs}
 
     def timed(self, kernel: Kernel, *, device: str, stack: str, op: str, seconds: float) -> TimedKernel:
@@ -216,7 +225,8 @@ class _Cells:
             line=self.line,
         )
 
-    def _error(self, column: str, value: object, rule: str) -> InputError:
+    def error(self, column: str, value: object, rule: str) -> InputError:
+        """What is wrong with a cell."""
         return InputError(
             source=str(self.path),
             key=f"line {self.line}, {column}",
@@ -274,6 +284,8 @@ def _decode(cells: _Cells) -> TimedKernel:
 
 _STAGES = MappingProxyType({"TN": "gemm_forward", "NN": "gemm_input_gradient", "NT": "gemm_weight_gradient"})
 """Pass that multiplies in a layout, of an ``nn.Linear``."""
+_LOOP_ATTENTION = ("sdp_fwd", "sdp_bwd")
+"""Attention's names in tables of rates: forward, backward."""
 
 
 def _efficiency(cells: _Cells) -> TimedKernel:
@@ -282,16 +294,16 @@ def _efficiency(cells: _Cells) -> TimedKernel:
     stack = TRAINING_ATTENTION if op in {"sdp_fwd", "sdp_bwd"} else LOOP_STACK
 
     def size(name: str) -> int:
-        if not sizes.get(name, "").isdigit():
-            raise InputError(
-                source=str(cells.path), key=f"line {cells.line}, shape", value=sizes.get(name), rule=f"{name}=<whole number>", remedy="correct the row or remove it",
-            )  # fmt: skip
-        return int(sizes[name])
+        text = sizes.get(name, "")
+        if not (text.isascii() and text.isdecimal() and int(text) > 0):
+            raise cells.error("shape", sizes.get(name), f"{name}=<whole number above 0>")
+        return int(text)
 
     if op == "matmul":
-        kernel = gemm_kernel(
-            size("b") * size("m"), size("n"), size("k"), "bfloat16", result_dtype=DTYPES[sizes.get("out_dtype", "bf16")]
-        )
+        result = sizes.get("out_dtype", "bf16").lower()
+        if result not in DTYPES:
+            raise cells.error("shape", result, f"out_dtype is one of {', '.join(DTYPES)}")
+        kernel = gemm_kernel(size("b") * size("m"), size("n"), size("k"), "bfloat16", result_dtype=DTYPES[result])
         name = _STAGES.get(sizes.get("layout", "TN"), "gemm_forward")
         counted = float(kernel.flops)
     elif op == "group_matmul":
@@ -302,6 +314,8 @@ def _efficiency(cells: _Cells) -> TimedKernel:
             read_bytes=groups * one.read_bytes, written_bytes=groups * one.written_bytes,
         )  # fmt: skip
         name, counted = "grouped_gemm", float(kernel.flops)
+    elif op not in _LOOP_ATTENTION:
+        raise cells.error("op", op, f"one of matmul, group_matmul, {', '.join(_LOOP_ATTENTION)}")
     else:
         length, backward = size("seq_len"), op == "sdp_bwd"
         kernel = attention_kernel(

@@ -117,12 +117,14 @@ def quantization(shapes: Integers, num_multiprocessors: int) -> Floats:
 
     **Not modelled**: stream-k; pairs of multiprocessors that share a tile.
     """
-    m, n, k = shapes[:, 0], shapes[:, 1], shapes[:, 2]
+    m, n, k = np.ascontiguousarray(
+        shapes.T, dtype=np.float64
+    )  # whole numbers below 2^53: exact, and faster to divide than integers
+    parts = np.floor(k / LEAST_SPLIT)
     best = np.full(len(shapes), np.inf)
     for (rows, columns), rate in TILES:
-        tiles = -(-m // rows) * -(-n // columns)
-        waves = -(-tiles // num_multiprocessors)
-        splits = np.maximum(1, np.minimum(num_multiprocessors // np.maximum(tiles, 1), k // LEAST_SPLIT))
-        filled = waves * (num_multiprocessors * rows * columns) / (splits * rate)
-        best = np.minimum(best, filled / (m * n).astype(np.float64))
-    return np.asarray(np.maximum(best, 1.0), dtype=np.float64)
+        tiles = np.ceil(m / rows) * np.ceil(n / columns)
+        waves = np.ceil(tiles / num_multiprocessors)
+        splits = np.maximum(1.0, np.minimum(np.floor(num_multiprocessors / tiles), parts))
+        np.minimum(best, waves * (num_multiprocessors * rows * columns / rate) / splits, out=best)
+    return np.asarray(np.maximum(best / (m * n), 1.0), dtype=np.float64)

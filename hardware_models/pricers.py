@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import hypot
+from math import hypot, inf
 from types import MappingProxyType
 from typing import Protocol
 
@@ -15,7 +15,7 @@ from hardware_models.curves import Curve, Floats
 from hardware_models.gridded import GriddedCurve
 from hardware_models.kernel import Kernel
 from hardware_models.op_groups import group_of
-from hardware_models.physical_law import SHARPNESS, Integers
+from hardware_models.physical_law import Integers
 from hardware_models.profile import DeviceProfile, Evidence
 from hardware_models.roofline import roofline_evidence, roofline_seconds
 from hardware_models.units import DTYPE_BYTES
@@ -123,7 +123,7 @@ class ProductPricer:
     **Model**: a kernel is ``count`` products (m, n, k) (`product_form`). One takes ``t1`` by the grid. A batched kernel's products share the multiprocessors
     that one leaves idle: ``t = launch + max(count * (t1 - launch) * share, bytes / bandwidth)`` with ``share = tiles / multiprocessors``, at least ``1 / count`` (a
     batch takes no less than one of it) and at least the law's compute time over ``t1`` (a split of the summed axis fills what few tiles leave idle), at most 1;
-    grouped products of unequal sizes run one after the other. A convolution's ``t1`` counts its own traffic, not that of the unfolded matrix.
+    grouped products of unequal sizes run one after the other. A convolution's ``t1`` leaves the unfolded matrix's traffic out.
 
     **Source**: Chetlur et al. 2014 (cuDNN: convolution as an implicit product); grouped: MooreThreads/SimuMax @4dcaae513b, 108 groups on B200 within 11% (median)
     of one after the other.
@@ -153,16 +153,19 @@ class ProductPricer:
         count = np.array([form[0] for form in forms], dtype=np.float64)
         law = self.grid.curve.law
         memory_s = np.array([kernel.moved_bytes for kernel in kernels]) / law.bandwidth_bytes_per_s
-        one_s = self.grid.seconds(shapes) - law.launch_s
-        compute_s, traffic_s = law.parts("product", shapes)
+        unfolded = np.array([kernel.kernel_class == "convolution" for kernel in kernels])
+        one_s = np.where(unfolded, self._without_traffic().seconds(shapes), self.grid.seconds(shapes)) - law.launch_s
+        compute_s = law.parts("product", shapes)[0]
         tiles = -(-shapes[:, 0] // _BLOCK) * -(-shapes[:, 1] // _BLOCK)
         occupied = np.maximum(tiles / max(1, law.num_multiprocessors), compute_s / np.maximum(one_s, compute_s))
         alone = np.array([kernel.op == "_grouped_mm" for kernel in kernels])
         share = np.where(alone, 1.0, np.minimum(1.0, np.maximum(occupied, 1.0 / count)))
-        unfolded = np.array([kernel.kernel_class == "convolution" for kernel in kernels])
-        arithmetic = compute_s / (compute_s**SHARPNESS + traffic_s**SHARPNESS) ** (1.0 / SHARPNESS)
-        busy_s = count * one_s * share * np.where(unfolded, arithmetic, 1.0)
-        return np.asarray(law.launch_s + np.maximum(busy_s, memory_s), dtype=np.float64)
+        return np.asarray(law.launch_s + np.maximum(count * one_s * share, memory_s), dtype=np.float64)
+
+    def _without_traffic(self) -> GridPricer:
+        """The grid's prices of arithmetic alone."""
+        law = replace(self.grid.curve.law, bandwidth_bytes_per_s=inf)
+        return replace(self.grid, curve=replace(self.grid.curve, law=law))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

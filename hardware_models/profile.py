@@ -183,10 +183,19 @@ class DeviceProfile:
         return by_class.get(kernel_class, by_class["default"])
 
     def changed(self, **changes: object) -> DeviceProfile:
-        """This device with other values, for what-if studies."""
+        """This device with other values, for what-if studies.
+
+        Gridded curves take the new rates; those of a dtype that has no peak any more are left out. Another memory bandwidth scales the rate from memory of
+        ``light``, unless that is given too.
+        """
         changed: DeviceProfile = replace(self, **changes)  # type: ignore[arg-type]
         laws = changed.laws()
-        return replace(changed, grids=tuple(replace(grid, law=laws[grid.dtype]) for grid in changed.grids))
+        light = changed.light
+        if light is not None and "light" not in changes:
+            faster = changed.memory_bandwidth_bytes_per_s / self.memory_bandwidth_bytes_per_s
+            light = replace(light, dram_bytes_per_s=light.dram_bytes_per_s * faster)
+        grids = tuple(replace(grid, law=laws[grid.dtype]) for grid in changed.grids if grid.dtype in laws)
+        return replace(changed, grids=grids, light=light)
 
     def laws(self) -> Mapping[str, PhysicalLaw]:
         """The law that gridded curves are relative to, by dtype, from the data sheet's values."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, ValidationError
 
 from hardware_models.bandwidth_ramp import BandwidthRamp
 from hardware_models.curves import Curve
@@ -21,17 +19,16 @@ from hardware_models.profile import CopyEngine, DeviceProfile, Efficiency, Evide
 from hardware_models.profile_sections import (
     LEAST_CACHE_BYTES,
     LEAST_CLOCK_HZ,
-    LEAST_MEMORY_BYTES,
     LEAST_RATE,
     MOST_CLOCK_HZ,
     MOST_RATE,
-    MOST_SECONDS,
     CurveSection,
     DeviceFile,
     KernelsFile,
     LightSection,
     SustainedSection,
 )
+from hardware_models.toml_file import LEAST_MEMORY_BYTES, MOST_SECONDS, Bound, Remedies, read_section
 
 DEVICE_FILE, KERNELS_FILE, PROVENANCE_FILE = "device.toml", "kernels.toml", "provenance.toml"
 FORMAT = 1
@@ -40,7 +37,21 @@ _MONOTONE_FROM_BYTES, _MONOTONE_TO_BYTES, _MONOTONE_POINTS = 1e3, 1e11, 400
 """Sizes between which the time of a memory-bound kernel is checked to grow."""
 _ROUNDING = 1e-9
 
-_Model = TypeVar("_Model", bound=BaseModel)
+
+_BOUNDS: Mapping[Bound, str] = MappingProxyType(
+    {
+        ("greater_than_equal", LEAST_RATE): "give the rate in bytes/s or FLOP/s, not in GB/s or TFLOP/s",
+        ("less_than_equal", MOST_RATE): "give the rate in bytes/s or FLOP/s: no device is that fast",
+        ("less_than", MOST_SECONDS): "give seconds, not microseconds", ("greater_than_equal", LEAST_MEMORY_BYTES): "give bytes, not GB",
+        ("greater_than_equal", LEAST_CACHE_BYTES): "give bytes, not MB", ("greater_than_equal", LEAST_CLOCK_HZ): "give hertz, not MHz or GHz",
+        ("less_than_equal", MOST_CLOCK_HZ): "give hertz",
+    }
+)  # fmt: skip
+_DEVICE_REMEDIES = Remedies(
+    absent="a profile is a folder with device.toml; 'schedlab calibrate' writes one",
+    broken="restore the file or repeat 'schedlab calibrate'", bounds=_BOUNDS,
+)  # fmt: skip
+_KERNELS_REMEDIES = replace(_DEVICE_REMEDIES, missing="repeat 'schedlab calibrate': this version writes it")
 
 
 def load_profile(folder: Path) -> DeviceProfile:
@@ -50,10 +61,10 @@ def load_profile(folder: Path) -> DeviceProfile:
         InputError: a file is missing, truncated, or holds a value that breaks a rule; names file, key, value, rule and remedy.
     """
     device_path, kernels_path = folder / DEVICE_FILE, folder / KERNELS_FILE
-    device = _validated(DeviceFile, device_path)
+    device = read_section(DeviceFile, device_path, remedies=_DEVICE_REMEDIES)
     curves: tuple[Curve, ...] = ()
     if kernels_path.exists():
-        kernels = _validated(KernelsFile, kernels_path)
+        kernels = read_section(KernelsFile, kernels_path, remedies=_KERNELS_REMEDIES)
         curves = tuple(_curve(section, kernels_path, position) for position, section in enumerate(kernels.curve))
     efficiencies = tuple(Efficiency(**section.model_dump()) for section in device.efficiency)
     if "default" not in {one.kernel_class for one in efficiencies}:
@@ -150,59 +161,6 @@ def _curve(section: CurveSection, path: Path, position: int) -> Curve:
     values = section.model_dump()
     values |= {"points": points, "seconds": tuple(section.seconds), "physical_seconds": tuple(section.physical_seconds)}
     return Curve(**values)
-
-
-def _validated(model: type[_Model], path: Path) -> _Model:
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as problem:
-        raise InputError(
-            source=str(path),
-            key="",
-            value=None,
-            rule="no such file",
-            remedy="a profile is a folder with device.toml; 'schedlab calibrate' writes one",
-        ) from problem
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise InputError(
-            source=str(path), key="", value=None, rule=f"not whole or not TOML: {problem}", remedy="restore the file or repeat 'schedlab calibrate'",
-        ) from problem  # fmt: skip
-    try:
-        return model.model_validate(values)
-    except ValidationError as problem:
-        raise _as_input_error(problem, path) from problem
-
-
-def _as_input_error(problem: ValidationError, path: Path) -> InputError:
-    """The first violation in our words."""
-    first = problem.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    kind, bound = first["type"], first.get("ctx", {})
-    if kind == "missing":
-        return InputError(
-            source=str(path), key=key, value=None, rule="this key is required", remedy=_REMEDY_OF_MISSING[path.name]
-        )
-    if kind == "extra_forbidden":
-        return InputError(
-            source=str(path), key=key, value=first["input"], rule="unknown key", remedy="remove it or correct its spelling"
-        )
-    rule = first["msg"][0].lower() + first["msg"][1:]
-    remedy = _REMEDIES.get(kind, "correct the value")
-    remedy = _REMEDY_OF_BOUND.get((kind, bound.get("ge", bound.get("le", bound.get("lt")))), remedy)
-    return InputError(source=str(path), key=key, value=first["input"], rule=rule, remedy=remedy)
-
-
-_REMEDY_OF_BOUND: Mapping[tuple[str, Any], str] = {
-    ("greater_than_equal", LEAST_RATE): "give the rate in bytes/s or FLOP/s, not in GB/s or TFLOP/s",
-    ("less_than_equal", MOST_RATE): "give the rate in bytes/s or FLOP/s: no device is that fast",
-    ("less_than", MOST_SECONDS): "give seconds, not microseconds",
-    ("greater_than_equal", LEAST_MEMORY_BYTES): "give bytes, not GB",
-    ("greater_than_equal", LEAST_CACHE_BYTES): "give bytes, not MB",
-    ("greater_than_equal", LEAST_CLOCK_HZ): "give hertz, not MHz or GHz",
-    ("less_than_equal", MOST_CLOCK_HZ): "give hertz",
-}
-_REMEDY_OF_MISSING = {DEVICE_FILE: "add it", KERNELS_FILE: "repeat 'schedlab calibrate': this version writes it"}
-_REMEDIES = {"finite_number": "give a finite number", "literal_error": "choose one of these"}
 
 
 def sourced(value: Sourced) -> dict[str, Any]:

@@ -4,44 +4,33 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from hardware_models.kernel import KernelClass
 from hardware_models.profile import Evidence
+from hardware_models.toml_file import (
+    Finite,
+    Fraction,
+    MemoryBytes,
+    Name,
+    NonNegative,
+    Positive,
+    Seconds,
+    Section,
+    SourcedSection,
+)
 
 LEAST_RATE = 1e9
 """No device computes or moves less than this in a second: a smaller value is in another unit (GB/s, TFLOP/s)."""
-MOST_SECONDS = 1.0
-"""Launching one kernel takes less than this: a larger value is in another unit (us)."""
 MOST_RATE = 1e18
 """No device computes or moves more than this in a second."""
-LEAST_MEMORY_BYTES = 2**20
 LEAST_CACHE_BYTES = 2**16
 """No last-level cache is smaller: a smaller value is in another unit (MB)."""
 LEAST_CLOCK_HZ, MOST_CLOCK_HZ = 1e8, 1e10
 """Clocks of processors: a smaller value is in another unit (MHz, GHz)."""
 MOST_WATTS = 1e4
 
-_Finite = Annotated[float, Field(allow_inf_nan=False)]
-_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-_NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-_Fraction = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 _Rate = Annotated[float, Field(ge=LEAST_RATE, le=MOST_RATE, allow_inf_nan=False)]
-_Seconds = Annotated[float, Field(ge=0, lt=MOST_SECONDS, allow_inf_nan=False)]
-
-
-class Section(BaseModel):
-    """A table of a file; unknown keys are an error."""
-
-    model_config = ConfigDict(extra="forbid", strict=False)
-
-
-class SourcedSection(Section):
-    """A table with its evidence."""
-
-    evidence: Evidence
-    source: str = Field(min_length=1)
-    date: str = Field(min_length=1)
 
 
 class RateSection(SourcedSection):
@@ -53,13 +42,13 @@ class RateSection(SourcedSection):
 class SecondsSection(SourcedSection):
     """A time on the host or of one kernel."""
 
-    value: _Seconds
+    value: Seconds
 
 
 class MemorySection(SourcedSection):
     """The size of a memory."""
 
-    value: Annotated[int, Field(ge=LEAST_MEMORY_BYTES)]
+    value: MemoryBytes
 
 
 class BytesSection(SourcedSection):
@@ -90,11 +79,11 @@ class EfficiencySection(Section):
     """Achievable fractions of the peaks (`Efficiency`)."""
 
     kernel_class: KernelClass | Literal["default"]
-    flops: _Fraction
-    bandwidth: _Fraction
-    relative_standard_error: _NonNegative
+    flops: Fraction
+    bandwidth: Fraction
+    relative_standard_error: NonNegative
     evidence: Evidence
-    source: str = Field(min_length=1)
+    source: Name
 
 
 class CopySection(Section):
@@ -102,58 +91,58 @@ class CopySection(Section):
 
     to_device_bytes_per_s: _Rate
     to_host_bytes_per_s: _Rate
-    latency_s: _Seconds
-    duplex_efficiency: _Fraction
+    latency_s: Seconds
+    duplex_efficiency: Fraction
     compute_slowdown: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     evidence: Evidence
-    source: str = Field(min_length=1)
+    source: Name
 
 
 class LightSection(Section):
     """Memory-bound kernels (`BandwidthRamp`)."""
 
-    graph_launch_s: _Seconds
-    stream_gap_s: _Seconds
-    stream_floor_s: _Seconds
-    first_wave_bytes: _Positive
+    graph_launch_s: Seconds
+    stream_gap_s: Seconds
+    stream_floor_s: Seconds
+    first_wave_bytes: Positive
     first_wave_bytes_per_s: _Rate
-    second_wave_s: _Seconds
+    second_wave_s: Seconds
     cache_bytes_per_s: _Rate
     cache_bytes: Annotated[float, Field(ge=LEAST_CACHE_BYTES, allow_inf_nan=False)]
-    spill_width: _Positive
-    dram_latency_s: _Seconds
+    spill_width: Positive
+    dram_latency_s: Seconds
     dram_bytes_per_s: _Rate
-    mix: list[tuple[Annotated[float, Field(ge=0, le=1)], _Positive]] = Field(min_length=1)
-    wide_mix: list[tuple[Annotated[float, Field(ge=0, le=1)], _Positive]] = Field(min_length=1)
-    median_error: _NonNegative
-    p90_error: _NonNegative
+    mix: list[tuple[Annotated[float, Field(ge=0, le=1)], Positive]] = Field(min_length=1)
+    wide_mix: list[tuple[Annotated[float, Field(ge=0, le=1)], Positive]] = Field(min_length=1)
+    median_error: NonNegative
+    p90_error: NonNegative
     evidence: Evidence
-    source: str = Field(min_length=1)
+    source: Name
 
 
 class HostDispatchSection(SourcedSection):
     """Host time for one kernel (`HostDispatch`)."""
 
-    eager_s: _Seconds
-    autograd_backward_s: _Seconds
-    compiled_s: _Seconds
-    compiled_call_s: _Seconds
-    cuda_graph_s: _Seconds
+    eager_s: Seconds
+    autograd_backward_s: Seconds
+    compiled_s: Seconds
+    compiled_call_s: Seconds
+    cuda_graph_s: Seconds
 
 
 class SustainedSection(SourcedSection):
     """Clocks under load (`Sustained`)."""
 
-    factor: _Fraction
-    low: _Fraction
-    high: _Fraction
+    factor: Fraction
+    low: Fraction
+    high: Fraction
 
 
 class DeviceFile(Section):
     """``device.toml``."""
 
     format: Literal[1]
-    name: str = Field(min_length=1)
+    name: Name
     kind: Literal["cpu", "cuda"]
     provenance: str
     num_multiprocessors: Annotated[int, Field(ge=0)]
@@ -185,22 +174,22 @@ class CurveSection(Section):
     """One measured curve (`Curve`)."""
 
     kernel_class: KernelClass
-    group: str = Field(min_length=1)
-    dtype: str = Field(min_length=1)
+    group: Name
+    dtype: Name
     evidence: Evidence
-    points: list[list[_Finite]] = Field(min_length=1)
-    seconds: list[_Positive]
-    physical_seconds: list[_Positive]
+    points: list[list[Finite]] = Field(min_length=1)
+    seconds: list[Positive]
+    physical_seconds: list[Positive]
     cache_bytes: Annotated[int, Field(ge=0)]
-    coefficients: tuple[_NonNegative, _NonNegative, _NonNegative, _NonNegative, _NonNegative, _NonNegative]
-    length_scale: _Positive
-    noise: _Positive
-    relative_standard_error: _NonNegative
-    median_error: _NonNegative
+    coefficients: tuple[NonNegative, NonNegative, NonNegative, NonNegative, NonNegative, NonNegative]
+    length_scale: Positive
+    noise: Positive
+    relative_standard_error: NonNegative
+    median_error: NonNegative
 
 
 class KernelsFile(Section):
     """``kernels.toml``."""
 
     format: Literal[1]
-    curve: list[CurveSection] = []
+    curve: list[CurveSection] = Field(default_factory=list)

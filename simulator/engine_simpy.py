@@ -1,16 +1,19 @@
 """The reference engine: what a Program means, in simpy. The compiled engine must agree with it.
 
 **Streams.** Every (device, stream) is a queue: its instructions run one at a time, in index order. An instruction starts once the
-one before it on its stream and all its dependencies have ended, and lasts its ``duration_s``. Nothing else delays it: durations
-are priced beforehand.
+one before it on its stream and all its dependencies have ended.
+
+**Speed.** An instruction has ``duration_s`` of work and does it at speed 1, unless other streams of its device run something: then at
+1 / f, f the greatest ``slowdown`` of its stream by theirs. A transfer does nothing for ``duration_s`` (its latency), then moves its bytes at its
+max-min fair rate over all transfers that move at that time; its own limit is divided by f. Speeds change only between instants.
 
 **Equal times.** At one instant, as long as some instruction can end, the one with the lowest index ends; else the ready one with the
 lowest index starts. So ends precede starts, and an instruction without duration ends before anything else starts. Priority is end
-before start, sequence is the index: no tie is left to chance. Equal means equal floating-point numbers.
+before start, sequence is the index: no tie is left to chance. Equal means equal floating-point numbers. Then speeds are settled.
 
-**Memory.** An instruction's memory events happen ``memory_time_s`` after its start, in their order. The bytes alive on a device are its
-``resident_bytes`` plus all events so far; a profile has one row for the start and one for each event. On one device and at one
-instant, the order is
+**Memory.** An instruction's memory events happen ``memory_time_s`` after its start (stretched where it was slowed; at its end where that is its
+duration), in their order. The bytes alive on a device are its ``resident_bytes`` plus all events so far; a profile has one row for the start
+and one for each event. On one device and at one instant, the order is
 
 1. events in the midst of running instructions, if the first of that instruction at that instant frees,
 2. events at ends and starts, in the order of those ends and starts,
@@ -19,39 +22,26 @@ instant, the order is
 and events of one instruction at one instant keep their order. So frees precede allocations wherever neither the order of a stream nor
 a dependency says otherwise.
 
-**Errors.** A Program whose instructions wait for each other ends in a `DeadlockError`, which prints the grid of streams. Bytes below zero
-in any class of a device end in a `MemoryBalanceError`, which names the instruction. Both are faults of whoever made the Program.
-
-**Not modelled.** Links that concurrent transfers share, slowdown of overlapping streams, jitter.
+**Errors.** `run_record`: a Program whose instructions wait for each other ends in a `DeadlockError`, bytes below zero in a `MemoryBalanceError`.
+Both are faults of whoever made the Program. Jitter and stragglers are durations sampled beforehand (`jitter`).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Generator
-from dataclasses import dataclass
-from itertools import groupby
+from heapq import heappush
 
 import numpy as np
 import simpy
-from numpy.typing import NDArray
 from simpy.events import EventPriority, Process
 
-from simulator.program import Kind, MemoryClass, Program, Stream
-from simulator.timeline import MemoryProfile, Span, Timeline
+from hardware_models.network.sharing import max_min_rates
+from simulator.program import Program
+from simulator.run_record import RunRecord, dependencies_of, outcome_of, queues_of
+from simulator.timeline import MemoryProfile, Timeline
 
 _FIRST_PRIORITY = 2
 """simpy's own events (an instruction is done, a process begins) take priorities 0 and 1: they precede ends and starts."""
-_GRID_NEIGHBOURS = 3
-"""Instructions shown on either side of the stuck one."""
-
-
-class DeadlockError(RuntimeError):
-    """Instructions wait for each other; the message is the grid of streams with the stuck instruction of each marked."""
-
-
-class MemoryBalanceError(RuntimeError):
-    """An instruction frees bytes that are not there."""
 
 
 def run(program: Program) -> tuple[Timeline, tuple[MemoryProfile, ...]]:
@@ -61,166 +51,117 @@ def run(program: Program) -> tuple[Timeline, tuple[MemoryProfile, ...]]:
         DeadlockError: instructions wait for each other.
         MemoryBalanceError: more bytes of a class are freed than are alive.
     """
-    history = _simulate(program)
-    if not all(history.ended):
-        raise DeadlockError(_grid(program, history))
-    return _timeline(program, history), _profiles(program, history)
+    return outcome_of(program, record(program))
 
 
-@dataclass(slots=True, kw_only=True)
-class _History:
-    """What has happened so far. Ends and starts are counted together: the count orders them where times are equal."""
-
-    start_s: list[float]
-    end_s: list[float]
-    start_count: list[int]
-    end_count: list[int]
-    ended: list[bool]
-    count: int = 0
+def record(program: Program) -> RunRecord:
+    """When each instruction starts and ends."""
+    return _Machine(program).run()
 
 
-class _Moment(simpy.Event):
-    """Happens after a delay; where several happen at one time, the lowest priority number comes first."""
+class _Clock(simpy.Environment):
+    """An environment whose events can be set for a time instead of a delay, so that equal times stay equal."""
 
-    def __init__(self, env: simpy.Environment, *, delay_s: float, priority: int) -> None:
-        super().__init__(env)
-        self._ok, self._value = True, None
-        env.schedule(self, EventPriority(_FIRST_PRIORITY + priority), delay_s)
+    def moment(self, time_s: float, priority: int) -> simpy.Event:
+        """An event at a time; where several happen at one time, the lowest priority number comes first."""
+        event = simpy.Event(self)
+        event._ok, event._value = True, None  # noqa: SLF001 - as simpy's own Timeout does
+        heappush(self._queue, (time_s, EventPriority(_FIRST_PRIORITY + priority), next(self._eid), event))
+        return event
 
 
-def _simulate(program: Program) -> _History:
-    num = program.num_instructions
-    history = _History(start_s=[0.0] * num, end_s=[0.0] * num, start_count=[0] * num, end_count=[0] * num, ended=[False] * num)
-    env = simpy.Environment()
-    done = [env.event() for _ in range(num)]
+class _Machine:
+    """All streams of a program, and what runs on them."""
 
-    def serve(queue: list[int]) -> Generator[simpy.Event]:
+    def __init__(self, program: Program) -> None:
+        num = program.num_instructions
+        self.program, self.clock = program, _Clock()
+        self.transfer_row = {int(n): row for row, n in enumerate(program.transfers.instruction)}
+        self.start_s, self.end_s = np.zeros(num), np.zeros(num)
+        self.start_count, self.end_count = np.zeros(num, dtype=np.int64), np.full(num, -1, dtype=np.int64)
+        self.count = 0
+        self.done = [self.clock.event() for _ in range(num)]
+        self.speed: dict[int, float] = {}
+        """Of each running instruction: seconds of work a second; of a moving transfer bytes a second."""
+        self.left: dict[int, float] = {}
+        """Work or bytes left at ``since_s``."""
+        self.since_s: dict[int, float] = {}
+        self.moving: set[int] = set()
+        """Transfers past their latency."""
+        self.settles_s = -1.0
+
+    def run(self) -> RunRecord:
+        for _, queue in sorted(queues_of(self.program).items()):
+            Process(self.clock, self._serve(queue))
+        self.clock.run()
+        return RunRecord(start_s=self.start_s, end_s=self.end_s, start_count=self.start_count, end_count=self.end_count)
+
+    def _serve(self, queue: list[int]) -> Generator[simpy.Event]:
+        """A stream: one instruction after the other."""
         for n in queue:
-            for dependency in _dependencies(program, n):
-                yield done[dependency]
-            yield _Moment(env, delay_s=0.0, priority=num + n)
-            history.start_s[n], history.start_count[n] = env.now, history.count
-            history.count += 1
-            yield _Moment(env, delay_s=float(program.duration_s[n]), priority=n)
-            history.end_s[n], history.end_count[n], history.ended[n] = env.now, history.count, True
-            history.count += 1
-            done[n].succeed()
+            for dependency in dependencies_of(self.program, n):
+                yield self.done[dependency]
+            yield self.clock.moment(self.clock.now, len(self.done) + n)
+            self.start_s[n], self.start_count[n] = self.clock.now, self.count
+            self.count += 1
+            self._begin(n, work=float(self.program.duration_s[n]), speed=1.0)
+            yield self.done[n]
 
-    for _, queue in sorted(_queues(program).items()):
-        Process(env, serve(queue))
-    env.run()
-    return history
+    def _begin(self, n: int, *, work: float, speed: float) -> None:
+        self.left[n], self.since_s[n] = work, self.clock.now
+        self._go_on(n, speed)
+        self._settle_after_this_instant()
 
+    def _go_on(self, n: int, speed: float) -> None:
+        """From now on at this speed; an earlier end is void."""
+        self.speed[n] = speed
+        self.end_s[n] = self.clock.now + self.left[n] / speed if speed > 0.0 else np.inf
+        if speed > 0.0:
+            end_s = float(self.end_s[n])
+            self.clock.moment(end_s, n).callbacks.append(lambda _: self._reach(n, end_s))
 
-def _queues(program: Program) -> dict[tuple[int, Stream], list[int]]:
-    queues: dict[tuple[int, Stream], list[int]] = defaultdict(list)
-    for n in range(program.num_instructions):
-        queues[int(program.device[n]), Stream(program.stream[n])].append(n)
-    return queues
+    def _reach(self, n: int, end_s: float) -> None:
+        """The end of an instruction, or of a transfer's latency, unless it has moved since."""
+        if n not in self.speed or self.end_s[n] != end_s:
+            return
+        row = self.transfer_row.get(n)
+        if row is not None and n not in self.moving:
+            self.moving.add(n)
+            self._begin(n, work=float(self.program.transfers.size_bytes[row]), speed=0.0)
+            return
+        self.end_count[n] = self.count
+        self.count += 1
+        for state in (self.speed, self.left, self.since_s):
+            del state[n]
+        self.moving.discard(n)
+        self.done[n].succeed()
+        self._settle_after_this_instant()
 
+    def _settle_after_this_instant(self) -> None:
+        if self.settles_s != self.clock.now:
+            self.settles_s = self.clock.now
+            self.clock.moment(self.clock.now, 2 * len(self.done)).callbacks.append(lambda _: self._settle())
 
-def _dependencies(program: Program, n: int) -> list[int]:
-    indices: list[int] = program.dependencies[program.dependency_offsets[n] : program.dependency_offsets[n + 1]].tolist()
-    return indices
+    def _settle(self) -> None:
+        """New speeds for what runs, where they differ."""
+        self.settles_s = -1.0
+        for n, speed in self._speeds().items():
+            if speed != self.speed[n]:
+                self.left[n] = max(0.0, self.left[n] - self.speed[n] * (self.clock.now - self.since_s[n]))
+                self.since_s[n] = self.clock.now
+                self._go_on(n, speed)
 
+    def _speeds(self) -> dict[int, float]:
+        """Speed of each running instruction, in index order: slowed by the other streams of its device; transfers share their links."""
+        transfers, speeds = self.program.transfers, {n: 1.0 / self._slowdown(n) for n in sorted(self.speed)}
+        moving = sorted(self.moving)
+        rows = [self.transfer_row[n] for n in moving]
+        routes = [transfers.routes[transfers.route_offsets[row] : transfers.route_offsets[row + 1]].tolist() for row in rows]
+        limits = [float(transfers.limit_bytes_per_s[row]) * speeds[n] for n, row in zip(moving, rows, strict=True)]
+        rates = max_min_rates(routes, transfers.link_bytes_per_s, limits=limits)
+        return speeds | {n: float(rate) for n, rate in zip(moving, rates, strict=True)}
 
-def _timeline(program: Program, history: _History) -> Timeline:
-    spans = (
-        Span(
-            device=int(program.device[n]),
-            stream=Stream(program.stream[n]),
-            kind=Kind(program.kind[n]),
-            name=program.label(n),
-            micro_batch=int(program.micro_batch[n]),
-            block=int(program.block[n]),
-            start_s=history.start_s[n],
-            end_s=history.end_s[n],
-        )
-        for n in range(program.num_instructions)
-    )
-    return Timeline(spans=tuple(sorted(spans, key=lambda span: (span.start_s, span.device, span.stream))))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _MemoryMoment:
-    """Memory events of one instruction at one instant."""
-
-    order: tuple[float, int, int, int]
-    """Time, place within the instant (the module's list), count of the end or start, instruction."""
-    events: tuple[int, ...]
-
-    @property
-    def time_s(self) -> float:
-        return self.order[0]
-
-    @property
-    def instruction(self) -> int:
-        return self.order[-1]
-
-
-def _memory_moments(program: Program, history: _History, n: int) -> list[_MemoryMoment]:
-    start_s, end_s = history.start_s[n], history.end_s[n]
-    first, past = program.memory_offsets[n], program.memory_offsets[n + 1]
-    moments: list[_MemoryMoment] = []
-    for time_s, found in groupby(range(first, past), key=lambda event: start_s + float(program.memory_time_s[event])):
-        events = tuple(found)
-        if time_s == start_s:
-            order = (time_s, 1, history.start_count[n], n)
-        elif time_s == end_s:
-            order = (time_s, 1, history.end_count[n], n)
-        else:
-            order = (time_s, 0 if program.memory_bytes[events[0]] < 0 else 2, 0, n)
-        moments.append(_MemoryMoment(order=order, events=events))
-    return moments
-
-
-def _profiles(program: Program, history: _History) -> tuple[MemoryProfile, ...]:
-    moments: list[list[_MemoryMoment]] = [[] for _ in range(program.num_devices)]
-    for n in range(program.num_instructions):
-        moments[program.device[n]].extend(_memory_moments(program, history, n))
-    return tuple(_profile(program, device, sorted(found, key=lambda one: one.order)) for device, found in enumerate(moments))
-
-
-def _profile(program: Program, device: int, moments: list[_MemoryMoment]) -> MemoryProfile:
-    events = [event for moment in moments for event in moment.events]
-    change_bytes = np.zeros((len(events) + 1, len(MemoryClass)), dtype=np.int64)
-    change_bytes[0] = program.resident_bytes[device]
-    change_bytes[np.arange(1, len(events) + 1), program.memory_class[events]] = program.memory_bytes[events]
-    alive_bytes = change_bytes.cumsum(axis=0)
-    _check_balance(program, device, alive_bytes, [moment.instruction for moment in moments for _ in moment.events])
-    time_s = np.array([0.0, *(moment.time_s for moment in moments for _ in moment.events)])
-    return MemoryProfile(device=device, time_s=time_s, alive_bytes=alive_bytes)
-
-
-def _check_balance(program: Program, device: int, alive_bytes: NDArray[np.int64], instructions: list[int]) -> None:
-    rows, classes = np.nonzero(alive_bytes < 0)
-    if len(rows):
-        n = instructions[rows[0] - 1]
-        name, left = MemoryClass(classes[0]).name.lower(), alive_bytes[rows[0], classes[0]]
-        rule = f"bytes of every class >= 0 must hold, but {name} falls to {left}"
-        msg = f"device {device}: {rule} in instruction {n} ({program.label(n)})"
-        raise MemoryBalanceError(msg)
-
-
-def _grid(program: Program, history: _History) -> str:
-    """A line for each stream: the neighbours of the stuck instruction, and what that one waits for."""
-    lines = ["deadlock: >> << marks the instruction of each stream that cannot start"]
-    for (device, stream), queue in sorted(_queues(program).items()):
-        position = next((place for place, n in enumerate(queue) if not history.ended[n]), len(queue))
-        low, high = max(position - _GRID_NEIGHBOURS, 0), min(position + _GRID_NEIGHBOURS + 1, len(queue))
-        cells = [
-            f">>{program.label(queue[place])}<<" if place == position else program.label(queue[place])
-            for place in range(low, high)
-        ]
-        shown = " | ".join([*(["..."] if low else []), *cells, *(["..."] if high < len(queue) else [])])
-        line = f"  device {device} {stream.name:<7} {shown}"
-        if position < len(queue):
-            waits = [other for other in _dependencies(program, queue[position]) if not history.ended[other]]
-            line += "   waits for " + ", ".join(
-                f"{program.label(other)} (device {program.device[other]} {Stream(program.stream[other]).name})"
-                for other in waits
-            )
-        else:
-            line += "   finished"
-        lines.append(line)
-    return "\n".join(lines)
+    def _slowdown(self, n: int) -> float:
+        device, stream = self.program.device[n], self.program.stream[n]
+        others = [self.program.stream[other] for other in self.speed if self.program.device[other] == device and other != n]
+        return max((float(self.program.slowdown[stream, other]) for other in others), default=1.0)

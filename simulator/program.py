@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
@@ -18,6 +18,8 @@ class Kind(IntEnum):
     OPTIMIZER = 3
     REDUCE = 4
     """Local accumulation of gradients."""
+    TRANSFER = 5
+    """Bytes over links: a copy, a message, a collective."""
 
 
 class Stream(IntEnum):
@@ -27,6 +29,14 @@ class Stream(IntEnum):
     H2D = 1
     D2H = 2
     HOST = 3
+    TP = 4
+    """Collectives of tensor parallelism."""
+    CP = 5
+    EP = 6
+    DP = 7
+    """Collectives of data parallelism and ZeRO."""
+    SEND = 8
+    """Messages to the neighbouring pipeline ranks; the receiver's share of the links is part of the route."""
 
 
 class MemoryClass(IntEnum):
@@ -43,10 +53,40 @@ class MemoryClass(IntEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Transfers:
+    """Instructions whose time depends on what else uses their links, in increasing order; row ``k`` of each array belongs to one of them.
+
+    The links of row ``k`` are ``routes[route_offsets[k]:route_offsets[k + 1]]``, indices into ``link_bytes_per_s``.
+    """
+
+    instruction: NDArray[np.int64]
+    size_bytes: NDArray[np.float64]
+    """Positive."""
+    limit_bytes_per_s: NDArray[np.float64]
+    """Most that the transfer takes when it is alone; positive, may be infinite where it has a route."""
+    route_offsets: NDArray[np.int64]
+    routes: NDArray[np.int64]
+    link_bytes_per_s: NDArray[np.float64]
+
+
+def no_transfers() -> Transfers:
+    """Of a program without any."""
+    return Transfers(
+        instruction=np.empty(0, dtype=np.int64), size_bytes=np.empty(0), limit_bytes_per_s=np.empty(0), route_offsets=np.zeros(1, dtype=np.int64),
+        routes=np.empty(0, dtype=np.int64), link_bytes_per_s=np.empty(0),
+    )  # fmt: skip
+
+
+def no_slowdown() -> NDArray[np.float64]:
+    """Streams that do not disturb each other: shape ``(len(Stream), len(Stream))``, all 1."""
+    return np.ones((len(Stream), len(Stream)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
     """Instructions in issue order; index ``n`` of every array belongs to instruction ``n``.
 
-    Dependencies of ``n`` are ``dependencies[dependency_offsets[n]:dependency_offsets[n + 1]]``; its memory events likewise, at
+    ``duration_s`` is the time alone; of a transfer the latency before its bytes flow. Dependencies of ``n`` are ``dependencies[dependency_offsets[n]:dependency_offsets[n + 1]]``; its memory events likewise, at
     ``memory_time_s`` after its start. Instructions of one (device, stream) run in index order.
     """
 
@@ -67,6 +107,9 @@ class Program:
     memory_class: NDArray[np.int8]
     resident_bytes: tuple[tuple[int, ...], ...]
     """Per device and `MemoryClass`: bytes alive before the first instruction."""
+    transfers: Transfers = field(default_factory=no_transfers)
+    slowdown: NDArray[np.float64] = field(default_factory=no_slowdown)
+    """``slowdown[a, b]`` >= 1: time of an instruction on stream a while stream b of its device runs one, over its time alone."""
 
     @property
     def num_instructions(self) -> int:
@@ -80,7 +123,14 @@ class Program:
 
     def label(self, index: int) -> str:
         """Text of one instruction, in the field's short form: ``F3 mb0``, ``R3 mb0``, ``B3 mb0``."""
-        letter = {Kind.FORWARD: "F", Kind.RECOMPUTE: "R", Kind.BACKWARD: "B", Kind.OPTIMIZER: "step", Kind.REDUCE: "reduce"}
+        letter = {
+            Kind.FORWARD: "F",
+            Kind.RECOMPUTE: "R",
+            Kind.BACKWARD: "B",
+            Kind.OPTIMIZER: "step",
+            Kind.REDUCE: "reduce",
+            Kind.TRANSFER: "T",
+        }
         block = "" if self.block[index] < 0 else str(self.block[index])
         option = f":{self.option[index]}" if self.option[index] else ""
         micro_batch = "" if self.micro_batch[index] < 0 else f" mb{self.micro_batch[index]}"

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 
 from hardware_models.caching_allocator import DEFAULT_SETTINGS, AllocatorPeaks, AllocatorSettings
 from hardware_models.kernel import Kernel
 from hardware_models.pricing import Price, price, price_together
 from hardware_models.profile import DeviceProfile
-from simulator import engine_simpy
+from simulator import engine_compiled, engine_simpy
 from simulator.lower import PassPrices, lower, optimizer_pass
 from simulator.program import Kind, MemoryClass, Program
 from simulator.reserved_memory import reserved_peaks, resident_tensors
@@ -20,8 +21,10 @@ from simulator.workload import Workload
 
 TIME_CLASSES = ("compute", "recompute", "bubble", "tp", "cp", "ep", "pp", "dp", "offload", "optimizer", "host")
 KIND_CLASS = {
-    Kind.FORWARD: "compute", Kind.BACKWARD: "compute", Kind.RECOMPUTE: "recompute", Kind.OPTIMIZER: "optimizer", Kind.REDUCE: "compute",
+    Kind.FORWARD: "compute", Kind.BACKWARD: "compute", Kind.RECOMPUTE: "recompute", Kind.OPTIMIZER: "optimizer", Kind.REDUCE: "compute", Kind.TRANSFER: "offload",
 }  # fmt: skip
+ENGINES = MappingProxyType({"compiled": engine_compiled.run, "simpy": engine_simpy.run})
+"""The engines by name: one meaning, `engine_simpy` says which."""
 INTERVAL_Z = 1.2816
 """Half-width of an 80% interval in standard errors of a normal distribution."""
 
@@ -129,9 +132,9 @@ class Simulation:
 
 
 def simulate(
-    workload: Workload, operations: Sequence[Operation], device: DeviceProfile, setting: StepSetting = StepSetting()
-) -> Simulation:
-    """One training step on one device, on the reference engine.
+    workload: Workload, operations: Sequence[Operation], device: DeviceProfile, setting: StepSetting = StepSetting(), *, engine: str = "compiled"
+) -> Simulation:  # fmt: skip
+    """One training step on one device, on one of `ENGINES`.
 
     Raises:
         InputError: the sequence is illegal for the workload, or the device has no price for a dtype.
@@ -143,7 +146,7 @@ def simulate(
         num_microbatches=setting.num_microbatches,
         optimizer=setting.optimizer,
     )
-    timeline, profiles = engine_simpy.run(program)
+    timeline, profiles = ENGINES[engine](program)
     kernels = step_kernels(workload, operations, setting)
     return Simulation(
         workload=workload, device=device, setting=setting, timeline=timeline, profiles=profiles, program=program,

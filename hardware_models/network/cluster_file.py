@@ -13,8 +13,8 @@ from hardware_models.catalogue import THIS, catalogue_names
 from hardware_models.errors import InputError, UnknownNameError
 from hardware_models.network.cluster import Cluster, Fabric, Host, Network, Topology
 from hardware_models.network.links import find_link
-from hardware_models.network.toml_file import LEAST_MEMORY_BYTES, Count, Name, Section, SourcedSection, read_section
 from hardware_models.profile import DeviceProfile
+from hardware_models.toml_file import Count, MemoryBytes, Name, Section, SourcedSection, read_section
 
 CLUSTERS = Path(__file__).parents[1] / "data" / "clusters"
 SINGLE = "1x:"
@@ -22,7 +22,6 @@ SINGLE = "1x:"
 FIRST_NVLS_GENERATION = 4
 """NVLink generation whose switches add (NVIDIA H100 data sheet: in-network reduction of the third NVSwitch)."""
 
-_Bytes = Annotated[int, Field(ge=LEAST_MEMORY_BYTES)]
 _Index = Annotated[int, Field(ge=0)]
 
 
@@ -37,11 +36,11 @@ class _HostSection(Section):
     link: Name
     link_of_device: list[_Index]
     sockets: Count
-    dram_bytes: _Bytes
+    dram_bytes: MemoryBytes
     dram_link: Name
     num_nvme: _Index = 0
     nvme_link: Name | None = None
-    nvme_bytes: _Bytes | None = None
+    nvme_bytes: MemoryBytes | None = None
 
 
 class _NetworkSection(Section):

@@ -10,15 +10,13 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import tomli_w
 from pydantic import Field
 
 from hardware_models.errors import InputError
-from hardware_models.files import whole_file
 from hardware_models.network.cluster import Cluster
 from hardware_models.network.cluster_file import load_cluster
 from hardware_models.network.collective_algorithms import Algorithm, Floats, ProtocolLine, Scope
-from hardware_models.network.toml_file import Count, Finite, Name, NonNegative, Section, read_section
+from hardware_models.toml_file import Count, Finite, Name, NonNegative, Section, read_section, write_toml
 
 COLLECTIVES_FOLDER = Path(__file__).parents[1] / "data" / "collectives"
 
@@ -154,8 +152,7 @@ def stack_table(stack: CollectiveStack) -> dict[str, Any]:
 
 def write_stack(path: Path, stack: CollectiveStack) -> None:
     """Writes a stack, whole or not at all."""
-    with whole_file(path) as temporary:
-        temporary.write_text(tomli_w.dumps(stack_table(stack)), encoding="utf-8")
+    write_toml(path, stack_table(stack))
 
 
 @lru_cache(maxsize=1)

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hardware_models.errors import UnknownNameError
-from hardware_models.network.toml_file import Count, Fraction, Name, Rate, Seconds, Section, SourcedSection, read_section
 from hardware_models.profile import Sourced
+from hardware_models.toml_file import Count, Fraction, LinkRate, Name, Seconds, Section, SourcedSection, read_section
 
 Floats = NDArray[np.float64]
 LinkKind = Literal["pcie", "nvlink", "c2c", "nic", "dram", "nvme"]
@@ -58,7 +58,7 @@ class Link:
 
 
 class _RateSection(SourcedSection):
-    value: Rate
+    value: LinkRate
 
 
 class _SecondsSection(SourcedSection):

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from types import MappingProxyType
 
+from hardware_models.aliases import device_named
 from hardware_models.errors import UnknownNameError
 from hardware_models.network.cluster import Cluster, CommGroup
 from hardware_models.network.cluster_file import load_cluster
@@ -21,7 +24,7 @@ _COPY_ERROR = 0.1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Platform:
-    """Pattern of a name in a table, the cluster that stands for it, and the device where that is another one."""
+    """Pattern of a machine's description in a table, the cluster that stands for it, and the device where that is another one."""
 
     pattern: str
     cluster: str
@@ -31,36 +34,25 @@ class Platform:
 PLATFORMS = (
     Platform(pattern=r"4 nodes x8 GPUs, fabric not stated", cluster="a100-sxm-800gbps"),
     Platform(pattern=r"CoreWeave H100", cluster="hgx-h100-sharp"),
-    Platform(pattern=r"Galvatron shipped profile \(A100", cluster="dgx-a100-80gb"),
     Platform(pattern=r"Jean Zay .*V100", cluster="jean-zay-v100"),
     Platform(pattern=r"8-GPU A100-class node", cluster="dgx-a100-80gb"),
-    Platform(pattern=r"V100 PCIe.*PCIe 3", cluster="dgx1-v100"),
     Platform(pattern=r"GPU with PCIe 5\.0", cluster="hgx-h100"),
     Platform(pattern=r"GCP L4", cluster="l4-gcp-8x"),
     Platform(pattern=r"^A100 DGX", cluster="a100-sxm-2x100gbe"),
-    Platform(pattern=r"^H100 DGX", cluster="hgx-h100"),
     Platform(pattern=r"^A100 pairwise", cluster="a100-pcie-pairs"),
-    Platform(pattern=r"^H100 pairwise", cluster="h100-pcie-pairs"),
-    Platform(pattern=r"^A40 pairwise", cluster="a40-pairs"),
-    Platform(pattern=r"GB300", cluster="gb200-nvl72", device="gb300"),
-    Platform(pattern=r"GB200", cluster="gb200-nvl72"),
-    Platform(pattern=r"B300", cluster="hgx-b200", device="b300"),
-    Platform(pattern=r"B200", cluster="hgx-b200"),
-    Platform(pattern=r"GH200|H200", cluster="hgx-h200"),
-    Platform(pattern=r"H100.*(PCIe|NVL)|h100-pcie", cluster="h100-pcie-pairs"),
-    Platform(pattern=r"H100", cluster="hgx-h100"),
+    Platform(pattern=r"^H100 pairwise|H100 NVL", cluster="h100-pcie-pairs"),
     Platform(pattern=r"H20\b", cluster="hgx-h100", device="h20"),
-    Platform(pattern=r"L40S", cluster="l40s-8x"),
-    Platform(pattern=r"RTX 4090", cluster="l40s-8x", device="rtx-4090"),
-    Platform(pattern=r"L40\b", cluster="l40s-8x", device="l40"),
-    Platform(pattern=r"A40\b", cluster="a40-pairs"),
-    Platform(pattern=r"L4\b", cluster="l4-workstation"),
-    Platform(pattern=r"A100.*PCIe|a100-pcie", cluster="a100-pcie-8x"),
-    Platform(pattern=r"A100.*40GB|a100-sxm-40gb", cluster="dgx-a100-40gb"),
-    Platform(pattern=r"A100|a100-sxm", cluster="dgx-a100-80gb"),
-    Platform(pattern=r"V100", cluster="dgx1-v100", device="v100-sxm2-32gb"),
+)
+"""Machines that more than the name of their device tells apart; tried in this order, without regard to case, before `NODES`."""
+NODES = MappingProxyType(
+    {
+        "v100-sxm2-16gb": "dgx1-v100", "v100-sxm2-32gb": "dgx1-v100", "v100-pcie-32gb": "dgx1-v100", "a100-sxm-40gb": "dgx-a100-40gb",
+        "a100-sxm-80gb": "dgx-a100-80gb", "a100-pcie-80gb": "a100-pcie-8x", "a40": "a40-pairs", "l4": "l4-workstation", "l40": "l40s-8x", "l40s": "l40s-8x",
+        "rtx-4090": "l40s-8x", "h100-sxm": "hgx-h100", "h100-sxm-96gb": "hgx-h100", "h100-pcie": "h100-pcie-pairs", "h200-sxm": "hgx-h200", "gh200": "hgx-h200",
+        "b200": "hgx-b200", "b300": "hgx-b200", "gb200": "gb200-nvl72", "gb300": "gb200-nvl72",
+    }
 )  # fmt: skip
-"""Tried in this order, without regard to case."""
+"""The usual node of a device, where a table says no more: the vendor's own, else the like board's. Names of devices are those of `device_named`."""
 
 
 @lru_cache(maxsize=256)
@@ -68,14 +60,31 @@ def platform_cluster(name: str) -> Cluster:
     """The cluster that stands for a device or platform of a table.
 
     Raises:
-        UnknownNameError: no pattern fits.
+        UnknownNameError: no pattern fits and the name holds that of no device with a usual node.
     """
     for platform in PLATFORMS:
         if re.search(platform.pattern, name, flags=re.IGNORECASE):
-            cluster = load_cluster(platform.cluster)
-            return replace(cluster, device=platform.device) if platform.device else cluster
-    known = tuple(platform.pattern for platform in PLATFORMS)
+            return _with_device(platform.cluster, platform.device)
+    device = _device_within(name)
+    if device in NODES:
+        return _with_device(NODES[device], device)
+    known = (*(platform.pattern for platform in PLATFORMS), *NODES)
     raise UnknownNameError(source="table", key="platform", value=name, known=known, remedy="add it to network/platforms.py")
+
+
+def _with_device(cluster_name: str, device: str) -> Cluster:
+    cluster = load_cluster(cluster_name)
+    return replace(cluster, device=device) if device else cluster
+
+
+def _device_within(name: str) -> str:
+    """The device that the longest run of words of a name names; empty where none does."""
+    words = [word for word in re.split(r"[\s,()]+", name) if word]
+    runs = [words[start : start + length] for length in range(len(words), 0, -1) for start in range(len(words) - length + 1)]
+    for run in runs:
+        with suppress(UnknownNameError):
+            return device_named(" ".join(run))
+    return ""
 
 
 def stack_name(row: TimedCollective) -> str:

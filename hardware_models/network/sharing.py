@@ -6,13 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from hardware_models.errors import InputError
 from hardware_models.network.links import Floats, Link
-
-_SATURATED = 1e-12
-"""A link is full when less than this share of its capacity is left: rounding."""
+from hardware_models.network.sharing_kernels import fill
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,31 +60,13 @@ def max_min_rates(
     num_flows = len(routes)
     weight = np.ones(num_flows) if weights is None else np.asarray(weights, dtype=np.float64)
     limit = np.full(num_flows, np.inf) if limits is None else np.asarray(limits, dtype=np.float64)
-    uses = _incidence(routes, capacity, weight, limit)
-    rates, active = np.zeros(num_flows), np.ones(num_flows, dtype=bool)
-    while active.any():
-        growth = _growth(uses, capacity, rates, weight, limit, active)
-        rates = np.where(active, rates + growth * weight, rates)
-        left = capacity - uses.T @ rates
-        full = left <= _SATURATED * capacity
-        done = active & ((uses[:, full].any(axis=1)) | (rates >= limit * (1 - _SATURATED)))
-        active &= ~done
-    return rates
+    _check(routes, capacity, weight, limit)
+    offsets = np.cumsum([0, *(len(set(route)) for route in routes)], dtype=np.int64)
+    links = np.array([link for route in routes for link in sorted(set(route))], dtype=np.int64)
+    return np.asarray(fill(offsets, links, capacity, weight, limit), dtype=np.float64)
 
 
-def _growth(
-    uses: NDArray[np.bool_], capacity: Floats, rates: Floats, weight: Floats, limit: Floats, active: NDArray[np.bool_]
-) -> float:
-    """Common growth per weight until the next link fills or limit is reached."""
-    demand = uses[active].T @ weight[active]
-    left = np.maximum(capacity - uses.T @ rates, 0.0)
-    by_link = np.divide(left, demand, out=np.full_like(left, np.inf), where=demand > 0)
-    by_limit = (limit[active] - rates[active]) / weight[active]
-    return float(max(0.0, min(by_link.min(initial=np.inf), by_limit.min(initial=np.inf))))
-
-
-def _incidence(routes: Sequence[Sequence[int]], capacity: Floats, weight: Floats, limit: Floats) -> NDArray[np.bool_]:
-    """Which flow uses which link, shape ``(flows, links)``."""
+def _check(routes: Sequence[Sequence[int]], capacity: Floats, weight: Floats, limit: Floats) -> None:
     shapes = (capacity.ndim, weight.shape, limit.shape)
     if shapes != (1, (len(routes),), (len(routes),)):
         raise _wrong("weights", shapes, "capacities is a list, weights and limits have one value for each flow")
@@ -96,14 +76,11 @@ def _incidence(routes: Sequence[Sequence[int]], capacity: Floats, weight: Floats
         raise _wrong("weights", weight.tolist(), "weights are finite and > 0")
     if limit.size and not limit.min() >= 0:
         raise _wrong("limits", limit.tolist(), "limits are >= 0")
-    uses = np.zeros((len(routes), capacity.size), dtype=bool)
     for flow, route in enumerate(routes):
         if any(not 0 <= link < capacity.size for link in route):
             raise _wrong(f"routes[{flow}]", list(route), f"indices are in [0, {capacity.size})")
         if not route and np.isinf(limit[flow]):
             raise _wrong(f"routes[{flow}]", [], "a flow uses a link or has a limit")
-        uses[flow, list(route)] = True
-    return uses
 
 
 def _wrong(key: str, value: object, rule: str) -> InputError:

@@ -12,12 +12,21 @@ ActionKind = Literal["F", "B", "W", "BW"]
 """F forward, B gradient of the input, W gradient of the weights, BW both at once (full backward)."""
 
 
+LETTERS: dict[ActionKind, str] = {"F": "F", "B": "I", "W": "W", "BW": "B"}
+"""Letter of each kind in torch's text: ``I`` is the input gradient alone, ``B`` the full backward."""
+OVERLAP_WORD = "OVERLAP_F_B"
+"""What torch's text has after a pair that runs as one."""
+
+
 class Action(NamedTuple):
-    """One pass of one micro-batch through one stage."""
+    """One pass of one micro-batch through one stage. As text, in torch's form: ``2F0``, ``2I0``, ``2W0``, ``2B0``."""
 
     stage: int
     kind: ActionKind
     micro_batch: int
+
+    def __str__(self) -> str:
+        return f"{self.stage}{LETTERS[self.kind]}{self.micro_batch}"
 
     @property
     def parts(self) -> tuple[Action, ...]:
@@ -26,10 +35,16 @@ class Action(NamedTuple):
 
 
 class Overlap(NamedTuple):
-    """A forward and a backward pass that a rank runs as one: both begin when both have their inputs, both end together."""
+    """A forward and a full backward pass that a rank runs as one: both begin when both have their inputs, both end together.
+
+    As text, in torch's form: ``(4F0;5B0)OVERLAP_F_B``.
+    """
 
     forward: Action
     backward: Action
+
+    def __str__(self) -> str:
+        return f"({self.forward};{self.backward}){OVERLAP_WORD}"
 
     @property
     def parts(self) -> tuple[Action, ...]:
@@ -88,7 +103,7 @@ class Order:
         chunks = []
         for cells in self.ranks:
             forwards = Counter(action.micro_batch for action in actions_of(cells) if action.kind == "F")
-            chunks.append(forwards.total() / max(1, len(forwards)))
+            chunks.append(forwards.total() / len(forwards) if forwards else 1.0)
         return tuple(chunks)
 
 

@@ -6,31 +6,17 @@ import csv
 import io
 import re
 from pathlib import Path
-from typing import get_args
 
 from hardware_models.errors import InputError
-from simulator.pipeline.action import Action, ActionKind, Cell, Order, Overlap, actions_of
+from simulator.pipeline.action import LETTERS, OVERLAP_WORD, Action, ActionKind, Cell, Order, Overlap, actions_of
 from simulator.pipeline.check_order import check_order
 from simulator.pipeline.grid import grid_of_texts
 
-LETTERS: dict[ActionKind, str] = {"F": "F", "B": "I", "W": "W", "BW": "B"}
-"""Letter of each kind in torch's text: ``I`` is the input gradient alone, ``B`` the full backward."""
-OVERLAP_WORD = "OVERLAP_F_B"
-"""What torch writes after a pair that runs as one."""
 _KINDS: dict[str, ActionKind] = {letter: kind for kind, letter in LETTERS.items()}
 _ACTION = re.compile(r"^(\d+)([FIWB])(\d+)$")
 _OVERLAP = re.compile(rf"^\(([^;()]+);([^;()]+)\){OVERLAP_WORD}$")
 _OTHER = re.compile(r"^\d+(UNSHARD|RESHARD|REDUCE_GRAD|SEND_F|RECV_F|SEND_B|RECV_B)\d*$")
 _FORMS = "an action is STAGE, one of F (forward), I (input gradient), W (weight gradient), B (full backward), MICRO-BATCH"
-
-assert set(LETTERS) == set(get_args(ActionKind))
-
-
-def cell_text(cell: Cell) -> str:
-    """``2F0``, ``2I0``, ``2W0``, ``2B0`` or ``(4F0;5B0)OVERLAP_F_B``."""
-    if isinstance(cell, Overlap):
-        return f"({cell_text(cell.forward)};{cell_text(cell.backward)}){OVERLAP_WORD}"
-    return f"{cell.stage}{LETTERS[cell.kind]}{cell.micro_batch}"
 
 
 def parse_cell(text: str) -> Cell | None:
@@ -46,7 +32,7 @@ def parse_cell(text: str) -> Cell | None:
 
 def order_texts(order: Order) -> tuple[str, ...]:
     """One line per rank, actions separated by commas: what a row of the CSV holds."""
-    return tuple(",".join(map(cell_text, cells)) for cells in order.ranks)
+    return tuple(",".join(map(str, cells)) for cells in order.ranks)
 
 
 def order_csv(order: Order) -> str:
@@ -55,7 +41,7 @@ def order_csv(order: Order) -> str:
     Not modelled: torch places a stage on one rank only, so it cannot load orders of two directions.
     """
     out = io.StringIO(newline="")
-    csv.writer(out).writerows([cell_text(cell) for cell in cells] for cells in order.ranks)
+    csv.writer(out).writerows([str(cell) for cell in cells] for cells in order.ranks)
     return out.getvalue()
 
 
@@ -105,7 +91,11 @@ def read_order(path: Path) -> Order:
 def _bad_cell(rows: list[list[str]], rank: int, step: int, source: str) -> InputError:
     word = rows[rank][step].strip()
     lowered = _OTHER.match(word) is not None
-    remedy = "write it with format='compute_only', without communication" if lowered else "as in 2F0,2I0,2W0,2B0,(4F0;5B0)OVERLAP_F_B"
+    remedy = (
+        "write it with format='compute_only', without communication"
+        if lowered
+        else "as in 2F0,2I0,2W0,2B0,(4F0;5B0)OVERLAP_F_B"
+    )
     grid = grid_of_texts(rows, marked={(rank, step)})
     rule = _FORMS if not lowered else "an order holds compute actions only"
     return InputError(source=source, key=f"row {rank}, column {step}", value=word, rule=rule, remedy=f"{remedy}\n{grid}")

@@ -167,10 +167,10 @@ def test_timings_are_read_and_bad_tables_named(tmp_path: Path) -> None:
     assert read.seconds == pytest.approx([1.5e-6, 2.5e-6])
     assert read.stream.tolist() == [False, True]
     path.write_text("gpu,mode,bytes_moved,time_per_kernel_us\nx,hipGraph,64,1.5\n")
-    with pytest.raises(InputError, match="mode = 'hipGraph': a mode is 'stream launch' or 'cudaGraph'"):
+    with pytest.raises(InputError, match="mode = 'hipGraph': one of stream launch, cudaGraph"):
         read_ramp_timings(path)
     path.write_text("gpu,mode,bytes_moved\nx,cudaGraph,64\n")
-    with pytest.raises(InputError, match="time_per_kernel_us: this column is required"):
+    with pytest.raises(InputError, match="the columns hold one of: bytes_moved, gpu, mode, time_per_kernel_us"):
         read_ramp_timings(path)
 
 

@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.engine_simpy import DeadlockError, MemoryBalanceError, run
+from simulator.engine_simpy import run
 from simulator.program import Kind, MemoryClass, Program, Stream
+from simulator.run_record import DeadlockError, MemoryBalanceError
 
 NO_BYTES = (0,) * len(MemoryClass)
 

@@ -37,7 +37,7 @@ def made_rows(noise: float = 0.0, seed: int = 0) -> list[TimedCollective]:
     return [
         TimedCollective(
             device="NVIDIA A100-SXM4-80GB", stack="nccl-2.27.3", collective="all_gather", num_ranks=ranks, num_nodes=1, ranks_per_node=ranks,
-            bytes=2.0**octave, seconds=true_seconds(ranks, 2.0**octave) * float(np.exp(noise * generator.standard_normal())),
+            bytes=2.0**octave, dtype="half", seconds=true_seconds(ranks, 2.0**octave) * float(np.exp(noise * generator.standard_normal())),
             platform="NVIDIA A100-SXM4-80GB", source="made", commit="0", line=2,
         )
         for ranks in (2, 4, 8) for octave in range(9, 31)

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from hardware_models.aliases import ALIASES_FILE, read_aliases
 from hardware_models.errors import InputError, UnknownNameError
+from hardware_models.network.cluster_file import load_cluster
 from hardware_models.network.network_tables import read_collectives, unread_rows
-from hardware_models.network.platforms import platform_cluster, predict, predict_price
+from hardware_models.network.platforms import NODES, platform_cluster, predict, predict_price
 
 NCCL = "origin,source,provenance,device,nccl_version,n_gpus,n_nodes,collective,dtype,bytes,time_us,algbw_GBps,busbw_GBps\n"
 NCCL_ROW = "read,aic x.parquet,0123,{device},{version},{n},1 (NVL domain),{collective},half,{size},{time},1,1\n"
@@ -131,11 +133,23 @@ def test_a_table_of_something_else_is_refused(tmp_path: Path) -> None:
         ("NVIDIA H100 80GB HBM3", "hgx-h100", "h100-sxm"), ("NVIDIA H200", "hgx-h200", "h200-sxm"), ("NVIDIA B200", "hgx-b200", "b200"),
         ("NVIDIA B300 SXM6 AC", "hgx-b200", "b300"), ("NVIDIA GB200", "gb200-nvl72", "gb200"), ("NVIDIA GB300", "gb200-nvl72", "gb300"),
         ("NVIDIA L40S", "l40s-8x", "l40s"), ("NVIDIA L4", "l4-workstation", "l4"), ("NVIDIA H100 PCIe", "h100-pcie-pairs", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-pcie-pairs", "h100-pcie"), ("NVIDIA GH200 480GB", "hgx-h200", "gh200"),
+        ("A100 DGX", "a100-sxm-2x100gbe", "a100-sxm-80gb"), ("Jean Zay 4x8 A100, 4xOPA100", "dgx-a100-80gb", "a100-sxm-80gb"),
+        ("some profile (A100 40GB, 8-GPU node)", "dgx-a100-40gb", "a100-sxm-40gb"),
     ],
 )  # fmt: skip
 def test_names_of_devices_find_their_cluster(name: str, cluster: str, device: str) -> None:
     found = platform_cluster(name)
     assert (found.name, found.device) == (cluster, device)
+
+
+def test_every_alias_of_a_device_finds_the_node_of_that_device() -> None:
+    names, _sizes = read_aliases(ALIASES_FILE)
+    worded = {"a100dgx", "a100pairwisenvlink"}  # not their device's usual node
+    for alias, device in names.items():
+        if device in NODES and alias not in worded:
+            assert platform_cluster(alias).device == device
+    assert {load_cluster(cluster).name for cluster in NODES.values()} == set(NODES.values())
 
 
 def test_an_unknown_platform_is_refused() -> None:

@@ -1,0 +1,54 @@
+"""An order as arrays: what the compiled kernels run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from simulator.pipeline.action import ActionKind, Order, actions_of
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+KIND_CODES: dict[ActionKind, int] = {"F": 0, "B": 1, "W": 2, "BW": 3}
+"""Number of each kind in arrays; `simulator.pipeline.play_kernels` uses the same."""
+
+
+class OrderArrays(NamedTuple):
+    """Cells of all ranks, rank after rank; a cell is one pass, or two that overlap."""
+
+    first_cell: Ints
+    """[ranks + 1], where each rank's cells begin."""
+    first_part: Ints
+    """[cells + 1], where each cell's passes begin."""
+    stage: Ints
+    """[passes]"""
+    kind: Ints
+    """[passes], of `KIND_CODES`."""
+    micro_batch: Ints
+    """[passes]"""
+    rank_of: Ints
+    """[stages, micro-batches], the rank that runs the forward pass, -1 where none does."""
+
+    @property
+    def rank_of_part(self) -> Ints:
+        """[passes]"""
+        lengths = np.diff(self.first_part[self.first_cell])
+        return np.repeat(np.arange(lengths.size), lengths)
+
+
+def order_arrays(order: Order) -> OrderArrays:
+    """The arrays of an order whose stages and micro-batches lie within its counts."""
+    first_cell = np.cumsum([0, *map(len, order.ranks)])
+    first_part = np.cumsum([0, *(len(cell.parts) for cells in order.ranks for cell in cells)])
+    actions = [action for cells in order.ranks for action in actions_of(cells)]
+    stage = np.array([action[0] for action in actions], dtype=np.int64)
+    kind = np.array([KIND_CODES[action[1]] for action in actions], dtype=np.int64)
+    micro_batch = np.array([action[2] for action in actions], dtype=np.int64)
+    rank_of = np.full((order.num_stages, order.num_microbatches), -1, dtype=np.int64)
+    arrays = OrderArrays(first_cell, first_part, stage, kind, micro_batch, rank_of)
+    forward = kind == KIND_CODES["F"]
+    rank_of[stage[forward], micro_batch[forward]] = arrays.rank_of_part[forward]
+    return arrays
