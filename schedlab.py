@@ -19,7 +19,10 @@ from hardware_models.calibration import calibrate as run_calibration
 from hardware_models.catalogue import list_hardware, load_hardware, this_profile_path
 from hardware_models.errors import InfeasibleError, InputError
 from hardware_models.files import whole_file
+from hardware_models.network.cluster import Cluster
+from hardware_models.network.cluster_file import list_clusters, load_cluster
 from hardware_models.profile import DeviceProfile
+from hardware_models.profile_file import DEVICE_FILE
 from hardware_models.units import format_bytes, parse_bytes
 from search.plan_search import ALLOWABLE, OBJECTIVES, SearchRequest, SearchResult
 from search.plan_search import search as run_search
@@ -28,6 +31,8 @@ from simulator.chrome_trace import write_chrome_trace
 from simulator.figures import memory_figure, save_figure, timeline_figure
 from simulator.model_source import ModelSource, model_source
 from simulator.models import MODELS
+from simulator.parallel.simulate_parallel import ParallelSimulation
+from simulator.parallel.simulate_source import simulate_source
 from simulator.plan import Plan, check_gpus
 from simulator.plan_file import read_plan, write_plan
 from simulator.presets import PRESETS
@@ -37,6 +42,7 @@ from simulator.simulate import simulate as run_simulation
 from validation.kernel_check import check_kernels
 from validation.reports import (
     kernel_check_table,
+    parallel_table,
     replay_table,
     search_table,
     simulation_table,
@@ -180,7 +186,7 @@ def trace(model_name: str, batch: int | None, seq_len: int | None) -> dict[str, 
 @model_options
 @hardware_option
 @click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Plan TOML (default: the plain module).")
-@click.option("--gpus", type=click.IntRange(min=1), default=1, show_default=True, help="Devices that the plan must use.")
+@click.option("--gpus", type=click.IntRange(min=1), help="Devices that the plan must use (default: what its degrees give).")
 @click.option("--engine", type=click.Choice(sorted(ENGINES)), default="compiled", show_default=True)
 @click.option("--trace", "trace_path", type=click.Path(path_type=Path), help="Write a Chrome trace (opens in Perfetto).")
 @click.option(
@@ -188,16 +194,34 @@ def trace(model_name: str, batch: int | None, seq_len: int | None) -> dict[str, 
 )
 @reported
 def simulate(
-    model_name: str, seq_len: int | None, hardware_name: str, plan_path: Path | None, gpus: int, engine: str,
+    model_name: str, seq_len: int | None, hardware_name: str, plan_path: Path | None, gpus: int | None, engine: str,
     trace_path: Path | None, plot_path: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Predicts the step time and the memory of a plan."""
-    device = device_profile(hardware_name)
     plan = read_plan(plan_path) if plan_path else Plan()
+    folder = plan_path.parent if plan_path else None
+    cluster = cluster_named(hardware_name)
+    if cluster is not None:
+        device = load_hardware(cluster.device)
+        source = model_source(model_name, device=device, seq_len=seq_len).with_plan_batch(plan)
+        parallel = simulate_source(source, plan, cluster, gpus=gpus, folder=folder, engine=engine)
+        write_figures(
+            parallel, trace_path=trace_path, plot_path=plot_path, name=model_name, budget_bytes=plan.memory.budget_bytes
+        )
+        return parallel.to_json() | {"_table": parallel_table(parallel, model_name)}
+    device = device_profile(hardware_name)
     source = model_source(model_name, device=device, seq_len=seq_len).with_plan_batch(plan)
-    simulation = simulate_plan(source, plan, device, gpus=gpus, folder=plan_path.parent if plan_path else None, engine=engine)
-    write_figures(simulation, trace_path=trace_path, plot_path=plot_path, name=model_name)
+    simulation = simulate_plan(source, plan, device, gpus=gpus or 1, folder=folder, engine=engine)
+    write_figures(
+        simulation, trace_path=trace_path, plot_path=plot_path, name=model_name, budget_bytes=plan.memory.budget_bytes
+    )
     return simulation.to_json() | {"_table": simulation_table(simulation)}
+
+
+def cluster_named(name: str) -> Cluster | None:
+    """The cluster of a catalogue name, ``1x:DEVICE`` or a TOML file that has nodes; None where the name is a device's."""
+    is_file = name.endswith(".toml") and Path(name).name != DEVICE_FILE and Path(name).is_file()
+    return load_cluster(name) if name in list_clusters() or name.startswith("1x:") or is_file else None
 
 
 def simulate_plan(
@@ -219,17 +243,16 @@ def simulate_plan(
     return run_simulation(workload, sequence_of(plan, workload, device, folder=folder), device, setting, engine=engine)
 
 
-def write_figures(simulation: Simulation, *, trace_path: Path | None, plot_path: Path | None, name: str) -> None:
+def write_figures(
+    simulation: Simulation | ParallelSimulation, *, trace_path: Path | None, plot_path: Path | None, name: str, budget_bytes: int | None
+) -> None:  # fmt: skip
     """The trace and the plots that were asked for."""
     if trace_path:
         write_chrome_trace(trace_path, {"predicted": (simulation.timeline, simulation.profiles)})
     if plot_path:
         save_figure(timeline_figure({"predicted": simulation.timeline}, title=name), plot_path)
         memory_path = plot_path.with_stem(plot_path.stem + "-memory")
-        save_figure(
-            memory_figure({"predicted": simulation.profiles[0]}, budget_bytes=simulation.setting.budget_bytes, title=name),
-            memory_path,
-        )
+        save_figure(memory_figure({"predicted": simulation.profiles[0]}, budget_bytes=budget_bytes, title=name), memory_path)
 
 
 @main.command()
@@ -290,7 +313,11 @@ def write_search(result: SearchResult, out: Path) -> None:
     with whole_file(out / "search.json") as temporary:
         temporary.write_text(json.dumps(result.to_json(), indent=1), encoding="utf-8")
     write_figures(
-        result.simulation, trace_path=out / "trace.json", plot_path=out / "timeline.png", name=result.request.model.name
+        result.simulation,
+        trace_path=out / "trace.json",
+        plot_path=out / "timeline.png",
+        name=result.request.model.name,
+        budget_bytes=result.simulation.setting.budget_bytes,
     )
 
 

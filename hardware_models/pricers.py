@@ -253,11 +253,16 @@ def curve_of(kernel: Kernel, profile: DeviceProfile) -> Curve | None:
 
 
 def _grid_of(kernel: Kernel, profile: DeviceProfile, stack: str) -> GriddedCurve | None:
-    if kernel.kernel_class not in {"gemm", "attention", *_PRODUCT_CLASSES}:
+    if kernel.kernel_class not in {"gemm", "attention", *_PRODUCT_CLASSES} or _depthwise(kernel):
         return None
     dtype = _SAME_TENSOR_CORE.get(kernel.dtype, kernel.dtype)
     found = [grid for grid in profile.grids if grid.group == grid_group(kernel) and grid.dtype == dtype]
     return next((grid for grid in found if grid.stack == stack), found[0] if found else None)
+
+
+def _depthwise(kernel: Kernel) -> bool:
+    """Whether each channel of a convolution is convolved alone: frameworks have kernels of their own for it that take no product and only move bytes."""
+    return kernel.kernel_class == "convolution" and kernel.shape[1] == kernel.shape[3] > 1
 
 
 def _dtypes(kernel: Kernel, profile: DeviceProfile) -> tuple[str, ...]:

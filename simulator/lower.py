@@ -45,7 +45,7 @@ class PassPrices:
 
 
 @dataclass(slots=True)
-class _Builder:
+class Builder:
     """Instructions as they are issued; one device, one stream: each depends on the one before."""
 
     kinds: list[int] = field(default_factory=list)
@@ -56,6 +56,7 @@ class _Builder:
     memory: list[list[tuple[float, int, MemoryClass]]] = field(default_factory=list)
 
     def issue(self, kind: Kind, duration_s: float, *, micro_batch: int = -1, block: int = -1, option: str = "") -> None:
+        """Adds an instruction."""
         self.kinds.append(kind)
         self.durations.append(duration_s)
         self.micro_batches.append(micro_batch)
@@ -69,6 +70,7 @@ class _Builder:
             self.memory[-1].append((time_s, delta_bytes, memory_class))
 
     def program(self, resident_bytes: tuple[int, ...]) -> Program:
+        """The instructions so far, on one device."""
         count = len(self.kinds)
         events = [event for group in self.memory for event in group]
         return Program(
@@ -132,9 +134,9 @@ def lower(
     Not modelled: what the step of the data loader takes; gradient clipping.
     """
     check_sequence(operations, len(workload.blocks))
-    builder = _Builder()
+    builder = Builder()
     for micro_batch in range(num_microbatches):
-        _MicroBatchLowering(workload, prices, builder, micro_batch, runs_twice(operations)).run(operations)
+        MicroBatchLowering(workload, prices, builder, micro_batch, runs_twice(operations)).run(operations)
     step = optimizer_pass(workload, optimizer=optimizer)
     builder.issue(Kind.OPTIMIZER, prices.seconds(step))
     builder.change(builder.durations[-1], -workload.gradient_bytes, MemoryClass.GRADIENTS)
@@ -142,12 +144,24 @@ def lower(
     return builder.program(resident_bytes(workload, num_microbatches=num_microbatches, optimizer=optimizer))
 
 
-class _MicroBatchLowering:
-    """Issues one micro-batch's operations. Boundaries are freed when the last of their holders lets go."""
+class MicroBatchLowering:
+    """Issues one micro-batch's operations. Boundaries are freed when the last of their holders lets go.
+
+    A pipeline stage ``receives`` its first boundary and ``sends`` its last one; the whole model does neither.
+    """
 
     def __init__(
-        self, workload: Workload, prices: PassPrices, builder: _Builder, micro_batch: int, twice: frozenset[int]
+        self,
+        workload: Workload,
+        prices: PassPrices,
+        builder: Builder,
+        micro_batch: int,
+        twice: frozenset[int],
+        *,
+        receives: bool = False,
+        sends: bool = False,
     ) -> None:
+        self.receives, self.sends = receives, sends
         self.workload, self.prices, self.builder, self.micro_batch = workload, prices, builder, micro_batch
         self.twice = twice
         self.state_bytes = 0
@@ -161,6 +175,7 @@ class _MicroBatchLowering:
         self.first_micro_batch = micro_batch == 0
 
     def run(self, operations: Sequence[Operation]) -> None:
+        """Issues the operations in their order."""
         for position, operation in enumerate(operations):
             if operation.kind == "B":
                 self._backward(operation.block)
@@ -171,7 +186,9 @@ class _MicroBatchLowering:
         self._finish()
 
     def _boundary_bytes(self, boundary: int) -> int:
-        return self.workload.blocks[boundary - 1].output_bytes if boundary else 0
+        if boundary:
+            return self.workload.blocks[boundary - 1].output_bytes
+        return self.workload.blocks[0].input_bytes if self.receives else 0
 
     def _let_go(self, boundary: int, holder: str, time_s: float) -> None:
         holders = self.holders.get(boundary, set())
@@ -191,12 +208,15 @@ class _MicroBatchLowering:
         self.builder.issue(
             Kind.RECOMPUTE if again else Kind.FORWARD, offsets[-1], micro_batch=self.micro_batch, block=index, option=name
         )
+        if index == 0 and not again and self.receives:
+            self.builder.change(0.0, self._boundary_bytes(0), MemoryClass.ACTIVATIONS)
+            self.holders[0] = {"flow"}
         self._copy_state(index, again=again)
         for event in run.memory:
             self._forward_event(event, offsets, index, again=again)
         end = float(offsets[-1])
         self._drop_state_copy(index, end, again=again)
-        if index == len(self.workload.blocks) - 1 and not again:
+        if index == len(self.workload.blocks) - 1 and not again and not self.sends:
             self.builder.change(end, block.output_bytes, MemoryClass.ACTIVATIONS)  # the loss, scaled by the share of the batch
         self.ran_before.add(index)
         if again:
@@ -281,7 +301,9 @@ class _MicroBatchLowering:
             offsets = self.prices.offsets(self.workload.shared_accumulate)
             self.builder.issue(Kind.REDUCE, offsets[-1], micro_batch=self.micro_batch)
             self.builder.change(float(offsets[-1]), -self.shared_bytes, MemoryClass.GRADIENTS)
-        if not self.first_micro_batch:
+        if self.receives:  # the input's gradient goes to the rank before
+            self.builder.change(self.builder.durations[-1], -self.gradient_of.pop(0, 0), MemoryClass.ACTIVATIONS)
+        if not self.first_micro_batch and not self.sends:
             loss_bytes = self.workload.blocks[
                 -1
             ].output_bytes  # added to the first micro-batch's, which stays to the end of the step

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from simulator.plan_sections import (
+    BLOCK_RECOMPUTES,
     FILE_PREFIX,
     FRAMEWORKS,
     MESH_AXES,
@@ -44,6 +45,7 @@ __all__ = [
     "Runtime",
     "check_gpus",
     "check_model",
+    "check_parallel",
     "check_single_device",
     "expand_ranges",
     "resolve_batch",
@@ -194,6 +196,34 @@ def check_single_device(
         raise plan_refusal(
             "pipeline.schedule", plan.pipeline.schedule, "orders from files are not simulated yet", "name a schedule"
         )
+
+
+def check_parallel(plan: Plan, *, compute: Collection[str]) -> None:
+    """Refuses what cannot be simulated yet on several devices, so that no key is accepted and then ignored.
+
+    Args:
+        plan: to simulate.
+        compute: number formats that workloads are made in.
+
+    Raises:
+        InputError: names the first key that is not simulated.
+    """
+    parallel, memory, runtime = plan.parallel, plan.memory, plan.runtime
+    limits: dict[str, tuple[object, tuple[object, ...]]] = {
+        "parallel.dp_shard": (parallel.dp_shard, (None, parallel.dp)), "memory.recompute": (memory.recompute, BLOCK_RECOMPUTES),
+        **{f"memory.{name}": (getattr(memory, name), (0,)) for name in OFFLOADS}, "memory.offload_target": (memory.offload_target, ("host",)),
+        "memory.delayed_update": (memory.delayed_update, (False,)), "memory.block": (memory.block, ((),)),
+        "precision.compute": (plan.precision.compute, tuple(compute)), "precision.comm": (plan.precision.comm, ("same", "bf16")),
+        "runtime.compile": (runtime.compile, (False,)), "runtime.cuda_graphs": (runtime.cuda_graphs, (False,)), "runtime.overlap_tp": (runtime.overlap_tp, (False,)),
+        "runtime.overlap_param_gather": (runtime.overlap_param_gather, (True,)), "runtime.prefetch_blocks": (runtime.prefetch_blocks, (None, 1)),
+        "runtime.optimizer_sync": (runtime.optimizer_sync, ("pre",)),
+    }  # fmt: skip
+    for key, (value, simulated) in limits.items():
+        if value not in simulated:
+            shown = " or ".join(str(one) for one in simulated if one not in {None, ()})
+            raise plan_refusal(
+                key, value, "not simulated yet on several devices", f"leave it at {shown}" if shown else "leave it out"
+            )
 
 
 def check_model(

@@ -12,18 +12,16 @@ from hardware_models.kernel import Kernel
 from hardware_models.pricing import Price, price, price_together
 from hardware_models.profile import DeviceProfile
 from simulator import engine_compiled, engine_simpy
+from simulator.exposed_time import exposed_times
 from simulator.lower import PassPrices, lower, optimizer_pass
 from simulator.program import Kind, MemoryClass, Program
 from simulator.reserved_memory import reserved_peaks, resident_tensors
+from simulator.run_record import RunRecord, outcome_of
 from simulator.sequence import Operation
 from simulator.timeline import MemoryProfile, Timeline
 from simulator.workload import Workload
 
-TIME_CLASSES = ("compute", "recompute", "bubble", "tp", "cp", "ep", "pp", "dp", "offload", "optimizer", "host")
-KIND_CLASS = {
-    Kind.FORWARD: "compute", Kind.BACKWARD: "compute", Kind.RECOMPUTE: "recompute", Kind.OPTIMIZER: "optimizer", Kind.REDUCE: "compute", Kind.TRANSFER: "offload",
-}  # fmt: skip
-ENGINES = MappingProxyType({"compiled": engine_compiled.run, "simpy": engine_simpy.run})
+ENGINES = MappingProxyType({"compiled": engine_compiled.record, "simpy": engine_simpy.record})
 """The engines by name: one meaning, `engine_simpy` says which."""
 INTERVAL_Z = 1.2816
 """Half-width of an 80% interval in standard errors of a normal distribution."""
@@ -53,6 +51,7 @@ class Simulation:
     timeline: Timeline
     profiles: tuple[MemoryProfile, ...]
     program: Program
+    record: RunRecord
     price: Price
     """All kernels of the step together."""
     hardware_flops: int
@@ -100,11 +99,7 @@ class Simulation:
     @property
     def time_breakdown_s(self) -> dict[str, float]:
         """Exposed seconds by class; they sum to the step."""
-        times = dict.fromkeys(TIME_CLASSES, 0.0)
-        for span in self.timeline.spans:
-            times[KIND_CLASS[span.kind]] += span.duration_s
-        times["bubble"] = max(0.0, self.step_time_s - sum(times.values()))
-        return times
+        return exposed_times(self.program, self.record)
 
     def to_json(self) -> dict[str, object]:
         """The keys of ``schedlab simulate --json``."""
@@ -146,10 +141,11 @@ def simulate(
         num_microbatches=setting.num_microbatches,
         optimizer=setting.optimizer,
     )
-    timeline, profiles = ENGINES[engine](program)
+    record = ENGINES[engine](program)
+    timeline, profiles = outcome_of(program, record)
     kernels = step_kernels(workload, operations, setting)
     return Simulation(
-        workload=workload, device=device, setting=setting, timeline=timeline, profiles=profiles, program=program,
+        workload=workload, device=device, setting=setting, timeline=timeline, profiles=profiles, program=program, record=record,
         price=price_together(kernels, device), hardware_flops=sum(kernel.flops for kernel in kernels),
         allocators=_allocators(workload, program, device, setting, timeline, profiles),
     )  # fmt: skip

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from hardware_models.units import GIB, MS_PER_S, format_bytes
 from search.plan_search import SearchResult
+from simulator.parallel.simulate_parallel import ParallelSimulation
 from simulator.simulate import Simulation
 from simulator.workload import Block, Workload
 from validation.kernel_check import KernelCheck
@@ -101,6 +102,23 @@ def simulation_table(simulation: Simulation) -> Table:
         ("rests on", ", ".join(simulation.price.evidence)),
     ]
     return table_of(f"{simulation.workload.model} on {simulation.device.name}", ("", "predicted"), rows)
+
+
+def parallel_table(simulation: ParallelSimulation, model: str) -> Table:
+    """What ``schedlab simulate`` prints of a step on a cluster."""
+    values: dict[str, Any] = simulation.to_json()
+    low, high = values["step_time_interval_s"]
+    peaks = [format_bytes(size) for size in simulation.peak_memory_bytes]
+    degrees = " ".join(f"{axis}={getattr(simulation.plan.parallel, axis)}" for axis in ("tp", "cp", "pp", "dp", "ep"))
+    rows = [
+        ("step time", f"{simulation.step_time_s * MS_PER_S:.1f} ms (80%: {low * MS_PER_S:.1f} to {high * MS_PER_S:.1f})"),
+        ("tokens/s per GPU", f"{values['tokens_per_s_per_gpu']:.1f}"), ("mfu, hfu", f"{values['mfu']:.1%}, {values['hfu']:.1%}"),
+        ("peak memory by pipeline rank", ", ".join(peaks) + ("" if simulation.fits else " (does not fit)")),
+        *((f"  {key.replace('_', ' ')}", format_bytes(size)) for key, size in values["peak_memory_breakdown"].items() if size),
+        *((f"time: {key}", f"{seconds * MS_PER_S:.1f} ms") for key, seconds in values["time_breakdown_s"].items() if seconds),
+        ("rests on", ", ".join(simulation.price.evidence)),
+    ]  # fmt: skip
+    return table_of(f"{model}, {degrees} on {simulation.cluster.name}", ("", "predicted"), rows)
 
 
 def search_table(result: SearchResult) -> Table:

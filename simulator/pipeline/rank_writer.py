@@ -38,11 +38,6 @@ class RankWriter:
             self._waiting.remove(due)
             self.cells.append(due)
 
-    @property
-    def num_waiting(self) -> int:
-        """Weight gradients in the queue."""
-        return len(self._waiting)
-
     def _next(self, kind: ActionKind, chunk: int) -> Action:
         counts = self._forward if kind == "F" else self._backward
         action = Action(self._stages[chunk], kind, counts[chunk])

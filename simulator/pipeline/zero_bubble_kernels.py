@@ -32,6 +32,8 @@ class Choices(NamedTuple):
     """In a wave, leave out a forward pass that would make the next input gradient late, where that costs little."""
     fill_always: bool
     """Run a weight gradient in a gap shorter than itself even where the rank has idled less than others."""
+    empty_first: bool
+    """The first rank, its forward passes done, runs all waiting weight gradients before each input gradient."""
 
 
 class Costs(NamedTuple):
@@ -131,7 +133,7 @@ def _warm_up(state: _State, costs: Costs, choices: Choices) -> None:
             extra[rank] += 1
         reached = max(clock, due) + costs.time[B, rank]
     for rank in range(1, ranks):  # a rank further down the pipeline needs fewer, as long as any are left to run later
-        if 0 < extra[rank] and extra[rank] >= extra[rank - 1] and 1 + extra[rank] < batches:
+        if extra[rank] > 0 and extra[rank] >= extra[rank - 1] and 1 + extra[rank] < batches:
             extra[rank] = max(0, extra[rank - 1] - 1)
     for rank in range(ranks):
         for _ in range(extra[rank]):
@@ -197,6 +199,8 @@ def wave_order(num_microbatches: int, costs: Costs, choices: Choices) -> tuple[b
                 return False, np.inf, state.kinds
             if rank < ranks - 1:
                 _fill_gap(state, costs, rank, _arrival(state, costs, B, rank), choices.fill_always)
+            while rank == 0 and choices.empty_first and state.count[F, 0] == num_microbatches and state.count[W, 0] < state.count[B, 0]:
+                _run(state, costs, W, rank)
             _run(state, costs, B, rank)
     span = 0.0
     for rank in range(ranks):

@@ -189,7 +189,14 @@ def test_compute_share_is_a_share(m: int, n: int, k: int) -> None:
 def test_borrowed_curve_keeps_the_ratios_under_another_law() -> None:
     faster = replace(LAW, flops_per_s=2e14, bandwidth_bytes_per_s=2e12)
     lent = CURVE.borrowed(
-        faster, dtype="float16", factor=1.1, source="test", relative_standard_error=0.1, median_error=0.05, p90_error=0.2, p99_error=0.3
+        faster,
+        dtype="float16",
+        factor=1.1,
+        source="test",
+        relative_standard_error=0.1,
+        median_error=0.05,
+        p90_error=0.2,
+        p99_error=0.3,
     )
     shape = integers((256, 1024, 1024))
     ratio = CURVE.seconds(shape)[0] / law_seconds("product", shape, LAW)[0]

@@ -79,13 +79,18 @@ def test_no_file_means_no_curves(tmp_path: Path) -> None:
 def test_borrowed_curve_is_the_lenders_under_our_law(folder: Path) -> None:
     borrowed = load_grids(folder, LAWS)[2]
     lender = next(
-        grid for grid in load_hardware("a100-sxm-80gb").grids if (grid.group, grid.dtype, grid.stack) == ("mm", "bfloat16", "torch_flow")
+        grid
+        for grid in load_hardware("a100-sxm-80gb").grids
+        if (grid.group, grid.dtype, grid.stack) == ("mm", "bfloat16", "torch_flow")
     )
     assert borrowed.log_ratios == pytest.approx(lender.log_ratios + np.log(1.25))
     assert (borrowed.law, borrowed.dtype, borrowed.evidence, borrowed.num_points) == (LAW, "float16", "datasheet", 0)
 
 
-@pytest.mark.parametrize("key", ["kernel_class", "group", "dtype", "stack", "sizes", "evidence", "source", "num_points", "axes", "nodes", "median_error"])
+@pytest.mark.parametrize(
+    "key",
+    ["kernel_class", "group", "dtype", "stack", "sizes", "evidence", "source", "num_points", "axes", "nodes", "median_error"],
+)
 def test_missing_key_is_refused(folder: Path, key: str) -> None:
     edited(folder, lambda section: section.pop(key))
     error = refusal(folder)
@@ -232,7 +237,9 @@ def test_missing_table_is_refused(folder: Path) -> None:
     assert "a table of numbers" in str(refusal(folder))
 
 
-@pytest.mark.parametrize(("content", "rule"), [("format = 2\n", "1"), ("grid = [", "not whole or not TOML"), ("", "this key is required")])
+@pytest.mark.parametrize(
+    ("content", "rule"), [("format = 2\n", "1"), ("grid = [", "not whole or not TOML"), ("", "this key is required")]
+)
 def test_bad_file_is_refused(folder: Path, content: str, rule: str) -> None:
     (folder / GRIDS_FILE).write_text(content, encoding="utf-8")
     assert rule in str(refusal(folder))

@@ -35,7 +35,15 @@ PREFILLS = np.array(
 def fitted(shapes: NDArray[np.int64], seconds: Floats, sizes: Sizes = "product") -> GriddedCurve:
     kernel_class, group = ("gemm", "mm") if sizes == "product" else ("attention", "attention")
     return fit_gridded(
-        shapes, seconds, kernel_class=kernel_class, group=group, dtype="bfloat16", stack="test", sizes=sizes, law=LAW, source="test"
+        shapes,
+        seconds,
+        kernel_class=kernel_class,
+        group=group,
+        dtype="bfloat16",
+        stack="test",
+        sizes=sizes,
+        law=LAW,
+        source="test",
     )
 
 

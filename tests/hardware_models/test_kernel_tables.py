@@ -50,7 +50,13 @@ def test_product_row(tmp_path: Path) -> None:
     found = read_one(tmp_path, GEMM)
     assert found.kernel == gemm_kernel(8, 1024, 2048, "bfloat16")
     assert found.seconds == pytest.approx(12.5e-6)
-    assert (found.device, found.stack, found.op, found.source, found.line) == ("NVIDIA A100-SXM4-80GB", "torch_flow", "gemm", "a table", 2)
+    assert (found.device, found.stack, found.op, found.source, found.line) == (
+        "NVIDIA A100-SXM4-80GB",
+        "torch_flow",
+        "gemm",
+        "a table",
+        2,
+    )
     assert not found.sustained
 
 
@@ -66,7 +72,9 @@ def test_decode_row(tmp_path: Path) -> None:
     assert found.op == "attention_decode"
 
 
-@pytest.mark.parametrize(("layout", "op"), [("TN", "gemm_forward"), ("NN", "gemm_input_gradient"), ("NT", "gemm_weight_gradient")])
+@pytest.mark.parametrize(
+    ("layout", "op"), [("TN", "gemm_forward"), ("NN", "gemm_input_gradient"), ("NT", "gemm_weight_gradient")]
+)
 def test_rate_of_a_product_in_a_loop(tmp_path: Path, layout: str, op: str) -> None:
     found = read_one(tmp_path, LOOP | {"shape": LOOP["shape"].replace("NN", layout)})
     assert found.kernel.shape == (2 * 16, 32, 64)
@@ -81,11 +89,17 @@ def test_rate_of_a_product_with_a_wide_result(tmp_path: Path) -> None:
 
 def test_rate_of_grouped_products(tmp_path: Path) -> None:
     found = read_one(tmp_path, LOOP | {"op": "group_matmul", "shape": "ng=4, M=128, N=256, K=512, dtype=bf16"})
-    assert (found.kernel.kernel_class, found.kernel.op, found.kernel.shape) == ("batched_gemm", "_grouped_mm", (4, 128, 256, 512))
+    assert (found.kernel.kernel_class, found.kernel.op, found.kernel.shape) == (
+        "batched_gemm",
+        "_grouped_mm",
+        (4, 128, 256, 512),
+    )
     assert found.seconds == pytest.approx(4 * 2 * 128 * 256 * 512 / 0.5e12)
 
 
-@pytest.mark.parametrize(("op", "name", "products"), [("sdp_fwd", "attention_prefill", 2), ("sdp_bwd", "attention_backward", 5)])
+@pytest.mark.parametrize(
+    ("op", "name", "products"), [("sdp_fwd", "attention_prefill", 2), ("sdp_bwd", "attention_backward", 5)]
+)
 def test_rate_of_attention_counts_the_whole_square(tmp_path: Path, op: str, name: str, products: int) -> None:
     found = read_one(tmp_path, LOOP | {"op": op, "shape": ATTENTION_SHAPE, "achieved_tflops": "100"})
     assert found.op == name
@@ -144,9 +158,15 @@ def test_bad_time_is_refused(tmp_path: Path, row: dict[str, str], value: str, ru
 
 @pytest.mark.parametrize(
     ("row", "column"),
-    [*((GEMM, name) for name in ("m", "n", "k")), *((PREFILL, name) for name in ("batch", "seq", "n_heads", "head_dim")), (DECODE, "kv_len")],
+    [
+        *((GEMM, name) for name in ("m", "n", "k")),
+        *((PREFILL, name) for name in ("batch", "seq", "n_heads", "head_dim")),
+        (DECODE, "kv_len"),
+    ],
 )
-@pytest.mark.parametrize(("value", "rule"), [("0", "a positive"), ("-8", "a positive"), ("1.5", "a whole number"), ("eight", "a number")])
+@pytest.mark.parametrize(
+    ("value", "rule"), [("0", "a positive"), ("-8", "a positive"), ("1.5", "a whole number"), ("eight", "a number")]
+)
 def test_bad_size_is_refused(tmp_path: Path, row: dict[str, str], column: str, value: str, rule: str) -> None:
     error = refusal(tmp_path, row | {column: value})
     assert error.key == f"line 2, {column}"

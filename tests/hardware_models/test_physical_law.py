@@ -97,7 +97,9 @@ def test_seconds_grow_with_every_size(m: int, n: int, k: int, axis: int) -> None
 
 @given(st.integers(1, 256), st.integers(0, 5), st.integers(1, 4096), st.booleans())
 def test_attention_grows_with_batch_and_length(batch: int, sharing: int, length: int, causal: bool) -> None:
-    shapes = [(b, 32, 32 >> sharing, n, n, 128, int(causal)) for b, n in ((batch, length), (2 * batch, length), (batch, 2 * length))]
+    shapes = [
+        (b, 32, 32 >> sharing, n, n, 128, int(causal)) for b, n in ((batch, length), (2 * batch, length), (batch, 2 * length))
+    ]
     one, wider, longer = law_seconds("attention", integers(*shapes), LAW)
     assert wider >= one
     assert longer >= one

@@ -25,6 +25,7 @@ from hardware_models.pricers import (
 )
 from hardware_models.pricing import price, price_together
 from hardware_models.profile import DeviceProfile, Sustained
+from hardware_models.roofline import transform_passes
 from hardware_models.units import DTYPE_BYTES
 
 A100 = load_hardware("a100-sxm-80gb")
@@ -42,7 +43,9 @@ def batched(batch: int, m: int, n: int, k: int, *, op: str = "bmm", dtype: str =
     )  # fmt: skip
 
 
-def convolution(batch: int, inputs: int, outputs: int, side: int, element: int, *, op: str = "convolution", stride: int = 1, groups: int = 1) -> Kernel:
+def convolution(
+    batch: int, inputs: int, outputs: int, side: int, element: int, *, op: str = "convolution", stride: int = 1, groups: int = 1
+) -> Kernel:
     """Square images and kernels in float16; ``side`` of the input."""
     positions = (side // stride) ** 2
     x, y, weight = batch * inputs * side**2, batch * outputs * positions, inputs // groups * outputs * element**2
@@ -121,7 +124,9 @@ def test_every_dtype_of_every_gpu_has_a_price(name: str, dtype: str) -> None:
         assert isinstance(pricer_of(kernel, profile), (GridPricer, ProductPricer))
 
 
-@pytest.mark.parametrize(("name", "evidence"), [("h100-sxm", ("published",)), ("l4", ("datasheet",)), ("v100-sxm2-32gb", ("datasheet",))])
+@pytest.mark.parametrize(
+    ("name", "evidence"), [("h100-sxm", ("published",)), ("l4", ("datasheet",)), ("v100-sxm2-32gb", ("datasheet",))]
+)
 def test_evidence_is_what_the_grid_rests_on(name: str, evidence: tuple[str, ...]) -> None:
     profile = load_hardware(name)
     dtype = "bfloat16" if "bfloat16" in profile.laws() else "float16"
@@ -131,7 +136,9 @@ def test_evidence_is_what_the_grid_rests_on(name: str, evidence: tuple[str, ...]
 
 
 def test_transferred_prices_are_less_certain() -> None:
-    timed, borrowed = (pricer_of(gemm_kernel(512, 4096, 4096, "bfloat16"), load_hardware(name), sustained=False) for name in ("h100-sxm", "l4"))
+    timed, borrowed = (
+        pricer_of(gemm_kernel(512, 4096, 4096, "bfloat16"), load_hardware(name), sustained=False) for name in ("h100-sxm", "l4")
+    )
     assert borrowed.relative_standard_error > timed.relative_standard_error > 0.0
 
 
@@ -148,7 +155,11 @@ def test_sustained_is_never_faster_than_alone(m: int, n: int, k: int) -> None:
 def test_sustained_is_at_most_the_factor_slower(name: str) -> None:
     profile = load_hardware(name)
     dtype = "bfloat16" if "bfloat16" in profile.laws() else "float16"
-    kernels = [gemm_kernel(8192, 8192, 8192, dtype), gemm_kernel(1, 8192, 8192, dtype), attention_kernel(2, 32, 8, 4096, 4096, 128, dtype, causal=True)]
+    kernels = [
+        gemm_kernel(8192, 8192, 8192, dtype),
+        gemm_kernel(1, 8192, 8192, dtype),
+        attention_kernel(2, 32, 8, 4096, 4096, 128, dtype, causal=True),
+    ]
     ratio = price(kernels, profile) / price(kernels, profile, sustained=False)
     factor = profile.sustained.factor if profile.sustained else 1.0
     assert ratio[[0, 2]] == pytest.approx(1.0 / factor, rel=0.01)
@@ -211,7 +222,15 @@ def test_grouped_products_run_one_after_the_other() -> None:
     assert priced(batched(8, 512, 2048, 2048, op="_grouped_mm")) == pytest.approx(launch_s + 8 * (one_s - launch_s))
 
 
-RESNET = [(256, 64, 64, 56, 3), (256, 128, 128, 28, 3), (256, 256, 256, 14, 3), (256, 512, 512, 7, 3), (256, 64, 256, 56, 1), (32, 256, 256, 14, 3), (1, 64, 64, 56, 3)]
+RESNET = [
+    (256, 64, 64, 56, 3),
+    (256, 128, 128, 28, 3),
+    (256, 256, 256, 14, 3),
+    (256, 512, 512, 7, 3),
+    (256, 64, 256, 56, 1),
+    (32, 256, 256, 14, 3),
+    (1, 64, 64, 56, 3),
+]
 
 
 @pytest.mark.parametrize("name", ["a100-sxm-80gb", "h100-sxm", "b200", "l4", "v100-sxm2-32gb"])
@@ -223,7 +242,10 @@ def test_convolutions_pass_neither_peak_nor_bandwidth(name: str, op: str, sizes:
     seconds = priced(kernel, profile)
     assert kernel.flops / seconds < 0.95 * profile.peak("float16")
     assert kernel.moved_bytes / seconds < profile.memory_bandwidth_bytes_per_s
-    assert seconds < 12.0 * (kernel.flops / profile.peak("float16") + kernel.moved_bytes / profile.memory_bandwidth_bytes_per_s) + 1e-5
+    assert (
+        seconds
+        < 12.0 * (kernel.flops / profile.peak("float16") + kernel.moved_bytes / profile.memory_bandwidth_bytes_per_s) + 1e-5
+    )
 
 
 def test_pointwise_convolution_is_the_product() -> None:
@@ -233,7 +255,9 @@ def test_pointwise_convolution_is_the_product() -> None:
 
 
 def test_error_of_products_holds_that_of_their_form() -> None:
-    grid, form = (pricer_of(one, A100, sustained=False) for one in (gemm_kernel(64, 64, 64, "bfloat16"), batched(2, 64, 64, 64)))
+    grid, form = (
+        pricer_of(one, A100, sustained=False) for one in (gemm_kernel(64, 64, 64, "bfloat16"), batched(2, 64, 64, 64))
+    )
     assert form.relative_standard_error == pytest.approx(hypot(grid.relative_standard_error, PRODUCT_FORM_ERROR))
     assert form.name == grid.name
 
@@ -291,9 +315,90 @@ def test_price_of_a_list_is_that_of_each() -> None:
 
 
 def test_errors_within_a_curve_add_up_and_between_curves_do_not() -> None:
-    product, other = gemm_kernel(512, 4096, 4096, "bfloat16"), attention_kernel(4, 32, 8, 4096, 4096, 128, "bfloat16", causal=True)
+    product, other = (
+        gemm_kernel(512, 4096, 4096, "bfloat16"),
+        attention_kernel(4, 32, 8, 4096, 4096, 128, "bfloat16", causal=True),
+    )
     alone = price_together([product], H100)
     assert price_together([product, product], H100).relative_standard_error == pytest.approx(alone.relative_standard_error)
     both, attention = price_together([product, other], H100), price_together([other], H100)
     expected = hypot(alone.relative_standard_error * alone.total_s, attention.relative_standard_error * attention.total_s)
     assert both.relative_standard_error * both.total_s == pytest.approx(expected)
+
+
+def test_depthwise_convolutions_are_no_products() -> None:
+    depthwise, grouped = convolution(32, 256, 256, 56, 3, groups=256), convolution(32, 256, 256, 56, 3, groups=32)
+    assert isinstance(pricer_of(depthwise, A100), RooflinePricer)
+    assert isinstance(pricer_of(grouped, A100), ProductPricer)
+    assert isinstance(pricer_of(convolution(32, 1, 64, 56, 3), A100), ProductPricer)  # one channel in one group
+    assert priced(depthwise) < priced(grouped)
+
+
+def transform(*shape: int) -> Kernel:
+    elements = int(np.prod(shape))
+    return Kernel(
+        kernel_class="fft",
+        op="_fft_c2c",
+        shape=shape,
+        dtype="complex64",
+        flops=0,
+        read_bytes=8 * elements,
+        written_bytes=8 * elements,
+    )
+
+
+@pytest.mark.parametrize(
+    ("shape", "passes"),
+    [
+        ((64, 4096), 1),
+        ((64, 8192), 1),
+        ((64, 16384), 2),
+        ((8, 256, 256), 2),
+        ((1, 256, 256, 256), 3),
+        ((8, 1 << 20, 256), 3),
+        ((9, 1), 1),
+    ],
+)
+def test_transforms_pass_over_the_signal_once_for_each_axis(shape: tuple[int, ...], passes: int) -> None:
+    assert transform_passes(np.array([shape], dtype=np.int64))[0] == passes
+
+
+def test_transforms_move_their_bytes_once_a_pass() -> None:
+    one, two = transform(1024 * 256, 256), transform(1024, 256, 256)
+    assert one.moved_bytes == two.moved_bytes
+    assert priced(two) / priced(one) == pytest.approx(2.0, rel=0.01)
+
+
+def test_transforms_of_a_published_timing() -> None:
+    """CuFFT on a Titan V, 653 GB/s, there and back: 4096 x 4096 x 8 in single precision, 29.2 ms (DTolm/VkFFT#10)."""
+    titan = load_hardware("v100-sxm2-16gb").changed(memory_bandwidth_bytes_per_s=653e9)
+    assert 2 * priced(transform(1, 4096, 4096, 8), titan) == pytest.approx(29.2e-3, rel=0.3)
+
+
+def test_batched_product_of_a_published_timing() -> None:
+    """torch.bmm of 512 x (1024 x 1024 x 128) in bfloat16 on an A100, 1.036 ms (pytorch/pytorch#83272)."""
+    assert priced(batched(512, 1024, 128, 1024), load_hardware("a100-sxm-40gb")) == pytest.approx(1.036e-3, rel=0.3)
+
+
+def test_convolutions_of_a_published_step_leave_room_for_the_rest() -> None:
+    """ResNet-50 v1.5 in mixed precision on an A100 80 GB trains 2470 images/s (NVIDIA/DeepLearningExamples @291f0d02e8): convolutions are a third to two thirds."""
+    layers = [(3, 64, 224, 7, 2)]
+    inputs = 64
+    for width, blocks, side in ((64, 3, 56), (128, 4, 28), (256, 6, 14), (512, 3, 7)):
+        for block in range(blocks):
+            stride = 2 if block == 0 and width > 64 else 1
+            layers += [
+                (inputs, width, side * stride, 1, 1),
+                (width, width, side * stride, 3, stride),
+                (width, 4 * width, side, 1, 1),
+            ]
+            layers += [(inputs, 4 * width, side * stride, 1, stride)] if block == 0 else []
+            inputs = 4 * width
+    assert len(layers) == 53
+    kernels = [
+        convolution(256, inputs, outputs, side, element, stride=stride, op=op)
+        for place, (inputs, outputs, side, element, stride) in enumerate(layers)
+        for op in ("convolution", "convolution_backward_input", "convolution_backward_weight")
+        if place or op != "convolution_backward_input"
+    ]
+    assert 1 / 3 < price(kernels, A100).sum() / (256 / 2470) < 2 / 3

@@ -16,7 +16,7 @@ from simulator.program import Kind, MemoryClass
 from simulator.sequence import checkpoint_blocks, keep_all
 from simulator.simulate import (
     INTERVAL_Z,
-    TIME_CLASSES,
+
     Simulation,
     StepSetting,
     simulate,

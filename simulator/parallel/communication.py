@@ -1,0 +1,137 @@
+"""What a stage sends and waits for: tensor, context and expert parallel collectives inside its passes, messages between stages, gradients between replicas."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from hardware_models.network.collectives import collective_seconds
+from hardware_models.units import DTYPE_BYTES
+from simulator.parallel.mesh import Mesh
+from simulator.parallel.stages import Stage
+from simulator.plan import Plan
+from simulator.presets import TransformerConfig
+from simulator.workload import Block
+
+_TP_BLOCKS = frozenset({"attention", "network", "experts"})
+_LOSS_REDUCTIONS = 3
+"""All-reduces of a loss over a vocabulary that is split: greatest logit, sum of exponentials, the label's logit (Megatron-LM, vocab-parallel cross entropy)."""
+_LOSS_BYTES = 4
+_ALL_TO_ALLS = 4
+"""Of attention under all-to-all context parallelism: query, key, value, result (Jacobs et al. 2023, DeepSpeed Ulysses)."""
+_EXPERT_EXCHANGES = 2
+"""Dispatch and combine."""
+_RING_BACKWARD = 2
+"""Keys and values, and their gradients, go round in the backward pass (Liu et al. 2023, Ring Attention)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exposed:
+    """Seconds of collectives that a pass waits for, by axis."""
+
+    tp_s: float = 0.0
+    cp_s: float = 0.0
+    ep_s: float = 0.0
+
+    def __add__(self, other: Exposed) -> Exposed:
+        return Exposed(tp_s=self.tp_s + other.tp_s, cp_s=self.cp_s + other.cp_s, ep_s=self.ep_s + other.ep_s)
+
+    @property
+    def total_s(self) -> float:
+        """All axes."""
+        return self.tp_s + self.cp_s + self.ep_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageCommunication:
+    """Of one micro-batch on one stage."""
+
+    forward: Exposed
+    backward: Exposed
+    """Recompute included."""
+    message_bytes: float
+    """To the next stage, from each rank; its gradient comes back in the same size."""
+
+
+class Communication:
+    """Prices of a plan's communication on a mesh.
+
+    **Model** (Megatron-LM; Korthikanti et al. 2022, sections 4.1 and 4.2): each attention and each network ends in an all-reduce over tp and begins the backward pass
+    with one; with sequence parallelism an all-gather and a reduce-scatter stand for each, of the same bytes. Under ``overlap_tp`` a collective hides behind the products
+    beside it and only what is longer than they are is waited for.
+
+    **Not modelled**: the second all-gather that sequence parallelism needs for weight gradients (it is overlapped); padding of capacity; imbalance of experts.
+    """
+
+    def __init__(self, plan: Plan, mesh: Mesh, config: TransformerConfig, *, dtype: str, seq_len: int) -> None:
+        self.plan, self.mesh, self.config = plan, mesh, config
+        self.element_bytes = DTYPE_BYTES[dtype]
+        self.tokens = (plan.batch.micro_batch or 1) * seq_len // plan.parallel.cp
+
+    def seconds(self, axis: str, collective: str, size_bytes: float) -> float:
+        """Of a collective over an axis."""
+        return (
+            collective_seconds(collective, size_bytes, self.mesh.group(axis), self.mesh.cluster)
+            if self.mesh.degree(axis) > 1
+            else 0.0
+        )
+
+    def stage(self, stage: Stage, *, recomputed: Iterable[int], attention_s: float) -> StageCommunication:
+        """Of a stage.
+
+        Args:
+            stage: whose passes.
+            recomputed: its blocks that run forward again.
+            attention_s: seconds of one block's attention forward, behind which a ring of keys hides.
+        """
+        forward = sum((self.block(block, attention_s) for block in stage.blocks), Exposed())
+        again = sum((self.block(stage.blocks[index], attention_s) for index in recomputed), Exposed())
+        backward = sum((self.block(block, attention_s, backward=True) for block in stage.blocks), Exposed())
+        stream = self.tokens * self.config.hidden * self.element_bytes
+        split = self.plan.parallel.tp if self.plan.parallel.sequence_parallel else 1
+        return StageCommunication(forward=forward, backward=backward + again, message_bytes=stream / split)
+
+    def block(self, block: Block, attention_s: float, *, backward: bool = False) -> Exposed:
+        """Of one block's forward or backward pass."""
+        tp_s = cp_s = ep_s = 0.0
+        stream = self.tokens * self.config.hidden * self.element_bytes
+        if block.name in _TP_BLOCKS or block.name == "embedding":
+            tp_s = self._stream_collective(stream)
+        elif block.name == "head":
+            tp_s = self._head(stream, backward=backward)
+        if block.name == "attention":
+            cp_s = self._context(attention_s, backward=backward)
+        if block.name == "experts" and self.config.experts is not None:
+            routed = stream * self.config.experts.top_k / self.plan.parallel.tp
+            ep_s = _EXPERT_EXCHANGES * self.seconds("ep", "all_to_all", routed)
+        return Exposed(tp_s=tp_s, cp_s=cp_s, ep_s=ep_s)
+
+    def _stream_collective(self, stream: float) -> float:
+        if self.plan.parallel.sequence_parallel:
+            return self.seconds("tp", "all_gather", stream) + self.seconds("tp", "reduce_scatter", stream)
+        return self.seconds("tp", "all_reduce", stream)
+
+    def _head(self, stream: float, *, backward: bool) -> float:
+        """The final stream is gathered; the loss reduces three numbers a token; its gradient is reduced."""
+        parallel = self.plan.parallel.sequence_parallel
+        if backward:
+            return self.seconds("tp", "reduce_scatter" if parallel else "all_reduce", stream)
+        gather = self.seconds("tp", "all_gather", stream) if parallel else 0.0
+        return gather + _LOSS_REDUCTIONS * self.seconds("tp", "all_reduce", float(self.tokens * _LOSS_BYTES))
+
+    def _context(self, attention_s: float, *, backward: bool) -> float:
+        cp = self.plan.parallel.cp
+        if cp == 1:
+            return 0.0
+        config, tp = self.config, self.plan.parallel.tp
+        head_bytes = self.tokens * config.dim_per_head * self.element_bytes
+        keys = 2.0 * head_bytes * max(1, config.num_kv_heads // tp)
+        if self.plan.parallel.cp_method == "all-to-all":
+            query = head_bytes * config.heads / tp
+            sizes = (query, keys / 2, keys / 2, query)
+            assert len(sizes) == _ALL_TO_ALLS
+            return sum(self.seconds("cp", "all_to_all", size) for size in sizes)
+        rounds = _RING_BACKWARD if backward else 1
+        step_s = collective_seconds("send_recv", keys * rounds, self.mesh.neighbours("cp"), self.mesh.cluster)
+        hidden_s = attention_s * (2.5 if backward else 1.0) / cp
+        return (cp - 1) * max(0.0, step_s - hidden_s)

@@ -1,0 +1,280 @@
+"""A pipeline order, the cost of its stages and their communication -> the Program of one training step: one device per pipeline rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simulator.parallel.communication import Exposed, StageCommunication
+from simulator.parallel.stages import PassCost, StageCost
+from simulator.parallel.writer import Change, ProgramWriter
+from simulator.pipeline.action import Action, Order
+from simulator.program import Kind, MemoryClass, Program, Stream
+
+_STREAM_OF_AXIS = {"tp_s": Stream.TP, "cp_s": Stream.CP, "ep_s": Stream.EP}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientSync:
+    """What data parallelism does for one stage on one rank."""
+
+    chunks: int
+    """Buckets that the last micro-batch's backward pass is cut into; 1: the gradients go when it is over."""
+    reduce_s: float
+    """All-reduce or reduce-scatter of the stage's gradients."""
+    gather_s: float
+    """All-gather of updated parameters after the step (ZeRO 1 and 2)."""
+    first_gather_s: float = 0.0
+    """ZeRO 3: the first block's parameters, which a pass waits for."""
+    rest_gather_s: float = 0.0
+    """ZeRO 3: the other blocks', gathered while the pass computes."""
+    every_micro_batch: bool = False
+    """ZeRO 3: gradients are scattered after each backward pass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepParts:
+    """All that a step consists of, by stage."""
+
+    order: Order
+    costs: Sequence[StageCost]
+    communication: Sequence[StageCommunication]
+    sync: Sequence[GradientSync]
+    optimizer_s: Sequence[float]
+    """Per pipeline rank."""
+    tied_s: float
+    """All-reduce of the gradients of the table that first and last stage share."""
+    message_limit_bytes_per_s: float
+    message_latency_s: float
+    link_bytes_per_s: Sequence[float]
+    """Of each rank: link out, link in."""
+    weight_share: float
+    """Part of a micro-batch's activations that only the weights' gradient needs."""
+
+
+class _Step:
+    """Issues actions rank by rank; messages tie them together afterwards."""
+
+    def __init__(self, parts: StepParts) -> None:
+        self.parts = parts
+        self.writer = ProgramWriter(parts.link_bytes_per_s)
+        self.first: dict[Action, int] = {}
+        """The instruction of an action that waits for what others send."""
+        self.last: dict[Action, tuple[int, ...]] = {}
+        """Instructions that end an action."""
+        self.messages: dict[Action, tuple[int, ...]] = {}
+        self.rank_of: dict[Action, int] = {}
+        self.backwards: dict[tuple[int, int], list[Action]] = {}
+        self.previous: list[tuple[int, ...]] = [()] * parts.order.num_ranks
+
+    def lower(self, resident_bytes: Sequence[tuple[int, ...]], slowdown: NDArray[np.float64]) -> Program:
+        order = self.parts.order
+        for rank, cells in enumerate(order.ranks):
+            for cell in cells:
+                for action in cell.parts:
+                    self.rank_of[action] = rank
+                    if action.kind in {"B", "BW", "W"}:
+                        self.backwards.setdefault((rank, action.stage), []).append(action)
+        for rank, cells in enumerate(order.ranks):
+            for cell in cells:
+                for action in cell.parts:
+                    self._action(rank, action)
+            self._end(rank)
+        for action in self.rank_of:
+            self._receive(action)
+        return self.writer.program(resident_bytes, slowdown)
+
+    def _action(self, rank: int, action: Action) -> None:
+        stage = action.stage
+        cost, communication = self.parts.costs[stage], self.parts.communication[stage]
+        share = 1.0 / self.parts.order.microbatch_parts
+        if action.kind == "W":
+            self._weights(rank, action, cost, share)
+            return
+        whole = cost.forward if action.kind == "F" else cost.backward
+        exposed = communication.forward if action.kind == "F" else communication.backward
+        less_s = cost.weight_s if action.kind == "B" else 0.0
+        gathered = self._gather(rank, action)
+        indices = self._compute(rank, action, whole, less_s, share, gathered)
+        ends = self._exposed(rank, action, exposed, share, indices[-1])
+        ends = self._reduce(rank, action, indices, ends)
+        self.first[action], self.last[action] = indices[0], (*ends, *gathered[1])
+        self.previous[rank] = self.last[action]
+        self._send(rank, action, ends)
+
+    def _compute(
+        self,
+        rank: int,
+        action: Action,
+        cost: PassCost,
+        less_s: float,
+        share: float,
+        gathered: tuple[tuple[int, ...], tuple[int, ...]],
+    ) -> list[int]:
+        """Compute instructions of a pass; the bytes rise at its start and settle at its end."""
+        pieces = [(kind, seconds * share) for kind, seconds in cost.seconds if seconds > 0.0]
+        pieces[-1] = (pieces[-1][0], max(0.0, pieces[-1][1] - less_s * share))
+        chunks = self.parts.sync[action.stage].chunks if self._is_last(rank, action) and action.kind == "BW" else 1
+        pieces = [*pieces[:-1], *[(pieces[-1][0], pieces[-1][1] / chunks)] * chunks]
+        rise, net = round(cost.rise_bytes * share), round(cost.net_bytes * share)
+        kept = round(-net * self.parts.weight_share) if action.kind == "B" else 0
+        start: tuple[Change, ...] = ((0.0, rise, MemoryClass.TRANSIENT),)
+        indices: list[int] = []
+        for place, (kind, seconds) in enumerate(pieces):
+            end: tuple[Change, ...] = ((seconds, -rise, MemoryClass.TRANSIENT), (seconds, net + kept, MemoryClass.ACTIVATIONS))
+            memory = (*(start if place == 0 else ()), *(end if place == len(pieces) - 1 else ()))
+            after = (*self.previous[rank], *gathered[0]) if place == 0 else ()
+            indices.append(
+                self.writer.issue(
+                    kind,
+                    rank,
+                    Stream.COMPUTE,
+                    seconds,
+                    after=after,
+                    micro_batch=action.micro_batch,
+                    stage=action.stage,
+                    memory=memory,
+                )
+            )
+        return indices
+
+    def _weights(self, rank: int, action: Action, cost: StageCost, share: float) -> None:
+        freed = -round(round(-round(cost.backward.net_bytes * share) * self.parts.weight_share))
+        seconds = cost.weight_s * share
+        index = self.writer.issue(
+            Kind.BACKWARD, rank, Stream.COMPUTE, seconds, after=self.previous[rank], micro_batch=action.micro_batch, stage=action.stage, label="W",
+            memory=((seconds, freed, MemoryClass.ACTIVATIONS),),
+        )  # fmt: skip
+        ends = self._reduce(rank, action, [index], (index,))
+        self.first[action], self.last[action] = index, ends
+        self.previous[rank] = (index,)
+
+    def _exposed(self, rank: int, action: Action, exposed: Exposed, share: float, before: int) -> tuple[int, ...]:
+        """Collectives that the pass waits for, after its compute (only their sum counts)."""
+        for name, stream in _STREAM_OF_AXIS.items():
+            seconds = getattr(exposed, name) * share
+            if seconds > 0.0:
+                before = self.writer.issue(
+                    Kind.TRANSFER,
+                    rank,
+                    stream,
+                    seconds,
+                    after=(before,),
+                    micro_batch=action.micro_batch,
+                    stage=action.stage,
+                    label=name[:2],
+                )
+        return (before,)
+
+    def _gather(self, rank: int, action: Action) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """ZeRO 3: what the pass waits for before it starts, and what must be over when it ends."""
+        sync = self.parts.sync[action.stage]
+        if sync.first_gather_s <= 0.0:
+            return (), ()
+        first = self.writer.issue(
+            Kind.TRANSFER,
+            rank,
+            Stream.DP,
+            sync.first_gather_s,
+            after=self.previous[rank],
+            micro_batch=action.micro_batch,
+            stage=action.stage,
+            label="gather",
+        )
+        rest = self.writer.issue(
+            Kind.TRANSFER,
+            rank,
+            Stream.DP,
+            sync.rest_gather_s,
+            after=(first,),
+            micro_batch=action.micro_batch,
+            stage=action.stage,
+            label="gather",
+        )
+        return (first,), (rest,)
+
+    def _is_last(self, rank: int, action: Action) -> bool:
+        return self.backwards[rank, action.stage][-1] == action if action.kind != "F" else False
+
+    def _reduce(self, rank: int, action: Action, indices: Sequence[int], ends: tuple[int, ...]) -> tuple[int, ...]:
+        """Gradients between replicas: bucket by bucket behind the last backward pass, or after each one under ZeRO 3."""
+        sync = self.parts.sync[action.stage]
+        last = self._is_last(rank, action)
+        if sync.reduce_s <= 0.0 or action.kind == "F" or not (last or (sync.every_micro_batch and action.kind != "B")):
+            return ends
+        chunks = indices[-sync.chunks :] if last and action.kind == "BW" else indices[-1:]
+        for index in chunks:
+            self.writer.issue(
+                Kind.TRANSFER,
+                rank,
+                Stream.DP,
+                sync.reduce_s / len(chunks),
+                after=(index,),
+                micro_batch=action.micro_batch,
+                stage=action.stage,
+                label="reduce",
+            )
+        return ends
+
+    def _send(self, rank: int, action: Action, ends: tuple[int, ...]) -> None:
+        """The boundary to the next stage, or its gradient to the one before, if that is elsewhere."""
+        target = self._target(action)
+        receiver = self.rank_of.get(target) if target else None
+        if target is None or receiver is None or receiver == rank:
+            return
+        parts, stage = self.parts, action.stage if action.kind == "F" else action.stage - 1
+        index = self.writer.issue(
+            Kind.TRANSFER, rank, Stream.SEND, parts.message_latency_s, after=ends, micro_batch=action.micro_batch, stage=action.stage,
+            label="send" if action.kind == "F" else "send grad",
+        )  # fmt: skip
+        size = parts.communication[stage].message_bytes / parts.order.microbatch_parts
+        self.writer.route(index, size, parts.message_limit_bytes_per_s, (2 * rank, 2 * receiver + 1))
+        self.messages[action] = (index,)
+
+    def _target(self, action: Action) -> Action | None:
+        """The pass that needs this one's result."""
+        if action.kind == "F":
+            return Action(action.stage + 1, "F", action.micro_batch) if action.stage + 1 < self.parts.order.num_stages else None
+        if action.kind == "W" or action.stage == 0:
+            return None
+        candidates = (Action(action.stage - 1, kind, action.micro_batch) for kind in ("BW", "B"))
+        return next((candidate for candidate in candidates if candidate in self.rank_of), None)
+
+    def _receive(self, action: Action) -> None:
+        target = self._target(action)
+        if target is not None:
+            for index in self.messages.get(action, self.last[action]):
+                self.writer.wait(self.first[target], index)
+
+    def _end(self, rank: int) -> None:
+        """Gradients are reduced, the tied table's too, then the optimizer steps and parameters are gathered."""
+        parts, stages = self.parts, self.parts.order.stages_of_rank[rank]
+        after = self.previous[rank]
+        ends_chain = {0, parts.order.num_stages - 1} & set(stages)
+        if parts.tied_s > 0.0 and ends_chain and parts.order.num_stages > 1:
+            after = (self.writer.issue(Kind.TRANSFER, rank, Stream.DP, parts.tied_s, after=after, label="tied"),)
+        elif any(parts.sync[stage].reduce_s > 0.0 for stage in stages):
+            after = (*after, self.writer.issue(Kind.TRANSFER, rank, Stream.DP, 0.0, after=after, label="reduced"))
+        step = self.writer.issue(Kind.OPTIMIZER, rank, Stream.COMPUTE, parts.optimizer_s[rank], after=after)
+        gather_s = sum(parts.sync[stage].gather_s for stage in stages)
+        if gather_s > 0.0:
+            self.writer.issue(Kind.TRANSFER, rank, Stream.DP, gather_s, after=(step,), label="gather")
+
+
+def lower_step(parts: StepParts, resident_bytes: Sequence[tuple[int, ...]], slowdown: NDArray[np.float64]) -> Program:
+    """The program of one training step.
+
+    **Model**: per pass one compute instruction per kind, then the collectives that it waits for; a message to the neighbour as a transfer over the links out of one rank
+    and into the other; gradients go between replicas bucket by bucket behind the last backward pass; the optimizer steps when they are there.
+
+    **Not modelled**: where inside a pass a collective lies (only the sums count); gradient clipping; the data loader.
+
+    Args:
+        parts: of the step.
+        resident_bytes: per pipeline rank and `MemoryClass`.
+        slowdown: as in `Program`.
+    """
+    return _Step(parts).lower(resident_bytes, slowdown)

@@ -1,0 +1,68 @@
+"""Bytes that live on a rank through the whole step: parameters, gradients, master copy and optimizer states, as ZeRO shards them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hardware_models.units import DTYPE_BYTES
+from simulator.plan import Plan
+from simulator.program import MemoryClass
+
+MASTER_BYTES = 4
+"""The float32 copy of a parameter that the optimizer updates where the model computes in less."""
+STATE_BYTES = {"adamw": 8, "sgd": 0, "adamw8bit": 2}
+"""Optimizer states of one parameter: two float32 moments; eight-bit moments (their scales, 1/2048 of it, left out)."""
+GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaticMemory:
+    """Bytes of one rank."""
+
+    parameters: float
+    gradients: float
+    states: float
+    """Master copy and moments."""
+
+    def by_class(self, batch_bytes: int) -> tuple[int, ...]:
+        """In the order of `MemoryClass`."""
+        sizes = [0] * len(MemoryClass)
+        sizes[MemoryClass.PARAMETERS] = round(self.parameters)
+        sizes[MemoryClass.GRADIENTS] = round(self.gradients)
+        sizes[MemoryClass.OPTIMIZER_STATES] = round(self.states)
+        sizes[MemoryClass.BATCH] = batch_bytes
+        return tuple(sizes)
+
+
+def static_memory(
+    dense: float, expert: float, plan: Plan, *, dtype: str, copies: float = 1.0, working: float = 0.0
+) -> StaticMemory:
+    """Of a rank that holds ``dense`` + ``expert`` parameters.
+
+    **Model**: K = 12 bytes of float32 master copy and moments for AdamW; stage 1 shards these over dp * cp, 2 the gradients too, 3 the parameters too; experts
+    are replicated ``dp * cp / ep`` times only.
+
+    **Source**: Rajbhandari et al. 2020 (ZeRO), section 5 and figure 1.
+
+    Args:
+        dense: parameters that all dp * cp ranks hold.
+        expert: parameters that dp * cp / ep ranks hold.
+        plan: degrees, ZeRO stage, precision.
+        dtype: of the parameters.
+        copies: of parameters and gradients that the schedule keeps (weight versions, two directions).
+        working: gathered parameters that are alive at once under stage 3.
+    """
+    ranks = plan.parallel.dp * plan.parallel.cp
+    stage, width = plan.memory.zero_stage, DTYPE_BYTES[dtype]
+    master = MASTER_BYTES if width < MASTER_BYTES else 0
+    states = master + STATE_BYTES[plan.precision.optimizer]
+    grads = GRADIENT_BYTES[plan.precision.grads]
+
+    def held(bytes_each: float, shards_from: int) -> float:
+        return sum(
+            elements * bytes_each / (replicas if stage >= shards_from else 1)
+            for elements, replicas in ((dense, ranks), (expert, max(1, ranks // plan.parallel.ep)))
+        )
+
+    gathered = working * width if stage >= 3 else 0.0  # noqa: PLR2004 - ZeRO's third stage
+    return StaticMemory(parameters=copies * held(width, 3) + gathered, gradients=held(grads, 2), states=held(states, 1))

@@ -1,0 +1,299 @@
+"""Simulate a plan over many devices: model configuration x plan x cluster -> step time, memory per pipeline rank, and what explains them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hardware_models.kernel import Kernel
+from hardware_models.network.cluster import Cluster
+from hardware_models.network.collectives import collective_seconds
+from hardware_models.network.overlap import overlap_factors
+from hardware_models.pricing import Price, price, price_together
+from hardware_models.profile import DeviceProfile
+from hardware_models.units import DTYPE_BYTES
+from simulator.exposed_time import exposed_times
+from simulator.lower import PassPrices
+from simulator.parallel.communication import Communication
+from simulator.parallel.lower_step import GradientSync, StepParts, lower_step
+from simulator.parallel.memory import GRADIENT_BYTES, MASTER_BYTES, STATE_BYTES, static_memory
+from simulator.parallel.mesh import Mesh, mesh_of
+from simulator.parallel.stages import Stage, StageCost, stage_cost, stages_of
+from simulator.pipeline.action import Order
+from simulator.plan import Plan
+from simulator.presets import TransformerConfig, build_workload
+from simulator.program import Program, Stream, no_slowdown
+from simulator.recompute import operations_of
+from simulator.run_record import RunRecord, outcome_of
+from simulator.simulate import ENGINES, INTERVAL_Z
+from simulator.timeline import MemoryProfile, Timeline
+from simulator.workload import Workload
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""torch's name of parameters and activations, by the plan's precision."""
+WEIGHT_SHARE = 0.5
+"""Part of the activations that only weight gradients need: as the Zero Bubble paper takes it for its memory limits (arXiv 2401.10241, section 2)."""
+BUCKET_BYTES = 40_000_000 * 4
+"""Gradients of a bucket unless the plan says: Megatron-core's 40 million elements, in float32."""
+MOST_CHUNKS = 16
+_MEGATRON = ("megatron-lm@2021", "megatron-core")
+_TINY_BYTES = 8.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelSimulation:
+    """A step's predicted consequence on a cluster: one replica, one tensor-parallel rank of each pipeline rank."""
+
+    plan: Plan
+    cluster: Cluster
+    device: DeviceProfile
+    order: Order
+    program: Program
+    record: RunRecord
+    timeline: Timeline
+    profiles: tuple[MemoryProfile, ...]
+    price: Price
+    """All kernels of one micro-batch on all stages."""
+    tokens: int
+    """Of a step, over all replicas."""
+    model_flops: int
+    """Of a step, without recompute, over all devices."""
+    hardware_flops: int
+    """The same with recompute."""
+    peak_flops_per_s: float
+
+    @property
+    def step_time_s(self) -> float:
+        """From the step's start to its last end."""
+        return self.timeline.makespan_s
+
+    @property
+    def peak_memory_bytes(self) -> tuple[int, ...]:
+        """Most bytes of live tensors, per pipeline rank."""
+        return tuple(profile.peak_bytes for profile in self.profiles)
+
+    @property
+    def fits(self) -> bool:
+        """Live bytes and context within the device, and within the budget if there is one."""
+        most = max(self.peak_memory_bytes)
+        budget = self.plan.memory.budget_bytes
+        return most + self.device.context_bytes <= self.device.memory_bytes and (budget is None or most <= budget)
+
+    def to_json(self) -> dict[str, object]:
+        """The keys of ``schedlab simulate --json``."""
+        step_s, gpus = self.step_time_s, self.plan.num_gpus
+        breakdown = exposed_times(self.program, self.record)
+        half = INTERVAL_Z * self.price.relative_standard_error * step_s
+        worst = int(np.argmax(self.peak_memory_bytes))
+        return {
+            "step_time_s": step_s, "step_time_interval_s": [max(0.0, step_s - half), step_s + half], "tokens_per_s_per_gpu": self.tokens / step_s / gpus,
+            "model_flops_per_s_per_gpu": self.model_flops / step_s / gpus, "mfu": self.model_flops / step_s / gpus / self.peak_flops_per_s,
+            "hfu": self.hardware_flops / step_s / gpus / self.peak_flops_per_s, "peak_memory_bytes": list(self.peak_memory_bytes),
+            "peak_reserved_bytes": list(self.peak_memory_bytes), "peak_host_bytes": 0, "peak_memory_breakdown": self.profiles[worst].peak_breakdown_bytes,
+            "fits": self.fits, "time_breakdown_s": breakdown, "bottleneck": max(breakdown, key=lambda name: breakdown[name]),
+            "num_events": self.program.num_instructions + len(self.program.memory_bytes), "evidence": list(self.price.evidence),
+        }  # fmt: skip
+
+
+def simulate_parallel(
+    config: TransformerConfig, plan: Plan, cluster: Cluster, device: DeviceProfile, order: Order, *, seq_len: int, engine: str = "compiled"
+) -> ParallelSimulation:  # fmt: skip
+    """One training step of a transformer on a cluster.
+
+    Args:
+        config: of the model.
+        plan: with its batch resolved.
+        cluster: with as many GPUs as the plan uses.
+        device: profile of the cluster's devices.
+        order: of the plan's schedule.
+        seq_len: tokens per sample.
+        engine: one of `simulate.ENGINES`.
+
+    **Not modelled**: the host's dispatch, fragmentation of the allocator, the data loader, gradient clipping.
+
+    Raises:
+        InputError: a degree, stage or dtype that breaks a rule.
+    """
+    return _Assembly(config, plan, cluster, device, order, seq_len).simulate(engine)
+
+
+class _Assembly:
+    """What `simulate_parallel` puts together."""
+
+    def __init__(
+        self, config: TransformerConfig, plan: Plan, cluster: Cluster, device: DeviceProfile, order: Order, seq_len: int
+    ) -> None:
+        self.config, self.plan, self.cluster, self.device, self.order, self.seq_len = (
+            config,
+            plan,
+            cluster,
+            device,
+            order,
+            seq_len,
+        )
+        self.dtype = DTYPES[plan.precision.compute]
+        self.mesh: Mesh = mesh_of(plan, cluster)
+        self.prices = PassPrices(partial(price, profile=device))
+        self.workload: Workload = self._workload(tp=plan.parallel.tp, cp=plan.parallel.cp, ep=plan.parallel.ep)
+        self.stages: tuple[Stage, ...] = stages_of(self.workload, plan)
+        self.communication = Communication(plan, self.mesh, config, dtype=self.dtype, seq_len=seq_len)
+
+    def _workload(self, *, tp: int, cp: int, ep: int) -> Workload:
+        return build_workload(
+            self.config, micro_batch=self.plan.batch.micro_batch or 1, seq_len=self.seq_len, dtype=self.dtype, tp=tp, cp=cp, ep=ep,
+            sequence_parallel=self.plan.parallel.sequence_parallel and tp > 1, flash_attention=self.plan.runtime.flash_attention,
+        )  # fmt: skip
+
+    def simulate(self, engine: str) -> ParallelSimulation:
+        operations = [operations_of(self.plan, stage.workload) for stage in self.stages]
+        costs = [stage_cost(stage, own, self.prices) for stage, own in zip(self.stages, operations, strict=True)]
+        attention_s = self._attention_s()
+        messages = [
+            self.communication.stage(stage, recomputed=cost.recomputed, attention_s=attention_s)
+            for stage, cost in zip(self.stages, costs, strict=True)
+        ]
+        limit, latency_s = self._message()
+        parts = StepParts(
+            order=self.order, costs=costs, communication=messages, sync=[self._sync(stage) for stage in self.stages],
+            optimizer_s=[self._optimizer_s(rank) for rank in range(self.order.num_ranks)], tied_s=self._tied_s(), message_limit_bytes_per_s=limit,
+            message_latency_s=latency_s, link_bytes_per_s=[limit] * (2 * self.order.num_ranks), weight_share=WEIGHT_SHARE,
+        )  # fmt: skip
+        program = lower_step(parts, self._resident(), self._slowdown())
+        return self._result(program, ENGINES[engine](program), costs)
+
+    def _result(self, program: Program, record: RunRecord, costs: Sequence[StageCost]) -> ParallelSimulation:
+        plan, whole = self.plan, self._workload(tp=1, cp=1, ep=1)
+        timeline, profiles = outcome_of(program, record)
+        steps = plan.num_microbatches * plan.parallel.dp
+        again = sum(
+            stage.blocks[index].discard.flops
+            for stage, cost in zip(self.stages, costs, strict=True)
+            for index in cost.recomputed
+        )
+        split = plan.parallel.tp * plan.parallel.cp
+        kernels = [
+            kernel
+            for stage in self.stages
+            for block in stage.blocks
+            for kernel in _kernels(block.options[0].forward, block.options[0].backward)
+        ]
+        return ParallelSimulation(
+            plan=plan, cluster=self.cluster, device=self.device, order=self.order, program=program, record=record, timeline=timeline, profiles=profiles,
+            price=price_together(kernels, self.device), tokens=whole.tokens * steps, model_flops=whole.model_flops * steps,
+            hardware_flops=(whole.model_flops + again * split) * steps, peak_flops_per_s=self.device.peak(self.dtype),
+        )  # fmt: skip
+
+    def _attention_s(self) -> float:
+        """Seconds of one layer's attention kernels, forward."""
+        block = next((block for block in self.workload.blocks if block.name == "attention"), None)
+        kernels = [kernel for kernel in block.discard.kernels if kernel.kernel_class == "attention"] if block else []
+        return float(price(kernels, self.device).sum()) if kernels else 0.0
+
+    def _message(self) -> tuple[float, float]:
+        """Bytes/s and latency of messages between neighbouring pipeline ranks."""
+        group = self.mesh.neighbours("pp")
+        domains, _ = group.domains(self.cluster)
+        rate = self.cluster.fabric.wire_bytes_per_s(2) if domains == 1 else group.network_bytes_per_s(self.cluster)
+        return rate, collective_seconds("send_recv", _TINY_BYTES, group, self.cluster) if self.plan.parallel.pp > 1 else 0.0
+
+    def _sync(self, stage: Stage) -> GradientSync:
+        """What data parallelism does for a stage. Gradients of experts, on fewer replicas, are counted with the dense ones' group."""
+        plan = self.plan
+        axis = "dp"
+        if plan.parallel.dp * plan.parallel.cp == 1:
+            return GradientSync(chunks=1, reduce_s=0.0, gather_s=0.0)
+        grads = (
+            GRADIENT_BYTES[plan.precision.grads]
+            if plan.precision.comm == "same"
+            else DTYPE_BYTES[DTYPES.get(plan.precision.comm, "int8")]
+        )
+        elements = stage.parameter_elements
+        reduce_bytes, gather_bytes = elements * grads, elements * DTYPE_BYTES[self.dtype]
+        bucket = plan.runtime.bucket_bytes or BUCKET_BYTES
+        chunks = max(1, min(MOST_CHUNKS, round(reduce_bytes / bucket))) if plan.runtime.overlap_grad_reduce else 1
+        seconds = self.communication.seconds
+        if plan.memory.zero_stage == 0:
+            return GradientSync(
+                chunks=chunks, reduce_s=chunks * seconds(axis, "all_reduce", reduce_bytes / chunks), gather_s=0.0
+            )
+        reduce_s = chunks * seconds(axis, "reduce_scatter", reduce_bytes / chunks)
+        if plan.memory.zero_stage < 3:  # noqa: PLR2004 - ZeRO's third stage
+            return GradientSync(chunks=chunks, reduce_s=reduce_s, gather_s=seconds(axis, "all_gather", gather_bytes))
+        blocks = max(1, len(stage.blocks))
+        one_s = seconds(axis, "all_gather", gather_bytes / blocks)
+        return GradientSync(
+            chunks=chunks,
+            reduce_s=reduce_s,
+            gather_s=0.0,
+            first_gather_s=one_s,
+            rest_gather_s=(blocks - 1) * one_s,
+            every_micro_batch=True,
+        )
+
+    def _elements(self, rank: int) -> float:
+        return float(sum(self.stages[stage].parameter_elements for stage in self.order.stages_of_rank[rank]))
+
+    def _optimizer_s(self, rank: int) -> float:
+        """One fused step over the rank's shard: gradient, master copy and moments read, master copy, moments and parameter written."""
+        plan, width = self.plan, DTYPE_BYTES[self.dtype]
+        shards = plan.parallel.dp * plan.parallel.cp if plan.memory.zero_stage else 1
+        elements = max(1, round(self._elements(rank) / shards))
+        kept = (max(width, MASTER_BYTES)) + STATE_BYTES[plan.precision.optimizer]
+        kernel = Kernel(
+            kernel_class="optimizer", op="adamw", shape=(elements,), dtype="float32", flops=0, read_bytes=elements * (GRADIENT_BYTES[plan.precision.grads] + kept),
+            written_bytes=elements * (kept + (width if width < MASTER_BYTES else 0)),
+        )  # fmt: skip
+        return float(price([kernel], self.device)[0])
+
+    def _tied_s(self) -> float:
+        """All-reduce of the tied table's gradient between the first and the last pipeline rank."""
+        elements = self.stages[0].shared_elements
+        if elements == 0 or self.plan.parallel.pp == 1:
+            return 0.0
+        return collective_seconds(
+            "all_reduce", float(elements * GRADIENT_BYTES[self.plan.precision.grads]), self.mesh.neighbours("pp"), self.cluster
+        )
+
+    def _resident(self) -> list[tuple[int, ...]]:
+        plan, resident = self.plan, []
+        copies = float(self.order.weight_versions)
+        for rank in range(self.order.num_ranks):
+            stages = [self.stages[stage] for stage in self.order.stages_of_rank[rank]]
+            expert = float(
+                sum(block.parameter_elements for stage in stages for block in stage.blocks if block.name == "experts")
+            )
+            largest = max(block.parameter_elements for stage in stages for block in stage.blocks)
+            memory = static_memory(
+                self._elements(rank) - expert, expert, plan, dtype=self.dtype, copies=copies, working=2.0 * largest
+            )
+            buffers = self.workload.buffer_bytes if 0 in self.order.stages_of_rank[rank] else 0
+            resident.append(
+                memory.by_class(
+                    plan.num_microbatches * self.workload.batch_bytes if 0 in self.order.stages_of_rank[rank] else buffers
+                )
+            )
+        return resident
+
+    def _slowdown(self) -> NDArray[np.float64]:
+        """Compute beside collectives of data parallelism and messages, and the reverse."""
+        fabric, slowdown = self.cluster.fabric, no_slowdown()
+        generation = (
+            int(self.device.peer_link.removeprefix("nvlink")) if self.device.peer_link.removeprefix("nvlink").isdigit() else 0
+        )
+        factors = overlap_factors(
+            nvlink_generation=generation, num_multiprocessors=self.device.num_multiprocessors, memory_bytes_per_s=self.device.memory_bandwidth_bytes_per_s,
+            wire_bytes_per_s=fabric.wire_bytes_per_s(2), copy_bytes_per_s=fabric.host_link.achieved_bytes_per_s.value,
+        )  # fmt: skip
+        slowdown[Stream.COMPUTE, Stream.DP] = factors.compute_under_collectives
+        slowdown[Stream.DP, Stream.COMPUTE] = factors.collectives_under_compute
+        for stream in (Stream.H2D, Stream.D2H, Stream.SEND):
+            slowdown[Stream.COMPUTE, stream] = factors.compute_under_copies
+        return slowdown
+
+
+def _kernels(*runs: object) -> list[Kernel]:
+    return [kernel for run in runs for kernel in run.kernels]  # type: ignore[attr-defined]

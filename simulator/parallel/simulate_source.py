@@ -1,0 +1,53 @@
+"""Simulate a named model under a plan on a cluster: checks what the plan asks for, then `simulate_parallel`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from hardware_models.catalogue import load_hardware
+from hardware_models.errors import InputError
+from hardware_models.network.cluster import Cluster
+from simulator.model_source import DEFAULT_SEQ_LEN, ModelSource
+from simulator.parallel.orders import order_of
+from simulator.parallel.simulate_parallel import DTYPES, ParallelSimulation, simulate_parallel
+from simulator.plan import Plan, check_gpus, check_model, check_parallel, resolve_batch
+
+
+def simulate_source(
+    source: ModelSource, plan: Plan, cluster: Cluster, *, gpus: int | None = None, folder: Path | None = None, engine: str = "compiled"
+) -> ParallelSimulation:  # fmt: skip
+    """A plan's prediction on a cluster.
+
+    Args:
+        source: a model that is generated from a configuration.
+        plan: its degrees say how many GPUs of the cluster it uses.
+        cluster: with any number of GPUs.
+        gpus: what the plan's degrees must give; None: whatever they give.
+        folder: where relative files of the plan begin.
+        engine: one of `simulate.ENGINES`.
+
+    Raises:
+        InputError: names the rule that the plan breaks.
+    """
+    config = source.config
+    if config is None:
+        raise InputError(
+            source="--model", key="name", value=source.name, rule="on several devices a model is generated from its configuration, not traced",
+            remedy="name a preset ('schedlab models') or a Hugging Face config.json",
+        )  # fmt: skip
+    check_gpus(plan, gpus or plan.num_gpus)
+    check_parallel(plan, compute=tuple(DTYPES))
+    seq_len = plan.batch.seq_len or source.seq_len or min(config.max_positions, DEFAULT_SEQ_LEN)
+    check_model(
+        plan, heads=config.heads, kv_heads=config.num_kv_heads, layers=config.layers, experts=config.experts.num_experts if config.experts else None,
+        seq_len=seq_len,
+    )  # fmt: skip
+    whole = source.global_batch if source.batch or plan.parallel.dp == 1 else max(source.global_batch, plan.parallel.dp)
+    resolved = resolve_batch(plan, batch=whole, seq_len=seq_len)
+    if plan.batch.micro_batch is None and plan.parallel.pp > 1:
+        resolved = replace(resolved, batch=replace(resolved.batch, micro_batch=1))
+    sized = cluster.with_gpus(plan.num_gpus)
+    return simulate_parallel(
+        config, resolved, sized, load_hardware(sized.device), order_of(resolved, folder=folder), seq_len=seq_len, engine=engine
+    )

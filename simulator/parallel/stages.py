@@ -1,0 +1,196 @@
+"""Pipeline stages: which blocks of the chain each one runs, and what its passes take in time and memory on one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from hardware_models.kernel import Kernel
+from simulator.lower import Builder, MicroBatchLowering, PassPrices
+from simulator.plan import Plan
+from simulator.plan_sections import plan_refusal
+from simulator.program import Kind, MemoryClass
+from simulator.sequence import Operation, runs_twice
+from simulator.workload import Block, Pass, Workload
+
+LAYER_ENDS = frozenset({"network", "experts"})
+"""Names of the blocks that end a layer."""
+WEIGHT_CLASSES = frozenset({"gemm", "batched_gemm", "reduction", "embedding"})
+"""Kernels that make a parameter's gradient and nothing else; normalisations make theirs along with the input's."""
+_LATER = 1
+"""Any micro-batch but the first: it adds to gradients."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stage:
+    """A stretch of the chain."""
+
+    index: int
+    first: int
+    """Index of its first block in the model."""
+    workload: Workload
+    """The model's, with this stage's blocks only."""
+    receives: bool
+    sends: bool
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Its blocks."""
+        return self.workload.blocks
+
+    @property
+    def parameter_elements(self) -> int:
+        """Trainable elements on this rank; a tied table counts where it is used."""
+        return sum(block.parameter_elements for block in self.blocks) + self.shared_elements
+
+    @property
+    def shared_elements(self) -> int:
+        """Elements of the table that embedding and head share."""
+        whole = self.workload.parameter_elements
+        own = whole if not whole else self.workload.shared_gradient_bytes * whole // max(1, self.workload.parameter_bytes)
+        return own if not (self.receives and self.sends) else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassCost:
+    """One pass of one micro-batch through a stage on one rank, without communication."""
+
+    seconds: tuple[tuple[Kind, float], ...]
+    """Compute time by kind, in order."""
+    rise_bytes: int
+    """Most bytes above those at its start."""
+    net_bytes: int
+    """Bytes at its end above those at its start."""
+
+    @property
+    def total_s(self) -> float:
+        """Compute time."""
+        return sum(seconds for _, seconds in self.seconds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageCost:
+    """Passes of a stage. The backward pass splits into the input's gradient and the weights' one."""
+
+    forward: PassCost
+    backward: PassCost
+    """In full, recompute included."""
+    weight_s: float
+    """Of the backward pass, what only makes parameters' gradients."""
+    recomputed: tuple[int, ...]
+    """Blocks (of the stage) that run forward again in the backward pass."""
+
+
+def layers_of(workload: Workload) -> list[tuple[int, int]]:
+    """First and last + 1 block of each layer; what precedes the first layer belongs to it, what follows the last one to that."""
+    ends = [index + 1 for index, block in enumerate(workload.blocks) if block.name in LAYER_ENDS]
+    if not ends:
+        return [(index, index + 1) for index in range(len(workload.blocks))]
+    starts = [0, *ends[:-1]]
+    ends[-1] = len(workload.blocks)
+    return list(zip(starts, ends, strict=True))
+
+
+def default_partition(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Layers per stage, as even as can be, the longer stages in the middle: the ends also hold embedding and head."""
+    least, more = divmod(num_layers, num_stages)
+    order = sorted(range(num_stages), key=lambda stage: abs(2 * stage - (num_stages - 1)))
+    longer = set(order[:more])
+    return tuple(least + (stage in longer) for stage in range(num_stages))
+
+
+def stages_of(workload: Workload, plan: Plan) -> tuple[Stage, ...]:
+    """The plan's stages.
+
+    Raises:
+        InputError: a stage in the middle is empty, or there are more stages than layers.
+    """
+    layers, num_stages = layers_of(workload), plan.num_stages
+    partition = plan.pipeline.partition or default_partition(len(layers), num_stages)
+    if sum(partition) != len(layers) or min(partition) < 1:
+        rule = f"every stage has a layer and all have {len(layers)}, but got {list(partition)}"
+        raise plan_refusal("pipeline.partition", list(partition), rule, "empty stages are not simulated yet")
+    stages, layer = [], 0
+    for index, count in enumerate(partition):
+        first, end = layers[layer][0], layers[layer + count - 1][1]
+        layer += count
+        part = replace(workload, blocks=workload.blocks[first:end])
+        stages.append(Stage(index=index, first=first, workload=part, receives=index > 0, sends=index < num_stages - 1))
+    return tuple(stages)
+
+
+def stage_cost(stage: Stage, operations: Sequence[Operation], prices: PassPrices) -> StageCost:
+    """What a micro-batch costs on a stage.
+
+    **Model**: the stage's passes as `lower` issues them on one device. Gradients live in buffers of their own: only activations count here. Memory within
+    a pass is kept as its greatest rise, so that peaks are exact while their moment is not.
+
+    Args:
+        stage: of the model.
+        operations: order in which the stage runs its blocks, indices counted from its first.
+        prices: of passes on the device.
+    """
+    builder = Builder()
+    lowering = MicroBatchLowering(
+        stage.workload, prices, builder, _LATER, runs_twice(operations), receives=stage.receives, sends=stage.sends
+    )
+    lowering.run(operations)
+    turn = next(place for place, operation in enumerate(operations) if operation.kind == "B")
+    seen: set[int] = set()
+    for operation in operations[:turn]:
+        seen.add(operation.block)
+    recomputed_first = _first_recompute(operations, turn, seen)
+    recomputed = tuple(operation.block for operation in operations[recomputed_first:] if operation.kind != "B")
+    return StageCost(
+        forward=_pass_cost(builder, 0, recomputed_first), backward=_pass_cost(builder, recomputed_first, len(builder.kinds)),
+        weight_s=sum(_weight_seconds(block, prices) for block in stage.blocks), recomputed=recomputed,
+    )  # fmt: skip
+
+
+def _first_recompute(operations: Sequence[Operation], turn: int, seen: set[int]) -> int:
+    """The first operation of the backward half: the loss's own last forward runs belong to it where they repeat."""
+    ran: set[int] = set()
+    for place, operation in enumerate(operations[:turn]):
+        if operation.block in ran and len(ran) == len(seen):
+            return place
+        ran.add(operation.block)
+    return turn
+
+
+def _pass_cost(builder: Builder, first: int, end: int) -> PassCost:
+    seconds: list[tuple[Kind, float]] = []
+    alive = rise = 0
+    for place in range(first, end):
+        kind = Kind(builder.kinds[place])
+        if seconds and seconds[-1][0] is kind:
+            seconds[-1] = (kind, seconds[-1][1] + builder.durations[place])
+        else:
+            seconds.append((kind, builder.durations[place]))
+        for _, delta_bytes, memory_class in builder.memory[place]:
+            if memory_class is not MemoryClass.GRADIENTS:
+                alive += delta_bytes
+                rise = max(rise, alive)
+    return PassCost(seconds=_by_kind(seconds), rise_bytes=rise, net_bytes=alive)
+
+
+def _by_kind(seconds: Sequence[tuple[Kind, float]]) -> tuple[tuple[Kind, float], ...]:
+    """One entry a kind, in order of first use."""
+    total: dict[Kind, float] = {}
+    for kind, duration_s in seconds:
+        total[kind] = total.get(kind, 0.0) + duration_s
+    return tuple(total.items())
+
+
+def _weight_seconds(block: Block, prices: PassPrices) -> float:
+    """Seconds of a block's backward pass that only make parameters' gradients."""
+    option = block.options[0]
+    first, later = option.backward, option.backward_accumulate
+    offsets = prices.offsets(first)
+    made = {event.kernel for event in first.memory if event.buffer in {"gradient", "shared_gradient"} and event.delta_bytes > 0}
+    own = sum(float(offsets[n + 1] - offsets[n]) for n in made if _only_weights(first, n))
+    return own + max(0.0, prices.seconds(later) - prices.seconds(first))
+
+
+def _only_weights(run: Pass, n: int) -> bool:
+    kernel: Kernel | None = run.kernels[n] if n < len(run.kernels) else None
+    return kernel is not None and kernel.kernel_class in WEIGHT_CLASSES
