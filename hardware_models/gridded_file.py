@@ -18,9 +18,8 @@ from hardware_models.errors import InputError
 from hardware_models.files import whole_file
 from hardware_models.gridded import GriddedCurve
 from hardware_models.kernel import KernelClass
-from hardware_models.network.toml_file import Count, Name, NonNegative, Positive, Section, read_section
 from hardware_models.physical_law import PhysicalLaw, Sizes
-from hardware_models.toml_file import write_toml
+from hardware_models.toml_file import Count, Name, NonNegative, Positive, Section, read_section, write_toml
 
 GRIDS_FILE = "grids.toml"
 FORMAT = 1

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from simulator.pipeline.action import Order
 from simulator.pipeline.one_way import one_f_one_b
 from simulator.pipeline.sizes import check_sizes, size_error
-
-from simulator.pipeline.action import Order  # isort: skip
 
 
 def pipedream_2bw(num_ranks: int, num_microbatches: int, *, num_steps: int = 1) -> Order:

@@ -69,7 +69,9 @@ def v_limited(num_ranks: int, num_microbatches: int, *, memory_limit: float, nam
     peaks = [peak_of(passes) for passes, _ in blocks]
     if min(peaks) > limit:
         change = f"memory_limit >= {min(peaks) / CHUNKS:g} would do"
-        raise InfeasibleError(limit=f"memory_limit {memory_limit:g} M_B of schedule {name} on {num_ranks} ranks", smallest_change=change)
+        raise InfeasibleError(
+            limit=f"memory_limit {memory_limit:g} M_B of schedule {name} on {num_ranks} ranks", smallest_change=change
+        )
     fullest = max(peak for peak in peaks if peak <= limit)
     best_span, best = 0, None
     for (passes, _), peak in zip(blocks, peaks, strict=True):

@@ -34,7 +34,7 @@ class OrderArrays(NamedTuple):
 
     @property
     def rank_of_part(self) -> Ints:
-        """[passes]"""
+        """The rank of each pass."""
         lengths = np.diff(self.first_part[self.first_cell])
         return np.repeat(np.arange(lengths.size), lengths)
 

@@ -20,21 +20,20 @@ def _arrival(
     stage: int, kind: int, micro_batch: int, rank: int, rank_of: Ints, comm: float, forward_end: Floats, backward_end: Floats
 ) -> float:
     """When a pass has its inputs, `NOT_YET` if that is not known. The one rule of readiness."""
-    if kind == FORWARD:
-        if stage == 0:
-            return 0.0
-        source, from_stage = forward_end[stage - 1, micro_batch], stage - 1
-    elif forward_end[stage, micro_batch] == NOT_YET:
+    if kind == FORWARD and stage == 0:
+        return 0.0
+    if kind != FORWARD and forward_end[stage, micro_batch] == NOT_YET:
         return NOT_YET
+    if kind == FORWARD:
+        source, came_from = forward_end[stage - 1, micro_batch], stage - 1
     elif kind == WEIGHT_GRADIENT:
-        return backward_end[stage, micro_batch]
+        source, came_from = backward_end[stage, micro_batch], stage
     elif stage == rank_of.shape[0] - 1:
-        return forward_end[stage, micro_batch]
+        source, came_from = forward_end[stage, micro_batch], stage
     else:
-        source, from_stage = backward_end[stage + 1, micro_batch], stage + 1
-    if source == NOT_YET or rank_of[from_stage, micro_batch] == rank:
-        return source
-    return source + comm
+        source, came_from = backward_end[stage + 1, micro_batch], stage + 1
+    apart = source != NOT_YET and rank_of[came_from, micro_batch] != rank
+    return float(source + comm) if apart else float(source)
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]  # numba's decorators carry no types

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Literal
 
 from simulator.pipeline.action import Action, Cell, Order, Overlap
@@ -105,13 +105,14 @@ def dualpipe(num_ranks: int, num_microbatches: int) -> Order:
     for rank in range(num_ranks):
         place = min(rank, num_ranks - 1 - rank)
         shift = {place: 0, num_ranks - 1 - place: lane} if rank < half else {place: lane, num_ranks - 1 - place: 0}
-        written = _dualpipe_rank(place, half, lane).cells
-        ranks.append(tuple(_renumbered(cell, lambda a, by=shift: a._replace(micro_batch=a.micro_batch + by[a.stage])) for cell in written))
+        ranks.append(tuple(_renumbered(cell, shift) for cell in _dualpipe_rank(place, half, lane).cells))
     return Order(name="dualpipe", num_stages=num_ranks, num_microbatches=num_microbatches, ranks=tuple(ranks))
 
 
-def _renumbered(cell: Cell, change: Callable[[Action], Action]) -> Cell:
-    return Overlap(change(cell.forward), change(cell.backward)) if isinstance(cell, Overlap) else change(cell)
+def _renumbered(cell: Cell, shift: Mapping[int, int]) -> Cell:
+    """The cell with each stage's micro-batches counted from ``shift`` of that stage."""
+    moved = [action._replace(micro_batch=action.micro_batch + shift[action.stage]) for action in cell.parts]
+    return Overlap(*moved) if isinstance(cell, Overlap) else moved[0]
 
 
 def _dualpipe_rank(rank: int, num_ranks: int, num_microbatches: int) -> RankWriter:
@@ -127,7 +128,9 @@ def _dualpipe_rank(rank: int, num_ranks: int, num_microbatches: int) -> RankWrit
         out.put_weight()
         out.put("F", 1)
     for index in range(num_microbatches - 2 * num_ranks + rank + 1):
-        if index == 0 and hops == 0:  # the rank at the turn does not overlap the first two: their neighbours wait for the forward pass
+        if (
+            index == 0 and hops == 0
+        ):  # the rank at the turn does not overlap the first two: their neighbours wait for the forward pass
             out.put("F", 0)
             out.put("BW", 1)
         else:
@@ -144,4 +147,3 @@ def _dualpipe_rank(rank: int, num_ranks: int, num_microbatches: int) -> RankWrit
     for _ in range(rank + 1):
         out.put_weight()
     return out
-

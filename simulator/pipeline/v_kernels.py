@@ -115,7 +115,9 @@ def _end_of_input(kind: int, rank: int, index: int, end: Ints) -> int:
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]  # numba's decorators carry no types
-def _choose(row: Ints, used: npt.NDArray[np.bool_], head: int, rank: int, slot: int, held: int, limit: int, count: Ints, end: Ints) -> int:
+def _choose(
+    row: Ints, used: npt.NDArray[np.bool_], head: int, rank: int, slot: int, held: int, limit: int, count: Ints, end: Ints
+) -> int:
     """Place in the row of the first pass that can run now without ever raising the rank's memory above the limit; -1 if none.
 
     Once all forward passes have run, weight gradients come after every input gradient that can run.

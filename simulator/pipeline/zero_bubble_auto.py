@@ -71,14 +71,18 @@ def zb_auto(
     for ready in (zb_h1(num_ranks, num_microbatches), zb_h2(num_ranks, num_microbatches)):
         played = play_order(ready, times, weight_share=weight_share)
         if max(played.peak_activations) <= memory_limit + MEMORY_SLACK and max(played.span_s) < best_span:
-            best_span, made = max(played.span_s), Order(name=name, num_stages=num_ranks, num_microbatches=num_microbatches, ranks=ready.ranks)
+            best_span, made = (
+                max(played.span_s),
+                Order(name=name, num_stages=num_ranks, num_microbatches=num_microbatches, ranks=ready.ranks),
+            )
     return made
 
 
 def _choices(most: int) -> Iterator[Choices]:
     warm_ups = {max(1, most - less) for less in range(_LARGEST_WARM_UPS)} | {max(1, int(most * part)) for part in _FRACTIONS}
-    for ahead, *flags in product(sorted(warm_ups, reverse=True), *[(True, False)] * 4):
-        yield Choices(ahead, *flags)
+    either = (True, False)
+    for ahead, wait, hold, fill, empty in product(sorted(warm_ups, reverse=True), either, either, either, either):
+        yield Choices(ahead, wait_for_first=wait, hold_forward=hold, fill_always=fill, empty_first=empty)
 
 
 def _order_of(kinds: np.typing.NDArray[np.int64], name: str) -> Order:

@@ -52,7 +52,7 @@ class Costs(NamedTuple):
 class _State(NamedTuple):
     """What has run; changed in place."""
 
-    count: Ints
+    ran: Ints
     """[3 kinds, ranks]"""
     free: Floats
     """[ranks], end of the last pass."""
@@ -69,7 +69,7 @@ class _State(NamedTuple):
 @njit(cache=True, inline="always")  # type: ignore[untyped-decorator]  # numba's decorators carry no types
 def _arrival(state: _State, costs: Costs, kind: int, rank: int) -> float:
     """When the input of the next forward pass (input gradient) of a rank is there; its neighbour must have run it."""
-    index = state.count[kind, rank]
+    index = state.ran[kind, rank]
     if kind == F and rank > 0:
         return float(state.end[F, rank - 1, index] + costs.comm)
     if kind == B and rank < state.free.size - 1:
@@ -83,22 +83,22 @@ def _run(state: _State, costs: Costs, kind: int, rank: int) -> None:
     begin = state.free[rank]
     if kind != W:
         begin = max(begin, _arrival(state, costs, kind, rank))
-    if state.count[F, rank] > 0:
+    if state.ran[F, rank] > 0:
         state.idle[rank] += begin - state.free[rank]
     finish = begin + costs.time[kind, rank]
     if kind != W:
-        state.end[kind, rank, state.count[kind, rank]] = finish
-    state.kinds[rank, state.count[:, rank].sum()] = kind
+        state.end[kind, rank, state.ran[kind, rank]] = finish
+    state.kinds[rank, state.ran[:, rank].sum()] = kind
     state.free[rank] = finish
     state.held[rank] += costs.memory[kind]
-    state.count[kind, rank] += 1
+    state.ran[kind, rank] += 1
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]  # numba's decorators carry no types
 def _make_room(state: _State, costs: Costs, rank: int) -> bool:
     """Runs weight gradients until a forward pass fits; False if none is left and it does not."""
     while state.held[rank] + costs.memory[F] > costs.limit + MEMORY_SLACK:
-        if state.count[W, rank] >= state.count[B, rank]:
+        if state.ran[W, rank] >= state.ran[B, rank]:
             return False
         _run(state, costs, W, rank)
     return True
@@ -107,10 +107,10 @@ def _make_room(state: _State, costs: Costs, rank: int) -> bool:
 @njit(cache=True)  # type: ignore[untyped-decorator]  # numba's decorators carry no types
 def _fill_gap(state: _State, costs: Costs, rank: int, until: float, fill_always: bool) -> None:
     """Runs the weight gradients that end in time, and one more if the rest of the gap is worth it."""
-    while state.count[W, rank] < state.count[B, rank] and state.free[rank] + costs.time[W, rank] <= until:
+    while state.ran[W, rank] < state.ran[B, rank] and state.free[rank] + costs.time[W, rank] <= until:
         _run(state, costs, W, rank)
     gap = until - state.free[rank]
-    if state.count[W, rank] < state.count[B, rank] and gap > 0 and (fill_always or gap > state.idle.max() - state.idle[rank]):
+    if state.ran[W, rank] < state.ran[B, rank] and gap > 0 and (fill_always or gap > state.idle.max() - state.idle[rank]):
         _run(state, costs, W, rank)
 
 
@@ -149,12 +149,12 @@ def _holds_forward(state: _State, costs: Costs, rank: int) -> bool:
     due = state.free[after] + costs.time[F, after] + costs.time[B, after] + costs.comm
     if state.free[rank] >= due:
         return True
-    clock, held, weights = state.free[rank] + costs.time[F, rank], state.held[rank] + costs.memory[F], state.count[W, rank]
-    while held > costs.limit + MEMORY_SLACK and weights < state.count[B, rank]:
+    clock, held, weights = state.free[rank] + costs.time[F, rank], state.held[rank] + costs.memory[F], state.ran[W, rank]
+    while held > costs.limit + MEMORY_SLACK and weights < state.ran[B, rank]:
         clock += costs.time[W, rank]
         held += costs.memory[W]
         weights += 1
-    return clock > due and due - state.free[rank] <= state.idle.max() - state.idle[rank]
+    return bool(clock > due and due - state.free[rank] <= state.idle.max() - state.idle[rank])
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]  # numba's decorators carry no types
@@ -163,8 +163,8 @@ def _forward_wave(state: _State, costs: Costs, choices: Choices) -> bool:
     ranks, batches = state.end.shape[1:]
     runs = np.zeros(ranks, dtype=np.bool_)
     for rank in range(ranks):
-        left = state.count[F, rank] < batches
-        ahead = rank < ranks - 1 and state.count[F, rank] >= state.count[F, rank + 1] + 2
+        left = state.ran[F, rank] < batches
+        ahead = rank < ranks - 1 and state.ran[F, rank] >= state.ran[F, rank + 1] + 2
         runs[rank] = left and not (choices.hold_forward and ahead and _holds_forward(state, costs, rank))
     for rank in range(ranks - 2, -1, -1):
         runs[rank] = runs[rank] and runs[rank + 1]
@@ -195,16 +195,18 @@ def wave_order(num_microbatches: int, costs: Costs, choices: Choices) -> tuple[b
         if not _forward_wave(state, costs, choices):
             return False, np.inf, state.kinds
         for rank in range(ranks - 1, -1, -1):
-            if state.count[F, rank] <= state.count[B, rank]:
+            if state.ran[F, rank] <= state.ran[B, rank]:
                 return False, np.inf, state.kinds
             if rank < ranks - 1:
                 _fill_gap(state, costs, rank, _arrival(state, costs, B, rank), choices.fill_always)
-            while rank == 0 and choices.empty_first and state.count[F, 0] == num_microbatches and state.count[W, 0] < state.count[B, 0]:
+            while (
+                rank == 0 and choices.empty_first and state.ran[F, 0] == num_microbatches and state.ran[W, 0] < state.ran[B, 0]
+            ):
                 _run(state, costs, W, rank)
             _run(state, costs, B, rank)
     span = 0.0
     for rank in range(ranks):
-        while state.count[W, rank] < num_microbatches:
+        while state.ran[W, rank] < num_microbatches:
             _run(state, costs, W, rank)
         span = max(span, state.free[rank] - state.end[F, rank, 0] + costs.time[F, rank])
     return True, span, state.kinds

@@ -60,9 +60,6 @@ def priced(kernel: Kernel, profile: DeviceProfile = A100, *, sustained: bool = F
     return float(price([kernel], profile, sustained=sustained, stack=stack)[0])
 
 
-# the choice
-
-
 @pytest.mark.parametrize(
     ("kernel", "kind", "group"),
     [
@@ -142,9 +139,6 @@ def test_transferred_prices_are_less_certain() -> None:
     assert borrowed.relative_standard_error > timed.relative_standard_error > 0.0
 
 
-# the sustained rate
-
-
 @given(size, size, size)
 def test_sustained_is_never_faster_than_alone(m: int, n: int, k: int) -> None:
     kernel = gemm_kernel(m, n, k, "bfloat16")
@@ -175,9 +169,6 @@ def test_sustained_by_hand() -> None:
     share = float(pricer.curve.compute_share(np.array([kernel.shape]))[0])
     assert priced(kernel, profile, sustained=True) == pytest.approx(priced(kernel, profile) * (1 + 0.25 * share))
     assert pricer.relative_standard_error == pytest.approx(hypot(pricer.curve.relative_standard_error, 0.1 / 0.8))
-
-
-# batched products and convolutions
 
 
 @pytest.mark.parametrize(
@@ -261,8 +252,6 @@ def test_error_of_products_holds_that_of_their_form() -> None:
     assert form.relative_standard_error == pytest.approx(hypot(grid.relative_standard_error, PRODUCT_FORM_ERROR))
     assert form.name == grid.name
 
-
-# what if
 
 STEP = [
     gemm_kernel(8192, 4096, 4096, "bfloat16"), gemm_kernel(1, 4096, 4096, "bfloat16"), batched(64, 1024, 1024, 64), batched(4096, 64, 64, 64),

@@ -12,11 +12,11 @@ from hardware_models.caching_allocator import parse_alloc_conf
 from hardware_models.catalogue import load_hardware
 from hardware_models.profile import DeviceProfile
 from hardware_models.units import MIB
+from simulator.exposed_time import TIME_CLASSES
 from simulator.program import Kind, MemoryClass
 from simulator.sequence import checkpoint_blocks, keep_all
 from simulator.simulate import (
     INTERVAL_Z,
-
     Simulation,
     StepSetting,
     simulate,
