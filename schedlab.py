@@ -105,10 +105,18 @@ def models() -> dict[str, Any]:
 @main.command()
 @reported
 def hardware() -> dict[str, Any]:
-    """Lists the devices known by name, and what their values rest on."""
-    entries = list_hardware()
-    rows = [(entry.name, entry.kind, entry.provenance) for entry in entries]
-    found = {entry.name: {"kind": entry.kind, "provenance": entry.provenance} for entry in entries}
+    """Lists the devices and clusters known by name, and what their values rest on."""
+    rows = [(entry.name, entry.kind, entry.provenance) for entry in list_hardware()]
+    for name in list_clusters():
+        cluster = load_cluster(name)
+        rows.append(
+            (
+                name,
+                "cluster",
+                f"{cluster.num_gpus} x {cluster.device}, {cluster.devices_per_node} a node; {cluster.evidence}: {cluster.source}",
+            )
+        )
+    found = {name: {"kind": kind, "provenance": provenance} for name, kind, provenance in rows}
     return {"hardware": found, "_table": table_of("hardware", ("name", "kind", "rests on"), rows)}
 
 

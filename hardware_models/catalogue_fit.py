@@ -85,8 +85,11 @@ def fitted(timings: Timings, profile: DeviceProfile) -> GriddedCurve:
     )  # fmt: skip
 
 
-GENERATIONS = ("pascal", "volta", "turing", "ampere", "ada", "hopper", "blackwell")
-"""In order of their release: devices borrow from the nearest generation that was timed."""
+GENERATIONS = MappingProxyType(
+    {"pascal": 0.0, "volta": 1.0, "turing": 2.0, "ampere": 3.0, "ada": 3.4, "hopper": 4.4, "blackwell": 5.4}
+)
+"""Places in the order of release: devices borrow from the nearest that was timed. Ada's tensor cores take the instructions of Ampere's (``mma.sync``; NVIDIA, PTX
+ISA), Hopper's have their own (``wgmma``), so Ada stands nearer to Ampere."""
 BACKWARD_OVER_FORWARD = 1.08
 """Time over law of attention's backward pass over that of its forward pass.
 
@@ -143,8 +146,8 @@ def backward_curve(forward: GriddedCurve) -> GriddedCurve:
 def lender_of(profile: DeviceProfile, candidates: Sequence[DeviceProfile]) -> DeviceProfile:
     """The timed device whose ratios another takes: nearest generation, then nearest balance of arithmetic to bandwidth."""
 
-    def distance(other: DeviceProfile) -> tuple[int, float]:
-        generations = abs(GENERATIONS.index(profile.architecture) - GENERATIONS.index(other.architecture))
+    def distance(other: DeviceProfile) -> tuple[float, float]:
+        generations = abs(GENERATIONS[profile.architecture] - GENERATIONS[other.architecture])
         return generations, abs(float(np.log(_balance(other) / _balance(profile))))
 
     return min(candidates, key=distance)

@@ -56,7 +56,7 @@ def test_gpipe(ranks: int, batches: int) -> None:
 
 @pytest.mark.parametrize(("ranks", "batches"), SIZES)
 def test_1f1b(ranks: int, batches: int) -> None:
-    """torch 2.13's table (not what it runs) counts the last rank's forward passes from 1: there, 1F1 comes first and 1F0 never."""
+    """Torch 2.13's table (not what it runs) counts the last rank's forward passes from 1: there, 1F1 comes first and 1F0 never."""
     *ours, last = our_texts(one_f_one_b(ranks, batches))
     *theirs, torch_last = torch_texts(torch_schedule("Schedule1F1B", ranks, batches, 1))
     assert ours == theirs
