@@ -14,6 +14,8 @@ from simulator.presets import TransformerConfig
 from simulator.workload import Block
 
 _TP_BLOCKS = frozenset({"attention", "network", "experts"})
+_SCATTERING = ("megatron-lm@2021",)
+"""Frameworks that split a message over tp and gather it behind the wire where sequence parallelism has not split it (arXiv 2104.04473, section 4.1)."""
 _LOSS_REDUCTIONS = 3
 """All-reduces of a loss over a vocabulary that is split: greatest logit, sum of exponentials, the label's logit (Megatron-LM, vocab-parallel cross entropy)."""
 _LOSS_BYTES = 4
@@ -57,10 +59,11 @@ class Communication:
     """Prices of a plan's communication on a mesh.
 
     **Model** (Megatron-LM; Korthikanti et al. 2022, sections 4.1 and 4.2): each attention and each network ends in an all-reduce over tp and begins the backward pass
-    with one; with sequence parallelism an all-gather and a reduce-scatter stand for each, of the same bytes. Under ``overlap_tp`` a collective hides behind the products
-    beside it and only what is longer than they are is waited for.
+    with one; with sequence parallelism an all-gather and a reduce-scatter stand for each, of the same bytes. The embedding ends in an all-reduce and needs nothing
+    backward; with sequence parallelism in a reduce-scatter, whose backward pass is an all-gather. Gradients go over dp and cp together.
 
-    **Not modelled**: the second all-gather that sequence parallelism needs for weight gradients (it is overlapped); padding of capacity; imbalance of experts.
+    **Not modelled**: ``overlap_tp``; the second all-gather that sequence parallelism needs for weight gradients (it is overlapped); padding of capacity; imbalance of
+    experts.
     """
 
     def __init__(self, plan: Plan, mesh: Mesh, config: TransformerConfig, *, dtype: str, seq_len: int) -> None:
@@ -76,6 +79,11 @@ class Communication:
             else 0.0
         )
 
+    def gradient_seconds(self, collective: str, size_bytes: float) -> float:
+        """Of a collective over all ranks that hold the same dense parameters."""
+        group = self.mesh.gradient_group()
+        return collective_seconds(collective, size_bytes, group, self.mesh.cluster) if group.num_ranks > 1 else 0.0
+
     def stage(self, stage: Stage, *, recomputed: Iterable[int], attention_s: float) -> StageCommunication:
         """Of a stage.
 
@@ -88,15 +96,22 @@ class Communication:
         again = sum((self.block(stage.blocks[index], attention_s) for index in recomputed), Exposed())
         backward = sum((self.block(block, attention_s, backward=True) for block in stage.blocks), Exposed())
         stream = self.tokens * self.config.hidden * self.element_bytes
-        split = self.plan.parallel.tp if self.plan.parallel.sequence_parallel else 1
+        parallel = self.plan.parallel
+        scatters = self.plan.runtime.framework in _SCATTERING and not parallel.sequence_parallel and parallel.pp > 1
+        gather = Exposed(tp_s=self.seconds("tp", "all_gather", float(stream)) if scatters else 0.0)
+        forward += gather if stage.receives else Exposed()
+        backward += gather if stage.sends else Exposed()
+        split = parallel.tp if parallel.sequence_parallel or scatters else 1
         return StageCommunication(forward=forward, backward=backward + again, message_bytes=stream / split)
 
     def block(self, block: Block, attention_s: float, *, backward: bool = False) -> Exposed:
         """Of one block's forward or backward pass."""
         tp_s = cp_s = ep_s = 0.0
         stream = self.tokens * self.config.hidden * self.element_bytes
-        if block.name in _TP_BLOCKS or block.name == "embedding":
+        if block.name in _TP_BLOCKS:
             tp_s = self._stream_collective(stream)
+        elif block.name == "embedding":
+            tp_s = self._embedding(stream, backward=backward)
         elif block.name == "head":
             tp_s = self._head(stream, backward=backward)
         if block.name == "attention":
@@ -110,6 +125,12 @@ class Communication:
         if self.plan.parallel.sequence_parallel:
             return self.seconds("tp", "all_gather", stream) + self.seconds("tp", "reduce_scatter", stream)
         return self.seconds("tp", "all_reduce", stream)
+
+    def _embedding(self, stream: float, *, backward: bool) -> float:
+        """Ranks hold rows of the table each: what they find is summed; the sum's backward pass is the identity."""
+        if self.plan.parallel.sequence_parallel:
+            return self.seconds("tp", "all_gather" if backward else "reduce_scatter", stream)
+        return 0.0 if backward else self.seconds("tp", "all_reduce", stream)
 
     def _head(self, stream: float, *, backward: bool) -> float:
         """The final stream is gathered; the loss reduces three numbers a token; its gradient is reduced."""

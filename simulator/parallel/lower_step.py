@@ -26,7 +26,9 @@ class GradientSync:
     reduce_s: float
     """All-reduce or reduce-scatter of the stage's gradients."""
     gather_s: float
-    """All-gather of updated parameters after the step (ZeRO 1 and 2)."""
+    """All-gather of updated parameters (ZeRO 1 and 2)."""
+    gather_overlaps: bool = False
+    """They are gathered behind the first passes of the next step, which a step in a row of them finds at its start; else the step ends with it."""
     first_gather_s: float = 0.0
     """ZeRO 3: the first block's parameters, which a pass waits for."""
     rest_gather_s: float = 0.0
@@ -51,6 +53,8 @@ class StepParts:
     message_latency_s: float
     link_bytes_per_s: Sequence[float]
     """Of each rank: link out, link in."""
+    waits_for_messages: bool = False
+    """A rank computes on only when its message has arrived."""
     weight_share: float
     """Part of a micro-batch's activations that only the weights' gradient needs."""
 
@@ -69,6 +73,10 @@ class _Step:
         self.rank_of: dict[Action, int] = {}
         self.backwards: dict[tuple[int, int], list[Action]] = {}
         self.previous: list[tuple[int, ...]] = [()] * parts.order.num_ranks
+        self.gathered: set[tuple[int, int]] = set()
+        """Rank and stage whose updated parameters are there."""
+        self.tied: list[tuple[int, tuple[int, ...]]] = []
+        """Each rank's part in the tied table's all-reduce, and what it waits for."""
 
     def lower(self, resident_bytes: Sequence[tuple[int, ...]], slowdown: NDArray[np.float64]) -> Program:
         order = self.parts.order
@@ -85,6 +93,9 @@ class _Step:
             self._end(rank)
         for action in self.rank_of:
             self._receive(action)
+        for index, _ in self.tied:
+            for other in (other for _, waits in self.tied for other in waits):
+                self.writer.wait(index, other)
         return self.writer.program(resident_bytes, slowdown)
 
     def _action(self, rank: int, action: Action) -> None:
@@ -170,31 +181,26 @@ class _Step:
         return (before,)
 
     def _gather(self, rank: int, action: Action) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """ZeRO 3: what the pass waits for before it starts, and what must be over when it ends."""
-        sync = self.parts.sync[action.stage]
-        if sync.first_gather_s <= 0.0:
+        """What the pass waits for before it starts, and what must be over when it ends.
+
+        Under ZeRO 3 each pass gathers parameters; under ZeRO 1 and 2 the first of a stage does, if that overlaps.
+        """
+        sync, key = self.parts.sync[action.stage], (rank, action.stage)
+        first_s, rest_s, after = sync.first_gather_s, sync.rest_gather_s, self.previous[rank]
+        if sync.gather_overlaps and sync.gather_s > 0.0 and key not in self.gathered:
+            self.gathered.add(key)
+            first_s, after = sync.gather_s / sync.chunks, ()
+            rest_s = sync.gather_s - first_s
+        if first_s <= 0.0:
             return (), ()
-        first = self.writer.issue(
-            Kind.TRANSFER,
-            rank,
-            Stream.DP,
-            sync.first_gather_s,
-            after=self.previous[rank],
-            micro_batch=action.micro_batch,
-            stage=action.stage,
-            label="gather",
+        first = self._collective(rank, action, first_s, after=after, label="gather")
+        return (first,), (self._collective(rank, action, rest_s, after=(first,), label="gather"),)
+
+    def _collective(self, rank: int, action: Action, seconds: float, *, after: tuple[int, ...], label: str) -> int:
+        """Issues a collective of data parallelism."""
+        return self.writer.issue(
+            Kind.TRANSFER, rank, Stream.DP, seconds, after=after, micro_batch=action.micro_batch, stage=action.stage, label=label
         )
-        rest = self.writer.issue(
-            Kind.TRANSFER,
-            rank,
-            Stream.DP,
-            sync.rest_gather_s,
-            after=(first,),
-            micro_batch=action.micro_batch,
-            stage=action.stage,
-            label="gather",
-        )
-        return (first,), (rest,)
 
     def _is_last(self, rank: int, action: Action) -> bool:
         return self.backwards[rank, action.stage][-1] == action if action.kind != "F" else False
@@ -207,16 +213,7 @@ class _Step:
             return ends
         chunks = indices[-sync.chunks :] if last and action.kind == "BW" else indices[-1:]
         for index in chunks:
-            self.writer.issue(
-                Kind.TRANSFER,
-                rank,
-                Stream.DP,
-                sync.reduce_s / len(chunks),
-                after=(index,),
-                micro_batch=action.micro_batch,
-                stage=action.stage,
-                label="reduce",
-            )
+            self._collective(rank, action, sync.reduce_s / len(chunks), after=(index,), label="reduce")
         return ends
 
     def _send(self, rank: int, action: Action, ends: tuple[int, ...]) -> None:
@@ -233,6 +230,8 @@ class _Step:
         size = parts.communication[stage].message_bytes / parts.order.microbatch_parts
         self.writer.route(index, size, parts.message_limit_bytes_per_s, (2 * rank, 2 * receiver + 1))
         self.messages[action] = (index,)
+        if parts.waits_for_messages:
+            self.previous[rank] = (*self.previous[rank], index)
 
     def _target(self, action: Action) -> Action | None:
         """The pass that needs this one's result."""
@@ -255,11 +254,13 @@ class _Step:
         after = self.previous[rank]
         ends_chain = {0, parts.order.num_stages - 1} & set(stages)
         if parts.tied_s > 0.0 and ends_chain and parts.order.num_stages > 1:
-            after = (self.writer.issue(Kind.TRANSFER, rank, Stream.DP, parts.tied_s, after=after, label="tied"),)
+            index = self.writer.issue(Kind.TRANSFER, rank, Stream.DP, parts.tied_s, after=after, label="tied")
+            self.tied.append((index, after))
+            after = (index,)
         elif any(parts.sync[stage].reduce_s > 0.0 for stage in stages):
             after = (*after, self.writer.issue(Kind.TRANSFER, rank, Stream.DP, 0.0, after=after, label="reduced"))
         step = self.writer.issue(Kind.OPTIMIZER, rank, Stream.COMPUTE, parts.optimizer_s[rank], after=after)
-        gather_s = sum(parts.sync[stage].gather_s for stage in stages)
+        gather_s = sum(parts.sync[stage].gather_s for stage in stages if not parts.sync[stage].gather_overlaps)
         if gather_s > 0.0:
             self.writer.issue(Kind.TRANSFER, rank, Stream.DP, gather_s, after=(step,), label="gather")
 

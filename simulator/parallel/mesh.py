@@ -39,6 +39,17 @@ class Mesh:
         used = min(self.cluster.num_gpus, self.cluster.devices_per_node)
         return CommGroup(num_ranks=size, ranks_per_node=per_node, concurrent_groups=max(1, used // per_node))
 
+    def gradient_group(self) -> CommGroup:
+        """Ranks that hold the same dense parameters: those of the dp and cp axes together."""
+        offsets = [
+            data * self.stride("dp") + context * self.stride("cp")
+            for data in range(self.degree("dp"))
+            for context in range(self.degree("cp"))
+        ]
+        per_node = sum(offset < self.cluster.devices_per_node for offset in offsets)
+        used = min(self.cluster.num_gpus, self.cluster.devices_per_node)
+        return CommGroup(num_ranks=len(offsets), ranks_per_node=per_node, concurrent_groups=max(1, used // per_node))
+
     def neighbours(self, axis: str) -> CommGroup:
         """Two neighbours along an axis: how messages between them travel."""
         stride = self.stride(axis)

@@ -22,12 +22,12 @@ from simulator.parallel.communication import Communication
 from simulator.parallel.lower_step import GradientSync, StepParts, lower_step
 from simulator.parallel.memory import GRADIENT_BYTES, MASTER_BYTES, STATE_BYTES, static_memory
 from simulator.parallel.mesh import Mesh, mesh_of
+from simulator.parallel.recompute import MEGATRON, fit_framework, stage_operations
 from simulator.parallel.stages import Stage, StageCost, stage_cost, stages_of
 from simulator.pipeline.action import Order
 from simulator.plan import Plan
 from simulator.presets import TransformerConfig, build_workload
 from simulator.program import Program, Stream, no_slowdown
-from simulator.recompute import operations_of
 from simulator.run_record import RunRecord, outcome_of
 from simulator.simulate import ENGINES, INTERVAL_Z
 from simulator.timeline import MemoryProfile, Timeline
@@ -40,7 +40,10 @@ WEIGHT_SHARE = 0.5
 BUCKET_BYTES = 40_000_000 * 4
 """Gradients of a bucket unless the plan says: Megatron-core's 40 million elements, in float32."""
 MOST_CHUNKS = 16
-_MEGATRON = ("megatron-lm@2021", "megatron-core")
+_BLOCKING = MEGATRON
+"""Frameworks whose ranks wait for their messages in orders of one chunk."""
+_ALWAYS_BLOCKING = ("megatron-lm@2021",)
+"""Those that also do so in interleaved orders; Megatron-core overlaps there (``overlap_p2p_comm``, on unless switched off)."""
 _TINY_BYTES = 8.0
 
 
@@ -138,7 +141,8 @@ class _Assembly:
         self.dtype = DTYPES[plan.precision.compute]
         self.mesh: Mesh = mesh_of(plan, cluster)
         self.prices = PassPrices(partial(price, profile=device))
-        self.workload: Workload = self._workload(tp=plan.parallel.tp, cp=plan.parallel.cp, ep=plan.parallel.ep)
+        own = self._workload(tp=plan.parallel.tp, cp=plan.parallel.cp, ep=plan.parallel.ep)
+        self.workload: Workload = fit_framework(own, plan, config, dtype=self.dtype, seq_len=seq_len)
         self.stages: tuple[Stage, ...] = stages_of(self.workload, plan)
         self.communication = Communication(plan, self.mesh, config, dtype=self.dtype, seq_len=seq_len)
 
@@ -149,7 +153,7 @@ class _Assembly:
         )  # fmt: skip
 
     def simulate(self, engine: str) -> ParallelSimulation:
-        operations = [operations_of(self.plan, stage.workload) for stage in self.stages]
+        operations = [stage_operations(self.plan, stage) for stage in self.stages]
         costs = [stage_cost(stage, own, self.prices) for stage, own in zip(self.stages, operations, strict=True)]
         attention_s = self._attention_s()
         messages = [
@@ -161,6 +165,7 @@ class _Assembly:
             order=self.order, costs=costs, communication=messages, sync=[self._sync(stage) for stage in self.stages],
             optimizer_s=[self._optimizer_s(rank) for rank in range(self.order.num_ranks)], tied_s=self._tied_s(), message_limit_bytes_per_s=limit,
             message_latency_s=latency_s, link_bytes_per_s=[limit] * (2 * self.order.num_ranks), weight_share=WEIGHT_SHARE,
+            waits_for_messages=self._waits_for_messages(),
         )  # fmt: skip
         program = lower_step(parts, self._resident(), self._slowdown())
         return self._result(program, ENGINES[engine](program), costs)
@@ -169,11 +174,7 @@ class _Assembly:
         plan, whole = self.plan, self._workload(tp=1, cp=1, ep=1)
         timeline, profiles = outcome_of(program, record)
         steps = plan.num_microbatches * plan.parallel.dp
-        again = sum(
-            stage.blocks[index].discard.flops
-            for stage, cost in zip(self.stages, costs, strict=True)
-            for index in cost.recomputed
-        )
+        again = sum(cost.recomputed_flops for cost in costs)
         split = plan.parallel.tp * plan.parallel.cp
         kernels = [
             kernel
@@ -200,10 +201,13 @@ class _Assembly:
         rate = self.cluster.fabric.wire_bytes_per_s(2) if domains == 1 else group.network_bytes_per_s(self.cluster)
         return rate, collective_seconds("send_recv", _TINY_BYTES, group, self.cluster) if self.plan.parallel.pp > 1 else 0.0
 
+    def _waits_for_messages(self) -> bool:
+        framework, chunks = self.plan.runtime.framework, self.plan.parallel.virtual_stages
+        return framework in _ALWAYS_BLOCKING or (framework in _BLOCKING and chunks == 1)
+
     def _sync(self, stage: Stage) -> GradientSync:
         """What data parallelism does for a stage. Gradients of experts, on fewer replicas, are counted with the dense ones' group."""
         plan = self.plan
-        axis = "dp"
         if plan.parallel.dp * plan.parallel.cp == 1:
             return GradientSync(chunks=1, reduce_s=0.0, gather_s=0.0)
         grads = (
@@ -215,16 +219,15 @@ class _Assembly:
         reduce_bytes, gather_bytes = elements * grads, elements * DTYPE_BYTES[self.dtype]
         bucket = plan.runtime.bucket_bytes or BUCKET_BYTES
         chunks = max(1, min(MOST_CHUNKS, round(reduce_bytes / bucket))) if plan.runtime.overlap_grad_reduce else 1
-        seconds = self.communication.seconds
+        seconds = self.communication.gradient_seconds
         if plan.memory.zero_stage == 0:
-            return GradientSync(
-                chunks=chunks, reduce_s=chunks * seconds(axis, "all_reduce", reduce_bytes / chunks), gather_s=0.0
-            )
-        reduce_s = chunks * seconds(axis, "reduce_scatter", reduce_bytes / chunks)
+            return GradientSync(chunks=chunks, reduce_s=chunks * seconds("all_reduce", reduce_bytes / chunks), gather_s=0.0)
+        reduce_s = chunks * seconds("reduce_scatter", reduce_bytes / chunks)
         if plan.memory.zero_stage < 3:  # noqa: PLR2004 - ZeRO's third stage
-            return GradientSync(chunks=chunks, reduce_s=reduce_s, gather_s=seconds(axis, "all_gather", gather_bytes))
+            gather_s, overlaps = seconds("all_gather", gather_bytes), plan.runtime.overlap_param_gather
+            return GradientSync(chunks=chunks, reduce_s=reduce_s, gather_s=gather_s, gather_overlaps=overlaps)
         blocks = max(1, len(stage.blocks))
-        one_s = seconds(axis, "all_gather", gather_bytes / blocks)
+        one_s = seconds("all_gather", gather_bytes / blocks)
         return GradientSync(
             chunks=chunks,
             reduce_s=reduce_s,
@@ -270,12 +273,9 @@ class _Assembly:
             memory = static_memory(
                 self._elements(rank) - expert, expert, plan, dtype=self.dtype, copies=copies, working=2.0 * largest
             )
-            buffers = self.workload.buffer_bytes if 0 in self.order.stages_of_rank[rank] else 0
-            resident.append(
-                memory.by_class(
-                    plan.num_microbatches * self.workload.batch_bytes if 0 in self.order.stages_of_rank[rank] else buffers
-                )
-            )
+            ends = {0, self.order.num_stages - 1} & set(self.order.stages_of_rank[rank])
+            batch = plan.num_microbatches * self.workload.batch_bytes if ends else 0  # tokens at the front, labels at the back
+            resident.append(memory.by_class(batch + (self.workload.buffer_bytes if 0 in ends else 0)))
         return resident
 
     def _slowdown(self) -> NDArray[np.float64]:

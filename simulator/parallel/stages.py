@@ -79,6 +79,8 @@ class StageCost:
     """Of the backward pass, what only makes parameters' gradients."""
     recomputed: tuple[int, ...]
     """Blocks (of the stage) that run forward again in the backward pass."""
+    recomputed_flops: int
+    """Of these runs, and of what options run again inside the backward pass."""
 
 
 def layers_of(workload: Workload) -> list[tuple[int, int]]:
@@ -144,7 +146,14 @@ def stage_cost(stage: Stage, operations: Sequence[Operation], prices: PassPrices
     return StageCost(
         forward=_pass_cost(builder, 0, recomputed_first), backward=_pass_cost(builder, recomputed_first, len(builder.kinds)),
         weight_s=sum(_weight_seconds(block, prices) for block in stage.blocks), recomputed=recomputed,
+        recomputed_flops=_recomputed_flops(stage, operations, recomputed),
     )  # fmt: skip
+
+
+def _recomputed_flops(stage: Stage, operations: Sequence[Operation], recomputed: Sequence[int]) -> int:
+    whole = sum(stage.blocks[block].discard.flops for block in recomputed)
+    taped = [(stage.blocks[operation.block], operation.option) for operation in operations if operation.kind == "F_all"]
+    return whole + sum(block.option(name).backward.flops - block.options[0].backward.flops for block, name in taped)
 
 
 def _first_recompute(operations: Sequence[Operation], turn: int, seen: set[int]) -> int:

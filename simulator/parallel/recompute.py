@@ -1,0 +1,118 @@
+"""What recompute keeps on a pipeline stage: whole layers checkpointed, or the core of attention run again as Megatron does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from simulator.parallel.stages import LAYER_ENDS, Stage
+from simulator.plan import Plan
+from simulator.presets import TransformerConfig
+from simulator.presets.attention import attention_half
+from simulator.presets.passes import Section, block_of
+from simulator.presets.setting import Setting
+from simulator.presets.tape import Storage, Tape
+from simulator.recompute import operations_of
+from simulator.sequence import Operation
+from simulator.workload import Block, Workload
+
+MEGATRON = ("megatron-lm@2021", "megatron-core")
+"""Frameworks whose ``selective`` runs the core of attention again and nothing else."""
+FUSED_ACCUMULATION = ("megatron-core",)
+"""Frameworks whose weight-gradient products add to the gradient buffer themselves (Megatron-LM's ``gradient_accumulation_fusion``, on unless switched off)."""
+_CORE_ENDS = frozenset({"bmm", "attention"})
+"""Operators that begin and end the core of attention."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CoreAttentionSection(Section):
+    """The attention half of a layer, whose ``selective`` keeps all but what lies between queries, keys, values and the mixed values.
+
+    **Model**: scores, softmax and dropout run again in the backward pass; of a layer ``34 s b h`` bytes stay (divided over tp with sequence parallelism).
+
+    **Source**: Korthikanti et al. 2022 (arXiv 2205.05198), section 5.
+    """
+
+    @property
+    def products(self) -> tuple[Storage, ...]:
+        """Storages that ``selective`` keeps."""
+        places = [place for place, step in enumerate(self.tape.steps) if step.op in _CORE_ENDS]
+        first, last = places[0], places[-1]
+        core = {value.storage for step in self.tape.steps[first:last] for value in step.outputs}
+        if first == last:  # one kernel: its rows' sums go, its result is what the next product saves
+            core = {value.storage for value in self.tape.steps[first].outputs[1:]}
+        return tuple(storage for storage in self.saved if storage not in core)
+
+
+def fit_framework(workload: Workload, plan: Plan, config: TransformerConfig, *, dtype: str, seq_len: int) -> Workload:
+    """The workload as a plan's framework runs it: what its ``selective`` keeps, how it adds gradients up.
+
+    **Not modelled**: what reading and writing a float32 gradient buffer costs the products that add to it; kernels that a framework fuses.
+    """
+    if plan.runtime.framework not in MEGATRON:
+        return workload
+    made: dict[int, Block] = {}
+    for block in workload.blocks:
+        if id(block) not in made:
+            made[id(block)] = _fitted(block, plan, config, dtype=dtype, seq_len=seq_len)
+    return replace(workload, blocks=tuple(made[id(block)] for block in workload.blocks))
+
+
+def _fitted(block: Block, plan: Plan, config: TransformerConfig, *, dtype: str, seq_len: int) -> Block:
+    options = block.options[:1]
+    if block.name == "attention" and plan.memory.recompute == "selective":
+        options = _core_attention(plan, config, dtype=dtype, seq_len=seq_len).options
+    if plan.runtime.framework in FUSED_ACCUMULATION:
+        options = tuple(replace(option, backward_accumulate=option.backward) for option in options)
+    return replace(block, options=options)
+
+
+def _core_attention(plan: Plan, config: TransformerConfig, *, dtype: str, seq_len: int) -> Block:
+    split = plan.parallel
+    setting = Setting(
+        config=config, micro_batch=plan.batch.micro_batch or 1, seq_len=seq_len, dtype=dtype, tp=split.tp, cp=split.cp, ep=split.ep,
+        sequence_parallel=split.sequence_parallel and split.tp > 1, flash_attention=plan.runtime.flash_attention,
+    )  # fmt: skip
+    tape = Tape()
+    entering = tape.new("input", (setting.stream_tokens, config.hidden), dtype)
+    leaving = attention_half(tape, setting, entering)
+    return block_of(CoreAttentionSection(name="attention", tape=tape, entering=entering, leaving=leaving))
+
+
+def stage_operations(plan: Plan, stage: Stage) -> tuple[Operation, ...]:
+    """The order in which a micro-batch runs a stage's blocks.
+
+    **Model**: ``full`` keeps the input of each layer and runs all layers of every stage again, the last one too: other micro-batches pass between a
+    layer's forward and backward pass. Embedding and head run once (Megatron-LM's ``recompute_method=uniform`` with one layer, torchtitan's ``full``).
+    Other values are those of `simulator.recompute`.
+    """
+    if plan.memory.recompute != "full":
+        return operations_of(plan, stage.workload)
+    runs = _layer_runs(stage.blocks)
+    forward: list[Operation] = []
+    backward: list[Operation] = []
+    for first, end, layer in runs:
+        blocks = range(first, end)
+        taped = [Operation("F_all", block, stage.blocks[block].options[0].name) for block in blocks]
+        back = [Operation("B", block) for block in reversed(blocks)]
+        if layer:
+            forward += [Operation("F_ck" if block == first else "F_e", block) for block in blocks]
+            backward = [*taped, *back, *backward]
+        else:
+            forward += taped
+            backward = [*back, *backward]
+    return (*forward, *backward)
+
+
+def _layer_runs(blocks: tuple[Block, ...]) -> list[tuple[int, int, bool]]:
+    """First and last + 1 block of each layer, and of each block that belongs to none, and whether it is a layer."""
+    runs: list[tuple[int, int, bool]] = []
+    first = 0
+    for index, block in enumerate(blocks):
+        if block.name in LAYER_ENDS:
+            runs.append((first, index + 1, True))
+        elif block.name != "attention":
+            runs.append((index, index + 1, False))
+        else:
+            continue
+        first = index + 1
+    return runs
