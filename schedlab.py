@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hardware_models.calibration import calibrate as run_calibration
 from hardware_models.catalogue import list_hardware, load_hardware, this_profile_path
-from hardware_models.errors import InfeasibleError, InputError
+from hardware_models.errors import InputError
 from hardware_models.files import whole_file
 from hardware_models.network.cluster import Cluster
 from hardware_models.network.cluster_file import list_clusters, load_cluster
@@ -33,16 +28,31 @@ from simulator.model_source import ModelSource, model_source
 from simulator.models import MODELS
 from simulator.parallel.simulate_parallel import ParallelSimulation
 from simulator.parallel.simulate_source import simulate_source
+from simulator.pipeline.catalogue import OrderRequest
+from simulator.pipeline.play_order import WEIGHT_SHARE
+from simulator.pipeline.report import pipeline_grid, pipeline_report, play_request, times_in_ms
 from simulator.plan import Plan, check_gpus
 from simulator.plan_file import read_plan, write_plan
 from simulator.presets import PRESETS
 from simulator.sequence import format_sequence
 from simulator.simulate import ENGINES, Simulation, StepSetting
 from simulator.simulate import simulate as run_simulation
+from validation.command_line import (
+    EXIT_INFEASIBLE,
+    EXIT_INPUT,
+    THIS,
+    TIMES,
+    hardware_option,
+    model_options,
+    reported,
+    stderr,
+    with_progress,
+)
 from validation.kernel_check import check_kernels
 from validation.reports import (
     kernel_check_table,
     parallel_table,
+    pipeline_table,
     replay_table,
     search_table,
     simulation_table,
@@ -51,37 +61,18 @@ from validation.reports import (
     workload_table,
 )
 
-__all__ = ["Plan", "Simulation", "load_hardware", "main", "model_source", "read_plan", "run_search", "run_simulation"]
-
-EXIT_INPUT, EXIT_INFEASIBLE = 2, 3
-THIS = "this"
-PIPE_COLUMNS = 150
-"""Width of tables that go to a file or a pipe."""
-
-Command = Callable[..., dict[str, Any]]
-stderr = Console(stderr=True)
-
-
-def reported(command: Command) -> Callable[..., None]:
-    """Prints a command's result, as JSON or as its table, and turns errors into exit statuses."""
-
-    @functools.wraps(command)
-    def run(*, as_json: bool, **arguments: Any) -> None:
-        try:
-            result = command(**arguments)
-        except InfeasibleError as error:
-            stderr.print(f"[bold]{error.limit}[/bold]\n{error.smallest_change}", highlight=False, soft_wrap=True)
-            sys.exit(EXIT_INFEASIBLE)
-        except InputError as error:
-            stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
-            sys.exit(EXIT_INPUT)
-        table = result.pop("_table", None)
-        if as_json:
-            click.echo(json.dumps(result))
-        elif table is not None:
-            Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)
-
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(run)
+__all__ = [
+    "EXIT_INFEASIBLE",
+    "EXIT_INPUT",
+    "Plan",
+    "Simulation",
+    "load_hardware",
+    "main",
+    "model_source",
+    "read_plan",
+    "run_search",
+    "run_simulation",
+]
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -120,38 +111,12 @@ def hardware() -> dict[str, Any]:
     return {"hardware": found, "_table": table_of("hardware", ("name", "kind", "rests on"), rows)}
 
 
-def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The flags that name a model and its sizes."""
-    command = click.option("--seq-len", type=click.IntRange(min=1), help="Tokens per sample (default: the model's).")(command)
-    return click.option(
-        "--model", "model_name", required=True,
-        help="A name (schedlab models), a Hugging Face config.json, or package.module:function returning (module, inputs).",
-    )(command)  # fmt: skip
-
-
-hardware_option = click.option(
-    "--hardware",
-    "hardware_name",
-    default=THIS,
-    show_default=True,
-    help="A name (schedlab hardware), a profile's folder, or this.",
-)
-
-
 def device_profile(name: str, *, device: str = "cpu") -> DeviceProfile:
     """The profile of a name; this machine is calibrated quickly first if it never was, and that is said."""
     if name == THIS and not this_profile_path(device).exists():
         stderr.print(f"no profile of this machine's {device} yet: calibrating quickly (schedlab calibrate does it thoroughly)")
         with_progress(lambda report: run_calibration(this_profile_path(device), quick=True, device=device, progress=report))
     return load_hardware(name, device=device)
-
-
-def with_progress(work: Callable[[Callable[[str, float], None]], Any]) -> Any:
-    """Runs work that reports (what, fraction done), with a bar on stderr."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
-    with Progress(*columns, console=stderr, transient=True) as bar:
-        task = bar.add_task("starting", total=1.0)
-        return work(lambda what, fraction: bar.update(task, description=what, completed=fraction))
 
 
 @main.command()
@@ -360,6 +325,42 @@ def replay(
             trace_path, {"predicted": (result.predicted.timeline, result.predicted.profiles), "measured": measured}
         )
     return result.to_json() | {"plain": outcome.plain_json(), "_table": replay_table([(model_name, outcome)])}
+
+
+@main.command()
+@click.option("--schedule", required=True, help="A pipeline schedule (1f1b, zb-h1, ...) or file:ORDER.csv.")
+@click.option("--stages", "num_ranks", type=click.IntRange(min=1), required=True, help="Pipeline ranks.")
+@click.option("--microbatches", "num_microbatches", type=click.IntRange(min=1), required=True)
+@click.option("--virtual-stages", type=click.IntRange(min=1), help="Chunks of a rank (default: the schedule's own).")
+@click.option(
+    "--f",
+    "forward_ms",
+    type=TIMES,
+    default="1",
+    show_default=True,
+    help="Forward, ms of a rank and micro-batch; commas for one per rank.",
+)
+@click.option("--b", "gradient_ms", type=TIMES, default="1", show_default=True, help="Input gradient.")
+@click.option("--w", "weight_ms", type=TIMES, default="1", show_default=True, help="Weight gradient.")
+@click.option("--comm", "comm_ms", type=float, default=0.0, show_default=True, help="Between different ranks, ms.")
+@click.option(
+    "--mw",
+    "weight_share",
+    type=float,
+    default=WEIGHT_SHARE,
+    show_default=True,
+    help="Part of M_B that the weight gradient releases.",
+)
+@click.option("--memory-limit", type=float, help="Most activations of a rank, in M_B.")
+@click.option("--chimera-mode", type=click.Choice(["direct", "doubling", "halving"]), default="direct", show_default=True)
+@click.option("--grid", "show_grid", is_flag=True, help="Draw the order in time instead of listing it.")
+@reported
+def pipeline(
+    forward_ms: tuple[float, ...], gradient_ms: tuple[float, ...], weight_ms: tuple[float, ...], comm_ms: float, *, show_grid: bool, **request: Any
+) -> dict[str, Any]:  # fmt: skip
+    """Plays a pipeline order alone: makespan, bubble and activations from times per rank."""
+    played = play_request(OrderRequest(times=times_in_ms(forward_ms, gradient_ms, weight_ms, comm_ms), **request))
+    return pipeline_report(played) | {"_table": pipeline_grid(played) if show_grid else pipeline_table(played)}
 
 
 @main.command()

@@ -11,6 +11,8 @@ from rich.table import Table
 from hardware_models.units import GIB, MS_PER_S, format_bytes
 from search.plan_search import SearchResult
 from simulator.parallel.simulate_parallel import ParallelSimulation
+from simulator.pipeline.order_text import order_texts
+from simulator.pipeline.play_order import PlayedOrder
 from simulator.simulate import Simulation
 from simulator.workload import Block, Workload
 from validation.kernel_check import KernelCheck
@@ -197,3 +199,13 @@ def kernel_check_table(check: KernelCheck) -> Table:
         ("operation/device/dtype/stack", "rows", "median", "p90", "p99", "worst", "bias"),
         rows,
     )
+
+
+def pipeline_table(played: PlayedOrder) -> Table:
+    """An order rank by rank, with its makespan and bubble in the title."""
+    title = f"{played.order.name}: {played.makespan_s * MS_PER_S:.3f} ms, bubble {played.bubble_ratio:.4f}"
+    texts = order_texts(played.order)
+    rows = [
+        (str(rank), f"{peak:g}", text) for rank, (peak, text) in enumerate(zip(played.peak_activations, texts, strict=True))
+    ]
+    return table_of(title, ("rank", "peak M_B", "order"), rows)

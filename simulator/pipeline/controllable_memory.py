@@ -19,7 +19,9 @@ _PASSES: dict[int, tuple[ActionKind, int]] = {
 }  # fmt: skip
 """Kind and chunk of each pass."""
 _GAPS = (1, 3, 5)
-"""Slots tried at each turn of a micro-batch's way: odd, so that the ways down and up fall on slots of different parity."""
+"""Slots tried at the turns of a micro-batch's way: odd, so that the ways down and up fall on slots of different parity."""
+_LAST_HOPS = ((0, 0), (1, 0), (0, 1))
+"""Slots less between the last two ranks forward, and slots more backward: what a limit of an odd number of chunks takes."""
 _STEPS = (1, 2)
 """Slots from a rank to the next on the first ranks that are tried; on the others there is one more."""
 
@@ -47,14 +49,14 @@ def v_half(num_ranks: int, num_microbatches: int) -> Order:
 def v_limited(num_ranks: int, num_microbatches: int, *, memory_limit: float, name: str = "v") -> Order:
     """The V of least bubble at equal times among those tried, under a limit of memory.
 
-    Tried are all blocks whose steps from rank to rank are 1 on the first ranks and 2 on the others, or 2 and 3, with few slots at the turns;
-    each is repeated, its warm-up filled up to the limit and its gaps closed.
+    Tried are all blocks whose steps from rank to rank are 1 slot on the first ranks and 2 on the others, or 2 and 3, with few slots at the
+    turns; each is repeated, its warm-up filled up to the limit and its gaps closed.
 
     Args:
         memory_limit: most activations of a rank in M_B, counted as if all of them went with the weight gradient.
         name: of the order.
 
-    **Model** (F = B = W, large m, even k = 2 x memory_limit): bubble as in `bubble_slots`; for odd k up to two slots more.
+    **Model** (F = B = W, large m, even k = 2 x memory_limit): bubble as in `bubble_slots`; for odd k up to one slot more.
 
     **Source**: repeat a block, squeeze, reorder: arXiv 2405.15362.
 
@@ -65,21 +67,23 @@ def v_limited(num_ranks: int, num_microbatches: int, *, memory_limit: float, nam
     """
     check_sizes(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
     limit = int(CHUNKS * memory_limit)
-    blocks = [(repeat_block(block, num_microbatches), block) for block in _blocks(num_ranks)]
-    peaks = [peak_of(passes) for passes, _ in blocks]
-    if min(peaks) > limit:
-        change = f"memory_limit >= {min(peaks) / CHUNKS:g} would do"
+    peaks = [(_peak_of_block(block, num_microbatches), block) for block in _blocks(num_ranks)]
+    least = min(peak for peak, _ in peaks)
+    if least > limit:
+        change = f"memory_limit >= {least / CHUNKS:g} would do"
         raise InfeasibleError(
             limit=f"memory_limit {memory_limit:g} M_B of schedule {name} on {num_ranks} ranks", smallest_change=change
         )
-    fullest = max(peak for peak in peaks if peak <= limit)
+    fullest = max(peak for peak, _ in peaks if peak <= limit)
     best_span, best = 0, None
-    for (passes, _), peak in zip(blocks, peaks, strict=True):
-        if fullest - 1 <= peak <= fullest:
-            for tried in (fill_warm_up(passes, limit), passes):
-                span, closed = close_gaps(tried, limit)
-                if span >= 0 and (best is None or span < best_span):
-                    best_span, best = span, closed
+    for peak, block in peaks:
+        if not fullest - 1 <= peak <= fullest:
+            continue
+        passes = repeat_block(block, num_microbatches)
+        for tried in (fill_warm_up(passes, limit), passes):
+            span, closed = close_gaps(tried, limit)
+            if span >= 0 and (best is None or span < best_span):
+                best_span, best = span, closed
     assert best is not None, "a repeated block runs as it is"
     return _order_of(best, name)
 
@@ -99,18 +103,27 @@ def _named(name: str, num_ranks: int, num_microbatches: int, limit: int) -> Orde
     return v_limited(num_ranks, num_microbatches, memory_limit=limit / CHUNKS, name=name)
 
 
+def _peak_of_block(block: Ints, num_microbatches: int) -> int:
+    """Peak of the repeated block; once the first micro-batch has gone all its way, nothing new happens."""
+    enough = int(block.max()) // PERIOD + 2
+    return int(peak_of(repeat_block(block, min(num_microbatches, enough))))
+
+
 def _blocks(num_ranks: int) -> Iterator[Ints]:
     """[4, ranks] slots of a micro-batch's passes, different modulo `PERIOD` on every rank, each block once."""
     seen = set()
     hops = np.arange(num_ranks - 1)
-    for step, wide, first, second, third in product(_STEPS, range(num_ranks), (1,), _GAPS, _GAPS):
-        way = np.concatenate(([0], np.cumsum(step + (hops >= num_ranks - 1 - wide))))
+    for step, wide, (less, more), second, third in product(_STEPS, range(num_ranks), _LAST_HOPS, _GAPS, _GAPS):
+        steps = step + (hops >= num_ranks - 1 - wide)
+        last = hops == num_ranks - 2
+        forward, backward = (np.concatenate(([0], np.cumsum(each))) for each in (steps - less * last, steps + more * last))
         block = np.empty((4, num_ranks), dtype=np.int64)
-        block[F0] = way
-        block[F1] = way[-1] + first + way[-1] - way
-        block[B1] = block[F1][0] + second + way
-        block[B0] = block[B1][-1] + third + way[-1] - way
-        if (np.diff(np.sort(block % PERIOD, axis=0), axis=0) > 0).all() and block.tobytes() not in seen:
+        block[F0] = forward
+        block[F1] = forward[-1] + 1 + forward[-1] - forward
+        block[B1] = block[F1][0] + second + backward
+        block[B0] = block[B1][-1] + third + backward[-1] - backward
+        apart = (np.diff(np.sort(block % PERIOD, axis=0), axis=0) > 0).all()
+        if apart and (steps > less * last).all() and block.tobytes() not in seen:
             seen.add(block.tobytes())
             yield block
 

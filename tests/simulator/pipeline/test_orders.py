@@ -103,16 +103,16 @@ def test_an_order_that_is_not_complete_is_shown() -> None:
     ("text", "rule", "shown"),
     [
         ("0F0,0B0,0B0\n", "every pass runs once, but 0B0 runs twice", "[0B0]"),
-        ("0B0,0F0\n", "0B0 must come after 0F0", "[0B0] 0F0"),
+        ("0B0,0F0\n", "0B0 must come after 0F0", "rank 0 [0B0]  0F0"),
         ("0F0,0W0,0I0\n", "0W0 must come after 0I0", "[0W0]"),
-        ("0F0,1F0\n1B0,0B0\n", "1B0 must come after 1F0", "rank 1 [1B0]"),
+        ("0F0,1F0\n1B0,0B0\n", "1B0 is on rank 1 and others are on rank 0", "rank 1 [1B0]"),
         ("0F0,0B0\n1F0,0F1\n", "stage 0 and micro-batch 1 need F and B", "[0F1]"),
         ("0F0,0F1,0B0,0B1\n1F1,1B1,1F0,1B0\n1,\n", "an action is STAGE", "[1]"),
         ("0F0,0SEND_F0,0B0\n", "an order holds compute actions only", "[0SEND_F0]"),
         ("0F0,0B0\n1F1,1B1,1F0,1B0\n", "stage 0 and micro-batch 1 need F and B", "but there is nothing"),
         ("(0F0;0F1)OVERLAP_F_B\n", "an action is STAGE", "[(0F0;0F1)OVERLAP_F_B]"),
-        ("0F0,0B0,,0F1,0I1\n", "need F and B, or F, I and W, but there is 0F1, 0I1", "[0F1] [0I1]"),
-        ("0F0,0I0,0W0,0B0\n", "need F and B, or F, I and W, but there is 0F0, 0I0, 0W0, 0B0", "[0B0]"),
+        ("0F0,0B0,,0F1,0I1\n", "need F and B, or F, I and W, but there is 0F1, 0I1", "[0F1]  [0I1]"),
+        ("0F0,0I0,0W0,0B0\n", "need F and B, or F, I and W, but there is 0F0, 0I0, 0B0, 0W0", "[0B0]"),
     ],
 )
 def test_bad_orders_show_the_cell(text: str, rule: str, shown: str) -> None:
