@@ -24,8 +24,8 @@ FILE_PREFIX = "file:"
 _ONE_CHUNK = MappingProxyType(
     {"gpipe": gpipe, "1f1b": one_f_one_b, "zb-h2": zb_h2, "pipedream-2bw": pipedream_2bw, "dualpipe": dualpipe}
 )
-_ANY_CHUNKS = MappingProxyType({"interleaved": (interleaved, 2), "looped-bfs": (looped_bfs, 2), "zb-h1": (zb_h1, 1)})
-"""Generator, and the chunks of a rank where none are given."""
+_ANY_CHUNKS = MappingProxyType({"interleaved": (interleaved, 3), "looped-bfs": (looped_bfs, 2), "zb-h1": (zb_h1, 1)})
+"""Generator, and the chunks of a rank where none are given: three, as in the published bubbles of interleaved 1F1B (arXiv 2401.10241, table 5)."""
 _V = MappingProxyType({"zb-v": zb_v, "v-half": v_half, "v-min": v_min})
 """Two chunks, and any limit of memory from V-Min's on."""
 _AUTO = MappingProxyType({"zb-1p": 1, "zb-2p": 2})

@@ -11,6 +11,7 @@ from hardware_models.errors import InfeasibleError
 from simulator.pipeline.action import Action, ActionKind, Order
 from simulator.pipeline.sizes import check_sizes
 from simulator.pipeline.v_kernels import B0, B1, F0, F1, PERIOD, W0, W1, Ints, close_gaps, fill_warm_up, peak_of, repeat_block
+from simulator.pipeline.zero_bubble_kernels import MEMORY_SLACK
 
 CHUNKS = 2
 """Chunks of a rank: one on the way down, one on the way back."""
@@ -66,7 +67,7 @@ def v_limited(num_ranks: int, num_microbatches: int, *, memory_limit: float, nam
         InfeasibleError: no block fits the limit.
     """
     check_sizes(name, num_ranks=num_ranks, num_microbatches=num_microbatches)
-    limit = int(CHUNKS * memory_limit)
+    limit = int(CHUNKS * (memory_limit + MEMORY_SLACK))
     peaks = [(_peak_of_block(block, num_microbatches), block) for block in _blocks(num_ranks)]
     least = min(peak for peak, _ in peaks)
     if least > limit:

@@ -64,10 +64,14 @@ def parse_order(text: str, *, source: str = "order") -> Order:
             cells.append(cell)
         ranks.append(tuple(cells))
     actions = [action for cells in ranks for action in actions_of(cells)]
+    if not actions:
+        raise InputError(
+            source=source, key="", value=None, rule="an order has at least one action, but there is none", remedy=_FORMS
+        )
     order = Order(
         name=source,
-        num_stages=1 + max((action.stage for action in actions), default=-1),
-        num_microbatches=1 + max((action.micro_batch for action in actions), default=-1),
+        num_stages=1 + max(action.stage for action in actions),
+        num_microbatches=1 + max(action.micro_batch for action in actions),
         ranks=tuple(ranks),
     )
     check_order(order, source=source)

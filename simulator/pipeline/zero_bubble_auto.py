@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -12,7 +13,7 @@ from simulator.pipeline.action import Action, ActionKind, Order
 from simulator.pipeline.play_order import WEIGHT_SHARE, RankTimes, play_order
 from simulator.pipeline.sizes import check_sizes
 from simulator.pipeline.zero_bubble import zb_h1, zb_h2
-from simulator.pipeline.zero_bubble_kernels import MEMORY_SLACK, B, Choices, Costs, F, W, wave_order
+from simulator.pipeline.zero_bubble_kernels import MEMORY_SLACK, B, Choices, Costs, F, Ints, W, wave_order
 
 EQUAL_TIMES = RankTimes(forward_s=(1.0,), input_gradient_s=(1.0,), weight_gradient_s=(1.0,))
 """Times where none are given: those of layers whose three passes are matrix products of the same size."""
@@ -31,7 +32,9 @@ def zb_auto(
     weight_share: float = WEIGHT_SHARE,
     name: str = "zb-auto",
 ) -> Order:
-    """The order of the shortest longest span among those that a heuristic makes with different choices, and ZB-H1 and ZB-H2 where they fit.
+    """The best order among those that a heuristic makes with different choices, and ZB-H1 and ZB-H2 where they fit.
+
+    The best is that whose rank of the largest span (first start to last end) has the smallest.
 
     ZB-1p is ``memory_limit`` p, ZB-2p is 2 p.
 
@@ -55,6 +58,19 @@ def zb_auto(
     if memory_limit < 1.0 - MEMORY_SLACK:
         limit = f"memory_limit {memory_limit:g} M_B of schedule {name}"
         raise InfeasibleError(limit=limit, smallest_change="memory_limit >= 1 would do: a rank holds a micro-batch or nothing")
+    made = _best_wave_order(num_ranks, num_microbatches, memory_limit, times, weight_share)
+    best_span = max(play_order(made, times, weight_share=weight_share).span_s)
+    for ready in (zb_h1(num_ranks, num_microbatches), zb_h2(num_ranks, num_microbatches)):
+        played = play_order(ready, times, weight_share=weight_share)
+        if max(played.peak_activations) <= memory_limit + MEMORY_SLACK and max(played.span_s) < best_span:
+            made, best_span = ready, max(played.span_s)
+    return replace(made, name=name)
+
+
+def _best_wave_order(
+    num_ranks: int, num_microbatches: int, memory_limit: float, times: RankTimes, weight_share: float
+) -> Order:
+    """The best of the heuristic's orders."""
     costs = Costs(
         time=np.ascontiguousarray(times.per_rank(num_ranks)[: len(_KINDS)]),
         comm=times.comm_s,
@@ -67,15 +83,7 @@ def zb_auto(
         if fits and span < best_span:
             best_span, best = span, kinds
     assert best is not None, "one micro-batch at a time always fits"
-    made = _order_of(best, name)
-    for ready in (zb_h1(num_ranks, num_microbatches), zb_h2(num_ranks, num_microbatches)):
-        played = play_order(ready, times, weight_share=weight_share)
-        if max(played.peak_activations) <= memory_limit + MEMORY_SLACK and max(played.span_s) < best_span:
-            best_span, made = (
-                max(played.span_s),
-                Order(name=name, num_stages=num_ranks, num_microbatches=num_microbatches, ranks=ready.ranks),
-            )
-    return made
+    return _order_of(best)
 
 
 def _choices(most: int) -> Iterator[Choices]:
@@ -85,7 +93,7 @@ def _choices(most: int) -> Iterator[Choices]:
         yield Choices(ahead, wait_for_first=wait, hold_forward=hold, fill_always=fill, empty_first=empty)
 
 
-def _order_of(kinds: np.typing.NDArray[np.int64], name: str) -> Order:
+def _order_of(kinds: Ints) -> Order:
     ranks = []
     for rank, row in enumerate(kinds.tolist()):
         count = [0] * len(_KINDS)
@@ -94,4 +102,4 @@ def _order_of(kinds: np.typing.NDArray[np.int64], name: str) -> Order:
             actions.append(Action(rank, _KINDS[code], count[code]))
             count[code] += 1
         ranks.append(tuple(actions))
-    return Order(name=name, num_stages=len(ranks), num_microbatches=kinds.shape[1] // len(_KINDS), ranks=tuple(ranks))
+    return Order(name="zb-auto", num_stages=len(ranks), num_microbatches=kinds.shape[1] // len(_KINDS), ranks=tuple(ranks))

@@ -84,18 +84,29 @@ def test_zb_h1_at_few_micro_batches() -> None:
         assert play(zb_h1(ranks, batches), 2, 2, 1).makespan_s >= (batches + ranks - 1) * 4 + 1
 
 
-def test_v_family_at_its_own_memory() -> None:
+def check_v_family(ranks: int, batches: int) -> None:
     """Half-stage units: with F = B = W = 2 per rank, a chunk's pass takes 1."""
-    for ranks, batches in sizes(3):
-        for made, limit in (
-            (v_min(ranks, batches), 2 * ((ranks + 4) // 3)),
-            (v_half(ranks, batches), 2 * ((ranks + 2) // 2)),
-            (zb_v(ranks, batches), 2 * ranks),
-        ):
-            for weight_share in (0.5, 1.0):
-                played = play(made, 2, 2, 2, weight_share=weight_share)
-                assert max(played.span_s) - 6 * batches == bubble_slots(ranks, limit)
-                assert max(played.peak_activations) == limit / 2
+    for made, limit in (
+        (v_min(ranks, batches), 2 * ((ranks + 4) // 3)),
+        (v_half(ranks, batches), 2 * ((ranks + 2) // 2)),
+        (zb_v(ranks, batches), 2 * ranks),
+    ):
+        for weight_share in (0.5, 1.0):
+            played = play(made, 2, 2, 2, weight_share=weight_share)
+            assert max(played.span_s) - 6 * batches == bubble_slots(ranks, limit)
+            assert max(played.peak_activations) == limit / 2
+
+
+@pytest.mark.parametrize("ranks", [*range(2, 11), 16, 32])
+def test_v_family_at_its_own_memory(ranks: int) -> None:
+    check_v_family(ranks, 3 * ranks)
+
+
+@pytest.mark.slow
+def test_v_family_at_all_sizes() -> None:
+    for ranks in RANKS:
+        for batches in {2 * ranks + 1, 4 * ranks, 256}:
+            check_v_family(ranks, batches)
 
 
 @pytest.mark.parametrize("ranks", [4, 7, 8, 12, 16])

@@ -22,6 +22,8 @@ from simulator.plan_sections import SCHEDULES
 SIZES = [(2, 4), (4, 8), (4, 16), (8, 24)]
 MORE_SIZES = [(1, 1), (1, 5), (3, 1), (3, 6), (5, 10), (6, 7)]
 
+ROUNDING = 1e-12
+
 
 def request(schedule: str, ranks: int, batches: int) -> OrderRequest:
     return OrderRequest(schedule=schedule, num_ranks=ranks, num_microbatches=batches)
@@ -62,9 +64,9 @@ def check_bounds(order: Order, times: RankTimes) -> None:
     whole = float(per_rank[:3, 0].sum()) * order.num_microbatches / order.microbatch_parts
     ways = 2 if order.weight_copies == 2 else 1
     assert sum(played.busy_s) == pytest.approx(whole * order.num_ranks)
-    assert played.makespan_s >= max(played.busy_s)
-    assert played.makespan_s >= max(played.span_s)
-    assert ways * max(played.busy_s) >= whole
+    assert played.makespan_s >= max(played.busy_s) * (1 - ROUNDING)
+    assert played.makespan_s >= max(played.span_s) * (1 - ROUNDING)
+    assert ways * max(played.busy_s) >= whole * (1 - ROUNDING)
     assert all((start[1:] >= end[:-1]).all() for start, end in zip(played.start_s, played.end_s, strict=True))
     forward, gradient = per_rank[0, 0], per_rank[1, 0]
     hops = 2 * (order.num_ranks - 1) * times.comm_s
@@ -104,6 +106,7 @@ def test_an_order_that_is_not_complete_is_shown() -> None:
     [
         ("0F0,0B0,0B0\n", "every pass runs once, but 0B0 runs twice", "[0B0]"),
         ("0B0,0F0\n", "0B0 must come after 0F0", "rank 0 [0B0]  0F0"),
+        ("\n , \n", "an order has at least one action", "an action is STAGE"),
         ("0F0,0W0,0I0\n", "0W0 must come after 0I0", "[0W0]"),
         ("0F0,1F0\n1B0,0B0\n", "1B0 is on rank 1 and others are on rank 0", "rank 1 [1B0]"),
         ("0F0,0B0\n1F0,0F1\n", "stage 0 and micro-batch 1 need F and B", "[0F1]"),
