@@ -68,6 +68,7 @@ def updated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, d
     return base / "data", update_catalogue(_made_tables(base / "tables"), base / "data")
 
 
+@pytest.mark.slow
 def test_only_light_changes_and_profiles_still_load(updated: tuple[Path, dict[str, dict[str, object]]]) -> None:
     folder, sections = updated
     assert set(sections) == set(catalogue_names())

@@ -109,7 +109,7 @@ def test_backward_by_hand() -> None:
 @pytest.mark.parametrize(
     ("borrower", "lender"),
     [
-        ("l4", "h100-sxm"),
+        ("l4", "a100-sxm-80gb"),
         ("a100-pcie-80gb", "a100-sxm-80gb"),
         ("v100-sxm2-32gb", "a100-sxm-80gb"),
         ("gb300", "gb200"),
@@ -119,9 +119,9 @@ def test_backward_by_hand() -> None:
 def test_lender_is_of_the_nearest_generation_and_balance(borrower: str, lender: str) -> None:
     candidates = [PROFILES[name] for name in ("a100-sxm-80gb", "h100-sxm", "h200-sxm", "b200", "gb200")]
     found = lender_of(PROFILES[borrower], candidates)
-    distance = abs(GENERATIONS.index(found.architecture) - GENERATIONS.index(PROFILES[borrower].architecture))
+    distance = abs(GENERATIONS[found.architecture] - GENERATIONS[PROFILES[borrower].architecture])
     assert distance == min(
-        abs(GENERATIONS.index(one.architecture) - GENERATIONS.index(PROFILES[borrower].architecture)) for one in candidates
+        abs(GENERATIONS[one.architecture] - GENERATIONS[PROFILES[borrower].architecture]) for one in candidates
     )
     assert found.name == lender
 

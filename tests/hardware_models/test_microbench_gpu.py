@@ -101,6 +101,7 @@ def test_all_sections_end_in_one_file_that_can_be_fitted(tmp_path: Path) -> None
     assert profile.launch_s == 2e-6
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, counts = tmp_path / "raw.json", {}
     taken = [0]
@@ -144,6 +145,7 @@ def lacking(op: str) -> Case:
     return Case(kernel_class="fft", op=op, shape=(8,), dtype="float32", flops=0, build=build)
 
 
+@pytest.mark.slow
 def test_an_operator_that_is_missing_is_named_and_the_rest_measured(tmp_path: Path) -> None:
     raw = run(tmp_path / "raw.json", {}, grid=lambda size: [lacking("gone"), *small_grid(size)])
     assert raw["failed"] == {"fft/gone/float32/8": "no kernel image is available"}
@@ -151,6 +153,7 @@ def test_an_operator_that_is_missing_is_named_and_the_rest_measured(tmp_path: Pa
     assert len(raw["results"]) > 30
 
 
+@pytest.mark.slow
 def test_a_lost_context_is_told_and_the_next_run_leaves_the_kernel_out(tmp_path: Path) -> None:
     path = tmp_path / "raw.json"
     counts: dict[str, int] = {}
@@ -314,6 +317,7 @@ def test_a_stopped_run_without_dispatch_cannot_be_fitted(tmp_path: Path) -> None
         read_raw(path)
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_gpu_in_a_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
