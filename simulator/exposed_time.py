@@ -31,43 +31,62 @@ STREAM_CLASS: Mapping[Stream, str] = MappingProxyType(
 def exposed_times(program: Program, record: RunRecord) -> dict[str, float]:
     """Seconds by class on the rank that ends last (ties: the lowest).
 
-    **Model**: an instant belongs to the compute stream if that is busy; else to the transfer that the next compute instruction waits for (the chain of transfers
-    that ends when it starts); else to the host; else it is bubble. What follows the last compute instruction belongs to the transfers that end the step.
+    **Model**: an instant belongs to the compute stream if that is busy; else to the transfer that the next compute instruction waits for, and to those that this one
+    waited for or stood behind on its stream, as far as they are the rank's own or messages; else to the host; else it is bubble: what other ranks do is not the rank's time.
+    What follows the last compute instruction belongs to the transfers that end the step.
     """
     start_s, end_s = record.start_s, record.end_s
     compute = program.stream == Stream.COMPUTE
     makespan_s = float(end_s.max())
-    ends = [float(end_s[program.device == device].max()) for device in range(program.num_devices)]
+    ends = [float(end_s[program.device == device].max(initial=0.0)) for device in range(program.num_devices)]
     rank = int(np.argmax(np.array(ends) >= makespan_s))
     own = np.flatnonzero(compute & (program.device == rank))
     own = own[np.argsort(start_s[own], kind="stable")]
     times = dict.fromkeys(TIME_CLASSES, 0.0)
     free_s = 0.0
+    before = _before_on_stream(program)
     for n in own:
-        _explain(program, start_s, end_s, int(n), free_s, float(start_s[n]), times)
+        _explain(program, record, before, int(n), free_s, times)
         times[KIND_CLASS[Kind(program.kind[n])]] += float(end_s[n] - start_s[n])
         free_s = max(free_s, float(end_s[n]))
-    last = int(np.flatnonzero((program.device == rank) & (end_s == makespan_s))[0])
     if makespan_s > free_s:
+        last = int(np.flatnonzero((program.device == rank) & (end_s == makespan_s))[0])
         times[STREAM_CLASS.get(Stream(program.stream[last]), "bubble")] += makespan_s - free_s
     return times
 
 
+def _before_on_stream(program: Program) -> NDArray[np.int64]:
+    """The instruction before each one on its stream, -1 for the first; shape (instructions,)."""
+    place = np.lexsort((np.arange(program.num_instructions), program.stream, program.device))
+    same = (program.device[place[1:]] == program.device[place[:-1]]) & (program.stream[place[1:]] == program.stream[place[:-1]])
+    before = np.full(program.num_instructions, -1, dtype=np.int64)
+    before[place[1:]] = np.where(same, place[:-1], -1)
+    return before
+
+
 def _explain(
-    program: Program, start_s: Floats, end_s: Floats, n: int, free_s: float, until_s: float, times: dict[str, float]
+    program: Program, record: RunRecord, before: NDArray[np.int64], n: int, free_s: float, times: dict[str, float]
 ) -> None:
-    """Attributes the gap before an instruction: back along the transfers that it waited for."""
+    """Attributes the gap before a compute instruction: back along the transfers that it waited for."""
+    rank, until_s = program.device[n], float(record.start_s[n])
     while until_s > free_s:
-        waits = program.dependencies[program.dependency_offsets[n] : program.dependency_offsets[n + 1]]
-        late = [
-            int(other)
-            for other in waits
-            if end_s[other] >= until_s and program.stream[other] != Stream.COMPUTE and start_s[other] < until_s
-        ]
+        late = [other for other in _transfers_before(program, before, n, rank) if record.end_s[other] >= until_s]
         if not late:
             times["bubble"] += until_s - free_s
             return
-        n = min(late, key=lambda other: float(start_s[other]))
-        begun_s = max(free_s, float(start_s[n]))
+        n = min(late, key=lambda other: float(record.start_s[other]))
+        begun_s = max(free_s, float(record.start_s[n]))
         times[STREAM_CLASS[Stream(program.stream[n])]] += until_s - begun_s
         until_s = begun_s
+
+
+def _transfers_before(program: Program, before: NDArray[np.int64], n: int, rank: int) -> list[int]:
+    """What must end before an instruction starts, of the rank's own transfers and of messages."""
+    waits = program.dependencies[program.dependency_offsets[n] : program.dependency_offsets[n + 1]].tolist()
+    if program.stream[n] != Stream.COMPUTE and before[n] >= 0:
+        waits.append(int(before[n]))
+    return [
+        other
+        for other in waits
+        if program.stream[other] == Stream.SEND or (program.device[other] == rank and program.stream[other] != Stream.COMPUTE)
+    ]

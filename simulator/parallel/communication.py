@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from hardware_models.network.collectives import collective_seconds
+from hardware_models.network.overlap import OverlapFactors
 from hardware_models.units import DTYPE_BYTES
 from simulator.parallel.mesh import Mesh
 from simulator.parallel.stages import Stage
@@ -55,6 +56,23 @@ class StageCommunication:
     """To the next stage, from each rank; its gradient comes back in the same size."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Behind:
+    """What the collective of an input's gradient hides behind."""
+
+    product_s: Mapping[str, float]
+    """Seconds of the weights' gradient that is made at the same time, by name of the block; a block that is not here hides nothing."""
+    factors: OverlapFactors
+
+    def exposed_s(self, name: str, collective_s: float) -> float:
+        """Seconds by which product and collective together are longer than the product alone: both are slower until one has ended."""
+        product_s = self.product_s.get(name, 0.0)
+        slow_product, slow_collective = self.factors.compute_under_collectives, self.factors.collectives_under_compute
+        together_s = min(collective_s * slow_collective, product_s * slow_product)
+        left_s = max(0.0, collective_s - together_s / slow_collective) + max(0.0, product_s - together_s / slow_product)
+        return together_s + left_s - product_s
+
+
 class Communication:
     """Prices of a plan's communication on a mesh.
 
@@ -62,12 +80,17 @@ class Communication:
     with one; with sequence parallelism an all-gather and a reduce-scatter stand for each, of the same bytes. The embedding ends in an all-reduce and needs nothing
     backward; with sequence parallelism in a reduce-scatter, whose backward pass is an all-gather. Gradients go over dp and cp together.
 
+    Megatron-core makes the input's gradient first and sums it over tp while it makes the weights' gradient (`Behind`; on unless
+    ``--no-async-tensor-model-parallel-allreduce`` is given).
+
     **Not modelled**: ``overlap_tp``; the second all-gather that sequence parallelism needs for weight gradients (it is overlapped); padding of capacity; imbalance of
     experts.
     """
 
-    def __init__(self, plan: Plan, mesh: Mesh, config: TransformerConfig, *, dtype: str, seq_len: int) -> None:
-        self.plan, self.mesh, self.config = plan, mesh, config
+    def __init__(
+        self, plan: Plan, mesh: Mesh, config: TransformerConfig, *, dtype: str, seq_len: int, behind: Behind | None = None
+    ) -> None:
+        self.plan, self.mesh, self.config, self.behind = plan, mesh, config, behind
         self.element_bytes = DTYPE_BYTES[dtype]
         self.tokens = (plan.batch.micro_batch or 1) * seq_len // plan.parallel.cp
 
@@ -79,9 +102,9 @@ class Communication:
             else 0.0
         )
 
-    def gradient_seconds(self, collective: str, size_bytes: float) -> float:
-        """Of a collective over all ranks that hold the same dense parameters."""
-        group = self.mesh.gradient_group()
+    def gradient_seconds(self, collective: str, size_bytes: float, *, distance: int = 0) -> float:
+        """Of a collective over all ranks that hold the same dense parameters; ``distance`` as in `Mesh.gradient_group`."""
+        group = self.mesh.gradient_group(distance)
         return collective_seconds(collective, size_bytes, group, self.mesh.cluster) if group.num_ranks > 1 else 0.0
 
     def stage(self, stage: Stage, *, recomputed: Iterable[int], attention_s: float) -> StageCommunication:
@@ -109,7 +132,7 @@ class Communication:
         tp_s = cp_s = ep_s = 0.0
         stream = self.tokens * self.config.hidden * self.element_bytes
         if block.name in _TP_BLOCKS:
-            tp_s = self._stream_collective(stream)
+            tp_s = self._gradient_collective(block.name, stream) if backward else self._stream_collective(stream)
         elif block.name == "embedding":
             tp_s = self._embedding(stream, backward=backward)
         elif block.name == "head":
@@ -125,6 +148,13 @@ class Communication:
         if self.plan.parallel.sequence_parallel:
             return self.seconds("tp", "all_gather", stream) + self.seconds("tp", "reduce_scatter", stream)
         return self.seconds("tp", "all_reduce", stream)
+
+    def _gradient_collective(self, name: str, stream: float) -> float:
+        """The gathered gradient that enters a half, and the sum over tp of the one that leaves it."""
+        parallel = self.plan.parallel.sequence_parallel
+        gather_s = self.seconds("tp", "all_gather", stream) if parallel else 0.0
+        summed_s = self.seconds("tp", "reduce_scatter" if parallel else "all_reduce", stream)
+        return gather_s + (summed_s if self.behind is None else self.behind.exposed_s(name, summed_s))
 
     def _embedding(self, stream: float, *, backward: bool) -> float:
         """Ranks hold rows of the table each: what they find is summed; the sum's backward pass is the identity."""

@@ -29,6 +29,8 @@ class GradientSync:
     """All-gather of updated parameters (ZeRO 1 and 2)."""
     gather_overlaps: bool = False
     """They are gathered behind the first passes of the next step, which a step in a row of them finds at its start; else the step ends with it."""
+    reduce_overlaps: bool = True
+    """Gradients go when their stage's last backward pass has made them; else when the rank's last pass is over."""
     first_gather_s: float = 0.0
     """ZeRO 3: the first block's parameters, which a pass waits for."""
     rest_gather_s: float = 0.0
@@ -125,8 +127,12 @@ class _Step:
         share: float,
         gathered: tuple[tuple[int, ...], tuple[int, ...]],
     ) -> list[int]:
-        """Compute instructions of a pass; the bytes rise at its start and settle at its end."""
+        """Compute instructions of a pass; the bytes rise at its start and settle at its end.
+
+        Of a backward pass the gradients come last: that piece is cut into buckets, and shorter where the weights' gradient is a pass of its own.
+        """
         pieces = [(kind, seconds * share) for kind, seconds in cost.seconds if seconds > 0.0]
+        pieces.sort(key=lambda piece: piece[0] is Kind.BACKWARD)
         pieces[-1] = (pieces[-1][0], max(0.0, pieces[-1][1] - less_s * share))
         chunks = self.parts.sync[action.stage].chunks if self._is_last(rank, action) and action.kind == "BW" else 1
         pieces = [*pieces[:-1], *[(pieces[-1][0], pieces[-1][1] / chunks)] * chunks]
@@ -199,7 +205,14 @@ class _Step:
     def _collective(self, rank: int, action: Action, seconds: float, *, after: tuple[int, ...], label: str) -> int:
         """Issues a collective of data parallelism."""
         return self.writer.issue(
-            Kind.TRANSFER, rank, Stream.DP, seconds, after=after, micro_batch=action.micro_batch, stage=action.stage, label=label
+            Kind.TRANSFER,
+            rank,
+            Stream.DP,
+            seconds,
+            after=after,
+            micro_batch=action.micro_batch,
+            stage=action.stage,
+            label=label,
         )
 
     def _is_last(self, rank: int, action: Action) -> bool:
@@ -209,6 +222,8 @@ class _Step:
         """Gradients between replicas: bucket by bucket behind the last backward pass, or after each one under ZeRO 3."""
         sync = self.parts.sync[action.stage]
         last = self._is_last(rank, action)
+        if not sync.reduce_overlaps:
+            return ends
         if sync.reduce_s <= 0.0 or action.kind == "F" or not (last or (sync.every_micro_batch and action.kind != "B")):
             return ends
         chunks = indices[-sync.chunks :] if last and action.kind == "BW" else indices[-1:]
@@ -252,8 +267,12 @@ class _Step:
         """Gradients are reduced, the tied table's too, then the optimizer steps and parameters are gathered."""
         parts, stages = self.parts, self.parts.order.stages_of_rank[rank]
         after = self.previous[rank]
+        for stage in stages:
+            sync = parts.sync[stage]
+            if sync.reduce_s > 0.0 and not sync.reduce_overlaps:
+                self.writer.issue(Kind.TRANSFER, rank, Stream.DP, sync.reduce_s, after=after, stage=stage, label="reduce")
         ends_chain = {0, parts.order.num_stages - 1} & set(stages)
-        if parts.tied_s > 0.0 and ends_chain and parts.order.num_stages > 1:
+        if parts.tied_s > 0.0 and ends_chain:
             index = self.writer.issue(Kind.TRANSFER, rank, Stream.DP, parts.tied_s, after=after, label="tied")
             self.tied.append((index, after))
             after = (index,)
@@ -271,7 +290,8 @@ def lower_step(parts: StepParts, resident_bytes: Sequence[tuple[int, ...]], slow
     **Model**: per pass one compute instruction per kind, then the collectives that it waits for; a message to the neighbour as a transfer over the links out of one rank
     and into the other; gradients go between replicas bucket by bucket behind the last backward pass; the optimizer steps when they are there.
 
-    **Not modelled**: where inside a pass a collective lies (only the sums count); gradient clipping; the data loader.
+    **Not modelled**: where inside a pass a collective lies (only the sums count); what an overlapped pair of passes gains (they run one after the other);
+    gradient clipping; the data loader.
 
     Args:
         parts: of the step.

@@ -39,12 +39,17 @@ class Mesh:
         used = min(self.cluster.num_gpus, self.cluster.devices_per_node)
         return CommGroup(num_ranks=size, ranks_per_node=per_node, concurrent_groups=max(1, used // per_node))
 
-    def gradient_group(self) -> CommGroup:
-        """Ranks that hold the same dense parameters: those of the dp and cp axes together."""
+    def gradient_group(self, distance: int = 0) -> CommGroup:
+        """Ranks that hold the same dense parameters: those of the dp and cp axes together.
+
+        Args:
+            distance: of two pipeline ranks that hold the same stage, in orders of two directions.
+        """
         offsets = [
-            data * self.stride("dp") + context * self.stride("cp")
+            data * self.stride("dp") + context * self.stride("cp") + across * self.stride("pp")
             for data in range(self.degree("dp"))
             for context in range(self.degree("cp"))
+            for across in ((0, distance) if distance else (0,))
         ]
         per_node = sum(offset < self.cluster.devices_per_node for offset in offsets)
         used = min(self.cluster.num_gpus, self.cluster.devices_per_node)

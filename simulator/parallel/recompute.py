@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from simulator.parallel.fused_kernels import accumulating, fuse_kernels, without
 from simulator.parallel.stages import LAYER_ENDS, Stage
 from simulator.plan import Plan
 from simulator.presets import TransformerConfig
@@ -13,7 +14,7 @@ from simulator.presets.setting import Setting
 from simulator.presets.tape import Storage, Tape
 from simulator.recompute import operations_of
 from simulator.sequence import Operation
-from simulator.workload import Block, Workload
+from simulator.workload import Block, BlockOption, Pass, Workload
 
 MEGATRON = ("megatron-lm@2021", "megatron-core")
 """Frameworks whose ``selective`` runs the core of attention again and nothing else."""
@@ -21,6 +22,8 @@ FUSED_ACCUMULATION = ("megatron-core",)
 """Frameworks whose weight-gradient products add to the gradient buffer themselves (Megatron-LM's ``gradient_accumulation_fusion``, on unless switched off)."""
 _CORE_ENDS = frozenset({"bmm", "attention"})
 """Operators that begin and end the core of attention."""
+_COPIES = frozenset({"clone", "repeat"})
+"""Operators that lay queries, keys and values out for the core; what they copy is kept instead."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -29,24 +32,32 @@ class CoreAttentionSection(Section):
 
     **Model**: scores, softmax and dropout run again in the backward pass; of a layer ``34 s b h`` bytes stay (divided over tp with sequence parallelism).
 
+    **Not modelled**: the second run of the product with the values, whose result is there.
+
     **Source**: Korthikanti et al. 2022 (arXiv 2205.05198), section 5.
     """
 
     @property
     def products(self) -> tuple[Storage, ...]:
         """Storages that ``selective`` keeps."""
-        places = [place for place, step in enumerate(self.tape.steps) if step.op in _CORE_ENDS]
+        steps = self.tape.steps
+        places = [place for place, step in enumerate(steps) if step.op in _CORE_ENDS]
         first, last = places[0], places[-1]
-        core = {value.storage for step in self.tape.steps[first:last] for value in step.outputs}
         if first == last:  # one kernel: its rows' sums go, its result is what the next product saves
-            core = {value.storage for value in self.tape.steps[first].outputs[1:]}
-        return tuple(storage for storage in self.saved if storage not in core)
+            core = {value.storage for value in steps[first].outputs[1:]}
+            return tuple(storage for storage in self.saved if storage not in core)
+        while steps[first - 1].op in _COPIES:
+            first -= 1
+        core = {value.storage for step in steps[first:last] for value in step.outputs}
+        entering = [value.storage for step in steps[first:last] if step.op in _COPIES for value in step.inputs]
+        kept = (storage for storage in (*self.saved, *entering) if storage not in core and storage.role == "activation")
+        return tuple(dict.fromkeys(kept))
 
 
 def fit_framework(workload: Workload, plan: Plan, config: TransformerConfig, *, dtype: str, seq_len: int) -> Workload:
     """The workload as a plan's framework runs it: what its ``selective`` keeps, how it adds gradients up.
 
-    **Not modelled**: what reading and writing a float32 gradient buffer costs the products that add to it; kernels that a framework fuses.
+    Its fused kernels: `simulator.parallel.fused_kernels`.
     """
     if plan.runtime.framework not in MEGATRON:
         return workload
@@ -62,8 +73,8 @@ def _fitted(block: Block, plan: Plan, config: TransformerConfig, *, dtype: str, 
     if block.name == "attention" and plan.memory.recompute == "selective":
         options = _core_attention(plan, config, dtype=dtype, seq_len=seq_len).options
     if plan.runtime.framework in FUSED_ACCUMULATION:
-        options = tuple(replace(option, backward_accumulate=option.backward) for option in options)
-    return replace(block, options=options)
+        options = tuple(accumulating(option, block.parameter_elements) for option in options)
+    return fuse_kernels(replace(block, options=options))
 
 
 def _core_attention(plan: Plan, config: TransformerConfig, *, dtype: str, seq_len: int) -> Block:
@@ -75,7 +86,18 @@ def _core_attention(plan: Plan, config: TransformerConfig, *, dtype: str, seq_le
     tape = Tape()
     entering = tape.new("input", (setting.stream_tokens, config.hidden), dtype)
     leaving = attention_half(tape, setting, entering)
-    return block_of(CoreAttentionSection(name="attention", tape=tape, entering=entering, leaving=leaving))
+    block = block_of(CoreAttentionSection(name="attention", tape=tape, entering=entering, leaving=leaving))
+    return replace(block, options=tuple(_without_norms(option) for option in block.options))
+
+
+def _without_norms(option: BlockOption) -> BlockOption:
+    """Results of norms before the core are kept: a backward pass that begins with them need not."""
+
+    def spared(run: Pass) -> Pass:
+        core = next((n for n, kernel in enumerate(run.kernels) if kernel.kernel_class in {"batched_gemm", "attention"}), 0)
+        return without(run, [n for n in range(core) if run.kernels[n].op in {"native_layer_norm", "_fused_rms_norm"}])
+
+    return replace(option, backward=spared(option.backward), backward_accumulate=spared(option.backward_accumulate))
 
 
 def stage_operations(plan: Plan, stage: Stage) -> tuple[Operation, ...]:

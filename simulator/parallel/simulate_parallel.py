@@ -12,17 +12,18 @@ from numpy.typing import NDArray
 from hardware_models.kernel import Kernel
 from hardware_models.network.cluster import Cluster
 from hardware_models.network.collectives import collective_seconds
-from hardware_models.network.overlap import overlap_factors
+from hardware_models.network.overlap import OverlapFactors, overlap_factors
 from hardware_models.pricing import Price, price, price_together
 from hardware_models.profile import DeviceProfile
 from hardware_models.units import DTYPE_BYTES
 from simulator.exposed_time import exposed_times
 from simulator.lower import PassPrices
-from simulator.parallel.communication import Communication
+from simulator.parallel.communication import Behind, Communication
+from simulator.parallel.fused_kernels import column_products
 from simulator.parallel.lower_step import GradientSync, StepParts, lower_step
 from simulator.parallel.memory import GRADIENT_BYTES, MASTER_BYTES, STATE_BYTES, static_memory
 from simulator.parallel.mesh import Mesh, mesh_of
-from simulator.parallel.recompute import MEGATRON, fit_framework, stage_operations
+from simulator.parallel.recompute import FUSED_ACCUMULATION, MEGATRON, fit_framework, stage_operations
 from simulator.parallel.stages import Stage, StageCost, stage_cost, stages_of
 from simulator.pipeline.action import Order
 from simulator.plan import Plan
@@ -124,6 +125,13 @@ def simulate_parallel(
     return _Assembly(config, plan, cluster, device, order, seq_len).simulate(engine)
 
 
+def step_parts(
+    config: TransformerConfig, plan: Plan, cluster: Cluster, device: DeviceProfile, order: Order, *, seq_len: int
+) -> StepParts:  # fmt: skip
+    """What the step consists of, priced, before it is lowered; arguments and errors as in `simulate_parallel`."""
+    return _Assembly(config, plan, cluster, device, order, seq_len).parts()
+
+
 class _Assembly:
     """What `simulate_parallel` puts together."""
 
@@ -144,7 +152,16 @@ class _Assembly:
         own = self._workload(tp=plan.parallel.tp, cp=plan.parallel.cp, ep=plan.parallel.ep)
         self.workload: Workload = fit_framework(own, plan, config, dtype=self.dtype, seq_len=seq_len)
         self.stages: tuple[Stage, ...] = stages_of(self.workload, plan)
-        self.communication = Communication(plan, self.mesh, config, dtype=self.dtype, seq_len=seq_len)
+        self.communication = Communication(plan, self.mesh, config, dtype=self.dtype, seq_len=seq_len, behind=self._behind())
+
+    def _behind(self) -> Behind | None:
+        """What sums over tensor parallel ranks hide behind; Megatron-LM of 2021 waited for them."""
+        if self.plan.runtime.framework not in FUSED_ACCUMULATION:
+            return None
+        tokens = (self.plan.batch.micro_batch or 1) * self.seq_len // self.plan.parallel.cp
+        products = {block.name: column_products(block, self.config.hidden, tokens) for block in self.workload.blocks}
+        seconds = {name: float(price(kernels, self.device).sum()) for name, kernels in products.items() if kernels}
+        return Behind(product_s=seconds, factors=self._overlap())
 
     def _workload(self, *, tp: int, cp: int, ep: int) -> Workload:
         return build_workload(
@@ -152,7 +169,7 @@ class _Assembly:
             sequence_parallel=self.plan.parallel.sequence_parallel and tp > 1, flash_attention=self.plan.runtime.flash_attention,
         )  # fmt: skip
 
-    def simulate(self, engine: str) -> ParallelSimulation:
+    def parts(self) -> StepParts:
         operations = [stage_operations(self.plan, stage) for stage in self.stages]
         costs = [stage_cost(stage, own, self.prices) for stage, own in zip(self.stages, operations, strict=True)]
         attention_s = self._attention_s()
@@ -161,14 +178,17 @@ class _Assembly:
             for stage, cost in zip(self.stages, costs, strict=True)
         ]
         limit, latency_s = self._message()
-        parts = StepParts(
+        return StepParts(
             order=self.order, costs=costs, communication=messages, sync=[self._sync(stage) for stage in self.stages],
             optimizer_s=[self._optimizer_s(rank) for rank in range(self.order.num_ranks)], tied_s=self._tied_s(), message_limit_bytes_per_s=limit,
             message_latency_s=latency_s, link_bytes_per_s=[limit] * (2 * self.order.num_ranks), weight_share=WEIGHT_SHARE,
             waits_for_messages=self._waits_for_messages(),
         )  # fmt: skip
+
+    def simulate(self, engine: str) -> ParallelSimulation:
+        parts = self.parts()
         program = lower_step(parts, self._resident(), self._slowdown())
-        return self._result(program, ENGINES[engine](program), costs)
+        return self._result(program, ENGINES[engine](program), parts.costs)
 
     def _result(self, program: Program, record: RunRecord, costs: Sequence[StageCost]) -> ParallelSimulation:
         plan, whole = self.plan, self._workload(tp=1, cp=1, ep=1)
@@ -206,26 +226,34 @@ class _Assembly:
         return framework in _ALWAYS_BLOCKING or (framework in _BLOCKING and chunks == 1)
 
     def _sync(self, stage: Stage) -> GradientSync:
-        """What data parallelism does for a stage. Gradients of experts, on fewer replicas, are counted with the dense ones' group."""
-        plan = self.plan
-        if plan.parallel.dp * plan.parallel.cp == 1:
+        """What data parallelism does for a stage. Gradients of experts, on fewer replicas, are counted with the dense ones' group.
+
+        Not modelled: that the two ranks of a stage, in orders of two directions, wait for each other.
+        """
+        plan, holders = self.plan, self.order.ranks_of_stage[stage.index]
+        distance = holders[-1] - holders[0]
+        if plan.parallel.dp * plan.parallel.cp == 1 and not distance:
             return GradientSync(chunks=1, reduce_s=0.0, gather_s=0.0)
         grads = (
             GRADIENT_BYTES[plan.precision.grads]
             if plan.precision.comm == "same"
             else DTYPE_BYTES[DTYPES.get(plan.precision.comm, "int8")]
         )
-        elements = stage.parameter_elements
+        elements = self._stage_elements(stage)
         reduce_bytes, gather_bytes = elements * grads, elements * DTYPE_BYTES[self.dtype]
         bucket = plan.runtime.bucket_bytes or BUCKET_BYTES
         chunks = max(1, min(MOST_CHUNKS, round(reduce_bytes / bucket))) if plan.runtime.overlap_grad_reduce else 1
-        seconds = self.communication.gradient_seconds
+        seconds = partial(self.communication.gradient_seconds, distance=distance)
+        overlaps, ahead = plan.runtime.overlap_grad_reduce, plan.runtime.overlap_param_gather
         if plan.memory.zero_stage == 0:
-            return GradientSync(chunks=chunks, reduce_s=chunks * seconds("all_reduce", reduce_bytes / chunks), gather_s=0.0)
+            reduce_s = chunks * seconds("all_reduce", reduce_bytes / chunks)
+            return GradientSync(chunks=chunks, reduce_s=reduce_s, gather_s=0.0, reduce_overlaps=overlaps)
         reduce_s = chunks * seconds("reduce_scatter", reduce_bytes / chunks)
         if plan.memory.zero_stage < 3:  # noqa: PLR2004 - ZeRO's third stage
-            gather_s, overlaps = seconds("all_gather", gather_bytes), plan.runtime.overlap_param_gather
-            return GradientSync(chunks=chunks, reduce_s=reduce_s, gather_s=gather_s, gather_overlaps=overlaps)
+            gather_s = seconds("all_gather", gather_bytes)
+            return GradientSync(
+                chunks=chunks, reduce_s=reduce_s, gather_s=gather_s, gather_overlaps=ahead, reduce_overlaps=overlaps
+            )
         blocks = max(1, len(stage.blocks))
         one_s = seconds("all_gather", gather_bytes / blocks)
         return GradientSync(
@@ -238,24 +266,43 @@ class _Assembly:
         )
 
     def _elements(self, rank: int) -> float:
-        return float(sum(self.stages[stage].parameter_elements for stage in self.order.stages_of_rank[rank]))
+        return float(sum(self._stage_elements(self.stages[stage]) for stage in self.order.stages_of_rank[rank]))
+
+    @property
+    def _ends_together(self) -> bool:
+        """First and last stage on the same ranks: they use one tied table."""
+        holders = self.order.ranks_of_stage
+        return holders[0] == holders[-1]
+
+    def _stage_elements(self, stage: Stage) -> int:
+        """Parameters of a stage; a tied table counts with the first stage only where the last one is on the same rank."""
+        again = self._ends_together and stage.index == len(self.stages) - 1 > 0
+        return stage.parameter_elements - (stage.shared_elements if again else 0)
 
     def _optimizer_s(self, rank: int) -> float:
-        """One fused step over the rank's shard: gradient, master copy and moments read, master copy, moments and parameter written."""
-        plan, width = self.plan, DTYPE_BYTES[self.dtype]
+        """One fused step over the rank's shard: gradient, master copy and moments read, master copy, moments and parameter written.
+
+        Megatron also takes the gradients' norm, copies master to parameter in a pass of its own, zeroes the gradient buffers and, in fp16, takes the loss scale out.
+        """
+        plan, width, grads = self.plan, DTYPE_BYTES[self.dtype], GRADIENT_BYTES[self.plan.precision.grads]
         shards = plan.parallel.dp * plan.parallel.cp if plan.memory.zero_stage else 1
-        elements = max(1, round(self._elements(rank) / shards))
-        kept = (max(width, MASTER_BYTES)) + STATE_BYTES[plan.precision.optimizer]
+        whole = max(1, round(self._elements(rank)))
+        elements = max(1, whole // shards)
+        kept = max(width, MASTER_BYTES) + STATE_BYTES[plan.precision.optimizer]
+        read_bytes, written_bytes = elements * (grads + kept), elements * (kept + (width if width < MASTER_BYTES else 0))
+        if plan.runtime.framework in MEGATRON:
+            scaled = grads if plan.precision.compute == "fp16" else 0
+            read_bytes += elements * (grads + MASTER_BYTES + scaled)
+            written_bytes += elements * scaled + whole * grads
         kernel = Kernel(
-            kernel_class="optimizer", op="adamw", shape=(elements,), dtype="float32", flops=0, read_bytes=elements * (GRADIENT_BYTES[plan.precision.grads] + kept),
-            written_bytes=elements * (kept + (width if width < MASTER_BYTES else 0)),
+            kernel_class="optimizer", op="adamw", shape=(elements,), dtype="float32", flops=0, read_bytes=read_bytes, written_bytes=written_bytes
         )  # fmt: skip
         return float(price([kernel], self.device)[0])
 
     def _tied_s(self) -> float:
         """All-reduce of the tied table's gradient between the first and the last pipeline rank."""
         elements = self.stages[0].shared_elements
-        if elements == 0 or self.plan.parallel.pp == 1:
+        if elements == 0 or self._ends_together:
             return 0.0
         return collective_seconds(
             "all_reduce", float(elements * GRADIENT_BYTES[self.plan.precision.grads]), self.mesh.neighbours("pp"), self.cluster
@@ -280,19 +327,22 @@ class _Assembly:
 
     def _slowdown(self) -> NDArray[np.float64]:
         """Compute beside collectives of data parallelism and messages, and the reverse."""
-        fabric, slowdown = self.cluster.fabric, no_slowdown()
-        generation = (
-            int(self.device.peer_link.removeprefix("nvlink")) if self.device.peer_link.removeprefix("nvlink").isdigit() else 0
-        )
-        factors = overlap_factors(
-            nvlink_generation=generation, num_multiprocessors=self.device.num_multiprocessors, memory_bytes_per_s=self.device.memory_bandwidth_bytes_per_s,
-            wire_bytes_per_s=fabric.wire_bytes_per_s(2), copy_bytes_per_s=fabric.host_link.achieved_bytes_per_s.value,
-        )  # fmt: skip
+        factors, slowdown = self._overlap(), no_slowdown()
         slowdown[Stream.COMPUTE, Stream.DP] = factors.compute_under_collectives
         slowdown[Stream.DP, Stream.COMPUTE] = factors.collectives_under_compute
         for stream in (Stream.H2D, Stream.D2H, Stream.SEND):
             slowdown[Stream.COMPUTE, stream] = factors.compute_under_copies
         return slowdown
+
+    def _overlap(self) -> OverlapFactors:
+        fabric = self.cluster.fabric
+        generation = (
+            int(self.device.peer_link.removeprefix("nvlink")) if self.device.peer_link.removeprefix("nvlink").isdigit() else 0
+        )
+        return overlap_factors(
+            nvlink_generation=generation, num_multiprocessors=self.device.num_multiprocessors, memory_bytes_per_s=self.device.memory_bandwidth_bytes_per_s,
+            wire_bytes_per_s=fabric.wire_bytes_per_s(2), copy_bytes_per_s=fabric.host_link.achieved_bytes_per_s.value,
+        )  # fmt: skip
 
 
 def _kernels(*runs: object) -> list[Kernel]:

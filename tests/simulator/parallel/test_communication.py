@@ -1,0 +1,197 @@
+"""Volumes of collectives and messages worked out by hand, priced by the same cluster."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hardware_models.network.cluster import CommGroup
+from hardware_models.network.collectives import collective_seconds
+from hardware_models.network.overlap import OverlapFactors
+from simulator.parallel.communication import Behind, Communication, Exposed, StageCommunication
+from simulator.parallel.mesh import mesh_of
+from simulator.parallel.stages import stages_of
+from simulator.plan import Plan
+from simulator.presets import TransformerConfig, build_workload, preset
+from simulator.workload import Block
+from tests.simulator.parallel.step_cases import SEQ_LEN, cluster_of, plan_of, small_config
+
+HIDDEN, BF16 = 1024, 2
+STREAM = SEQ_LEN * HIDDEN * BF16
+"""Bytes of one sample's residual stream."""
+
+
+def communication(plan: Plan, config: TransformerConfig | None = None) -> Communication:
+    return Communication(plan, mesh_of(plan, cluster_of(plan)), config or small_config(), dtype="bfloat16", seq_len=SEQ_LEN)
+
+
+def blocks(plan: Plan, config: TransformerConfig | None = None) -> dict[str, Block]:
+    split = plan.parallel
+    workload = build_workload(
+        config or small_config(), micro_batch=1, seq_len=SEQ_LEN, dtype="bfloat16", tp=split.tp, cp=split.cp, ep=split.ep,
+        sequence_parallel=split.sequence_parallel,
+    )  # fmt: skip
+    return {block.name: block for block in workload.blocks}
+
+
+def seconds(plan: Plan, collective: str, size_bytes: float, **group: int) -> float:
+    return collective_seconds(collective, size_bytes, CommGroup(**group), cluster_of(plan))
+
+
+def exposed(
+    plan: Plan, name: str, *, backward: bool = False, attention_s: float = 0.0, config: TransformerConfig | None = None
+) -> Exposed:
+    return communication(plan, config).block(blocks(plan, config)[name], attention_s, backward=backward)
+
+
+@pytest.mark.parametrize("name", ["attention", "network"])
+def test_tensor_parallel_halves_reduce_the_stream_each_way(name: str) -> None:
+    plan = plan_of(tp=8)
+    one_s = seconds(plan, "all_reduce", STREAM, num_ranks=8, ranks_per_node=8)
+    assert exposed(plan, name) == exposed(plan, name, backward=True) == Exposed(tp_s=one_s)
+
+
+@pytest.mark.parametrize("name", ["attention", "network"])
+def test_sequence_parallelism_gathers_and_scatters_the_same_bytes(name: str) -> None:
+    plan = plan_of(tp=8, sequence_parallel=True)
+    gather_s, scatter_s = (
+        seconds(plan, kind, STREAM, num_ranks=8, ranks_per_node=8) for kind in ("all_gather", "reduce_scatter")
+    )
+    assert exposed(plan, name).tp_s == exposed(plan, name, backward=True).tp_s == gather_s + scatter_s
+
+
+def test_the_embedding_is_reduced_forward_only() -> None:
+    plan = plan_of(tp=8)
+    assert exposed(plan, "embedding").tp_s == seconds(plan, "all_reduce", STREAM, num_ranks=8, ranks_per_node=8)
+    assert exposed(plan, "embedding", backward=True) == Exposed()
+    split = plan_of(tp=8, sequence_parallel=True)
+    assert exposed(split, "embedding").tp_s == seconds(split, "reduce_scatter", STREAM, num_ranks=8, ranks_per_node=8)
+    assert exposed(split, "embedding", backward=True).tp_s == seconds(
+        split, "all_gather", STREAM, num_ranks=8, ranks_per_node=8
+    )
+
+
+def test_the_head_reduces_three_numbers_a_token_and_the_gradient() -> None:
+    plan = plan_of(tp=8)
+    assert exposed(plan, "head").tp_s == 3 * seconds(plan, "all_reduce", 4 * SEQ_LEN, num_ranks=8, ranks_per_node=8)
+    assert exposed(plan, "head", backward=True).tp_s == seconds(plan, "all_reduce", STREAM, num_ranks=8, ranks_per_node=8)
+
+
+def test_nothing_is_sent_on_one_device() -> None:
+    assert {exposed(plan_of(), name, backward=backward) for name in blocks(plan_of()) for backward in (False, True)} == {
+        Exposed()
+    }
+
+
+def test_a_ring_of_keys_hides_behind_attention() -> None:
+    """Three rounds of keys and values of a quarter of the sequence; backward twice the bytes behind 2.5 times the time."""
+    plan = plan_of(cp=4)
+    message = 2 * SEQ_LEN // 4 * HIDDEN * BF16
+    forward_s = seconds(plan, "send_recv", message, num_ranks=2, ranks_per_node=2)
+    assert exposed(plan, "attention").cp_s == pytest.approx(3 * forward_s, rel=1e-12)
+    part_s = forward_s / 2
+    assert exposed(plan, "attention", attention_s=4 * part_s).cp_s == pytest.approx(3 * (forward_s - part_s), rel=1e-12)
+    assert exposed(plan, "attention", attention_s=1.0).cp_s == 0.0
+    backward_s = seconds(plan, "send_recv", 2 * message, num_ranks=2, ranks_per_node=2)
+    assert exposed(plan, "attention", backward=True).cp_s == pytest.approx(3 * backward_s, rel=1e-12)
+
+
+def test_all_to_all_context_parallelism_moves_query_key_value_and_result() -> None:
+    plan = plan_of(cp=4, cp_method="all-to-all")
+    one_s = seconds(plan, "all_to_all", SEQ_LEN // 4 * HIDDEN * BF16, num_ranks=4, ranks_per_node=4)
+    assert exposed(plan, "attention").cp_s == pytest.approx(4 * one_s, rel=1e-12)
+
+
+def test_experts_dispatch_and_combine() -> None:
+    """Top 2 of 8 experts: each token's stream goes out twice and comes back twice."""
+    base = preset("mixtral-8x7b")
+    assert base.experts is not None
+    config = replace(
+        base, layers=2, hidden=HIDDEN, heads=16, kv_heads=16, ffn=2048, vocab=4096, experts=replace(base.experts, ffn=2048)
+    )
+    plan = plan_of(dp=8, ep=8)
+    one_s = seconds(plan, "all_to_all", 2 * STREAM, num_ranks=8, ranks_per_node=8)
+    assert exposed(plan, "experts", config=config) == Exposed(ep_s=pytest.approx(2 * one_s, rel=1e-12))  # type: ignore[arg-type]
+
+
+def of_stage(plan: Plan, index: int) -> StageCommunication:
+    workload = build_workload(
+        small_config(), micro_batch=1, seq_len=SEQ_LEN, dtype="bfloat16", tp=plan.parallel.tp, sequence_parallel=plan.parallel.sequence_parallel
+    )  # fmt: skip
+    return communication(plan).stage(stages_of(workload, plan)[index], recomputed=(), attention_s=0.0)
+
+
+@pytest.mark.parametrize(
+    ("framework", "sequence_parallel", "parts"),
+    [("megatron-core", False, 1), ("megatron-core", True, 8), ("megatron-lm@2021", False, 8), ("megatron-lm@2021", True, 8)],
+)
+def test_messages_are_split_over_tp(framework: str, sequence_parallel: bool, parts: int) -> None:
+    plan = plan_of(tp=8, pp=2, framework=framework, sequence_parallel=sequence_parallel)
+    assert of_stage(plan, 0).message_bytes == STREAM / parts
+
+
+def test_scattered_messages_are_gathered_where_they_arrive() -> None:
+    """Stage 1 of 3 gathers what comes from both sides, stage 0 only gradients."""
+    plans = {framework: plan_of(tp=8, pp=4, framework=framework) for framework in ("megatron-core", "megatron-lm@2021")}
+    gather_s = seconds(plans["megatron-core"], "all_gather", STREAM, num_ranks=8, ranks_per_node=8)
+    for index, (forward, backward) in enumerate([(0, 1), (1, 1), (1, 1), (1, 0)]):
+        plain, scattered = (of_stage(plans[name], index) for name in ("megatron-core", "megatron-lm@2021"))
+        assert scattered.forward.tp_s - plain.forward.tp_s == pytest.approx(forward * gather_s, rel=1e-9)
+        assert scattered.backward.tp_s - plain.backward.tp_s == pytest.approx(backward * gather_s, rel=1e-9)
+
+
+def test_recomputed_blocks_communicate_again() -> None:
+    plan = plan_of(tp=8, pp=2)
+    workload = build_workload(small_config(), micro_batch=1, seq_len=SEQ_LEN, dtype="bfloat16", tp=8)
+    stage = stages_of(workload, plan)[1]
+    own = communication(plan)
+    plain, again = (own.stage(stage, recomputed=blocks, attention_s=0.0) for blocks in ((), (0, 1)))
+    reduce_s = seconds(plan, "all_reduce", STREAM, num_ranks=8, ranks_per_node=8)
+    assert again.forward == plain.forward
+    assert again.backward.tp_s - plain.backward.tp_s == pytest.approx(2 * reduce_s, rel=1e-9)
+
+
+def test_gradients_are_reduced_over_context_parallel_ranks_too() -> None:
+    plan = plan_of(cp=4)
+    expected = seconds(plan, "all_reduce", 1e8, num_ranks=4, ranks_per_node=4)
+    assert communication(plan).gradient_seconds("all_reduce", 1e8) == expected > 0
+    assert communication(plan_of(tp=8)).gradient_seconds("all_reduce", 1e8) == 0.0
+
+
+FACTORS = OverlapFactors(
+    compute_under_collectives=1.2,
+    compute_under_copies=1.0,
+    collectives_under_compute=1.5,
+    evidence="published",
+    source="a test",
+)
+
+
+@pytest.mark.parametrize(
+    ("collective_s", "product_s", "exposed_s"),
+    [
+        (2.0, 6.0, 3.0 - 3.0 / 1.2),  # 3 s together, in which the product does 2.5 s of its 6
+        (6.0, 5.0, 6.0 + 2.0 - 5.0),  # 6 s together, in which the collective does 4 s of its 6
+        (1.0, 0.0, 1.0),
+        (0.0, 5.0, 0.0),
+    ],
+)
+def test_a_sum_behind_a_product_shows_what_both_lose(collective_s: float, product_s: float, exposed_s: float) -> None:
+    behind = Behind(product_s={"attention": product_s}, factors=FACTORS)
+    assert behind.exposed_s("attention", collective_s) == pytest.approx(exposed_s, abs=1e-12)
+    assert behind.exposed_s("network", collective_s) == pytest.approx(collective_s, abs=1e-12)
+
+
+@pytest.mark.parametrize("sequence_parallel", [False, True])
+def test_megatron_core_hides_the_sum_of_input_gradients(sequence_parallel: bool) -> None:
+    """The gathering before it is waited for; forward passes and Megatron-LM of 2021 hide nothing."""
+    plan = plan_of(tp=8, sequence_parallel=sequence_parallel)
+    gather_s = seconds(plan, "all_gather", STREAM, num_ranks=8, ranks_per_node=8) if sequence_parallel else 0.0
+    summed_s = seconds(plan, "reduce_scatter" if sequence_parallel else "all_reduce", STREAM, num_ranks=8, ranks_per_node=8)
+    own = communication(plan)
+    own.behind = Behind(product_s={"attention": 1.0}, factors=FACTORS)
+    block = blocks(plan)["attention"]
+    lost_s = 1.5 * summed_s * (1 - 1 / 1.2)
+    assert own.block(block, 0.0, backward=True).tp_s == pytest.approx(gather_s + lost_s, rel=1e-9)
+    assert own.block(block, 0.0).tp_s == pytest.approx(gather_s + summed_s, rel=1e-12)
