@@ -331,7 +331,13 @@ def replay(
 @click.option("--schedule", required=True, help="A pipeline schedule (1f1b, zb-h1, ...) or file:ORDER.csv.")
 @click.option("--stages", "num_ranks", type=click.IntRange(min=1), required=True, help="Pipeline ranks.")
 @click.option("--microbatches", "num_microbatches", type=click.IntRange(min=1), required=True)
-@click.option("--virtual-stages", "--chunks", "virtual_stages", type=click.IntRange(min=1), help="Chunks of a rank (default: the schedule's own).")
+@click.option(
+    "--virtual-stages",
+    "--chunks",
+    "virtual_stages",
+    type=click.IntRange(min=1),
+    help="Chunks of a rank (default: the schedule's own).",
+)
 @click.option(
     "--f",
     "forward_ms",

@@ -215,7 +215,7 @@ def check_parallel(plan: Plan, *, compute: Collection[str]) -> None:
         "memory.delayed_update": (memory.delayed_update, (False,)), "memory.block": (memory.block, ((),)),
         "precision.compute": (plan.precision.compute, tuple(compute)), "precision.comm": (plan.precision.comm, ("same", "bf16")),
         "runtime.compile": (runtime.compile, (False,)), "runtime.cuda_graphs": (runtime.cuda_graphs, (False,)), "runtime.overlap_tp": (runtime.overlap_tp, (False,)),
-        "runtime.overlap_param_gather": (runtime.overlap_param_gather, (True,)), "runtime.prefetch_blocks": (runtime.prefetch_blocks, (None, 1)),
+        "runtime.prefetch_blocks": (runtime.prefetch_blocks, (None, 1)),
         "runtime.optimizer_sync": (runtime.optimizer_sync, ("pre",)),
     }  # fmt: skip
     for key, (value, simulated) in limits.items():

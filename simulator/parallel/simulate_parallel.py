@@ -27,6 +27,7 @@ from simulator.parallel.recompute import FUSED_ACCUMULATION, MEGATRON, fit_frame
 from simulator.parallel.stages import Stage, StageCost, stage_cost, stages_of
 from simulator.pipeline.action import Order
 from simulator.plan import Plan
+from simulator.precision import PRODUCTS_IN, STORED_AS, price_in
 from simulator.presets import TransformerConfig, build_workload
 from simulator.program import Program, Stream, no_slowdown
 from simulator.run_record import RunRecord, outcome_of
@@ -34,8 +35,6 @@ from simulator.simulate import ENGINES, INTERVAL_Z
 from simulator.timeline import MemoryProfile, Timeline
 from simulator.workload import Workload
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-"""torch's name of parameters and activations, by the plan's precision."""
 WEIGHT_SHARE = 0.5
 """Part of the activations that only weight gradients need: as the Zero Bubble paper takes it for its memory limits (arXiv 2401.10241, section 2)."""
 BUCKET_BYTES = 40_000_000 * 4
@@ -146,9 +145,9 @@ class _Assembly:
             order,
             seq_len,
         )
-        self.dtype = DTYPES[plan.precision.compute]
+        self.dtype = STORED_AS[plan.precision.compute]
         self.mesh: Mesh = mesh_of(plan, cluster)
-        self.prices = PassPrices(partial(price, profile=device))
+        self.prices = PassPrices(price_in(plan.precision.compute, device))
         own = self._workload(tp=plan.parallel.tp, cp=plan.parallel.cp, ep=plan.parallel.ep)
         self.workload: Workload = fit_framework(own, plan, config, dtype=self.dtype, seq_len=seq_len)
         self.stages: tuple[Stage, ...] = stages_of(self.workload, plan)
@@ -205,7 +204,7 @@ class _Assembly:
         return ParallelSimulation(
             plan=plan, cluster=self.cluster, device=self.device, order=self.order, program=program, record=record, timeline=timeline, profiles=profiles,
             price=price_together(kernels, self.device), tokens=whole.tokens * steps, model_flops=whole.model_flops * steps,
-            hardware_flops=(whole.model_flops + again * split) * steps, peak_flops_per_s=self.device.peak(self.dtype),
+            hardware_flops=(whole.model_flops + again * split) * steps, peak_flops_per_s=self.device.peak(PRODUCTS_IN.get(plan.precision.compute, self.dtype)),
         )  # fmt: skip
 
     def _attention_s(self) -> float:
@@ -237,7 +236,7 @@ class _Assembly:
         grads = (
             GRADIENT_BYTES[plan.precision.grads]
             if plan.precision.comm == "same"
-            else DTYPE_BYTES[DTYPES.get(plan.precision.comm, "int8")]
+            else DTYPE_BYTES[STORED_AS.get(plan.precision.comm, "int8")]
         )
         elements = self._stage_elements(stage)
         reduce_bytes, gather_bytes = elements * grads, elements * DTYPE_BYTES[self.dtype]

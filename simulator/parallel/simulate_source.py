@@ -10,8 +10,9 @@ from hardware_models.errors import InputError
 from hardware_models.network.cluster import Cluster
 from simulator.model_source import DEFAULT_SEQ_LEN, ModelSource
 from simulator.parallel.orders import order_of
-from simulator.parallel.simulate_parallel import DTYPES, ParallelSimulation, simulate_parallel
+from simulator.parallel.simulate_parallel import ParallelSimulation, simulate_parallel
 from simulator.plan import Plan, check_gpus, check_model, check_parallel, resolve_batch
+from simulator.precision import STORED_AS
 
 
 def simulate_source(
@@ -37,7 +38,7 @@ def simulate_source(
             remedy="name a preset ('schedlab models') or a Hugging Face config.json",
         )  # fmt: skip
     check_gpus(plan, gpus or plan.num_gpus)
-    check_parallel(plan, compute=tuple(DTYPES))
+    check_parallel(plan, compute=tuple(STORED_AS))
     seq_len = plan.batch.seq_len or source.seq_len or min(config.max_positions, DEFAULT_SEQ_LEN)
     check_model(
         plan, heads=config.heads, kv_heads=config.num_kv_heads, layers=config.layers, experts=config.experts.num_experts if config.experts else None,
