@@ -51,6 +51,9 @@ __all__ = [
     "resolve_batch",
 ]
 
+SCHEDULES_TWO_WAYS = ("chimera", "dualpipe")
+"""Schedules that keep each stage on two ranks."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
@@ -211,19 +214,59 @@ def check_parallel(plan: Plan, *, compute: Collection[str]) -> None:
     parallel, memory, runtime = plan.parallel, plan.memory, plan.runtime
     limits: dict[str, tuple[object, tuple[object, ...]]] = {
         "parallel.dp_shard": (parallel.dp_shard, (None, parallel.dp)), "memory.recompute": (memory.recompute, BLOCK_RECOMPUTES),
-        **{f"memory.{name}": (getattr(memory, name), (0,)) for name in OFFLOADS}, "memory.offload_target": (memory.offload_target, ("host",)),
-        "memory.delayed_update": (memory.delayed_update, (False,)), "memory.block": (memory.block, ((),)),
+        "memory.block": (memory.block, ((),)),
         "precision.compute": (plan.precision.compute, tuple(compute)), "precision.comm": (plan.precision.comm, ("same", "bf16")),
         "runtime.compile": (runtime.compile, (False,)), "runtime.cuda_graphs": (runtime.cuda_graphs, (False,)), "runtime.overlap_tp": (runtime.overlap_tp, (False,)),
         "runtime.prefetch_blocks": (runtime.prefetch_blocks, (None, 1)),
         "runtime.optimizer_sync": (runtime.optimizer_sync, ("pre",)),
     }  # fmt: skip
+    _check_offload_parallel(memory)
+    _check_gradients_parallel(plan)
     for key, (value, simulated) in limits.items():
         if value not in simulated:
             shown = " or ".join(str(one) for one in simulated if one not in {None, ()})
             raise plan_refusal(
                 key, value, "not simulated yet on several devices", f"leave it at {shown}" if shown else "leave it out"
             )
+
+
+def _check_offload_parallel(memory: Memory) -> None:
+    """Refuses what offloading on several devices does not simulate."""
+    for name in OFFLOADS:
+        if getattr(memory, name) == "optimal":
+            rule = "which bytes are best offloaded is not solved yet on several devices"
+            raise plan_refusal(f"memory.{name}", "optimal", rule, "give a fraction between 0 and 1")
+    if memory.delayed_update and not memory.optimizer_offload:
+        rule = "only an update on the host is delayed, but optimizer_offload = 0"
+        raise plan_refusal(
+            "memory.delayed_update", memory.delayed_update, rule, "set memory.optimizer_offload, or leave it at False"
+        )
+    if memory.offload_target == "nvme" and memory.optimizer_offload:
+        rule = "optimizer states on drives are not simulated yet on several devices"
+        raise plan_refusal("memory.offload_target", "nvme", rule, "leave it at host, or memory.optimizer_offload at 0")
+    if memory.offload_target == "nvme" and not (memory.activation_offload or memory.weight_offload):
+        rule = "drives hold what activation_offload and weight_offload send there, but both are 0"
+        raise plan_refusal("memory.offload_target", "nvme", rule, "set one of them, or leave it at host")
+    if memory.weight_offload and memory.zero_stage:
+        rule = f"weight_offload with sharded states is not simulated yet, but got zero_stage = {memory.zero_stage}"
+        raise plan_refusal("memory.weight_offload", memory.weight_offload, rule, "leave one of them at 0")
+
+
+def _check_gradients_parallel(plan: Plan) -> None:
+    """Refuses gradients on the host where the step still needs them on the device."""
+    memory = plan.memory
+    if not memory.grad_offload:
+        return
+    part, updated = float(memory.grad_offload), float(memory.optimizer_offload)
+    if part > updated:
+        rule = f"grad_offload <= optimizer_offload must hold: the device updates the rest, but got {part} > {updated}"
+        raise plan_refusal("memory.grad_offload", part, rule)
+    copies = plan.parallel.dp * plan.parallel.cp
+    if (copies > 1 and memory.zero_stage < 3) or plan.pipeline.schedule in SCHEDULES_TWO_WAYS:  # noqa: PLR2004 - ZeRO's third stage
+        rule = "gradients that replicas reduce once a step stay on the device until then"
+        raise plan_refusal(
+            "memory.grad_offload", part, rule, "take memory.zero_stage = 3 without two-directional schedules, or leave it at 0"
+        )
 
 
 def check_model(

@@ -117,6 +117,7 @@ def parallel_table(simulation: ParallelSimulation, model: str) -> Table:
         ("tokens/s per GPU", f"{values['tokens_per_s_per_gpu']:.1f}"), ("mfu, hfu", f"{values['mfu']:.1%}, {values['hfu']:.1%}"),
         ("peak memory by pipeline rank", ", ".join(peaks) + ("" if simulation.fits else " (does not fit)")),
         *((f"  {key.replace('_', ' ')}", format_bytes(size)) for key, size in values["peak_memory_breakdown"].items() if size),
+        *([("peak host memory of a node", format_bytes(values["peak_host_bytes"]))] if values["peak_host_bytes"] else []),
         *((f"time: {key}", f"{seconds * MS_PER_S:.1f} ms") for key, seconds in values["time_breakdown_s"].items() if seconds),
         ("rests on", ", ".join(simulation.price.evidence)),
     ]  # fmt: skip

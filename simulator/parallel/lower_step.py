@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.parallel.communication import Exposed, StageCommunication
+from simulator.parallel.offload import Offload
+from simulator.parallel.offload_step import HostTraffic, StagedPass
 from simulator.parallel.stages import PassCost, StageCost
 from simulator.parallel.writer import Change, ProgramWriter
 from simulator.pipeline.action import Action, Order
@@ -59,6 +61,8 @@ class StepParts:
     """A rank computes on only when its message has arrived."""
     weight_share: float
     """Part of a micro-batch's activations that only the weights' gradient needs."""
+    offload: Offload | None = None
+    """What lives on the host; None: nothing."""
 
 
 class _Step:
@@ -66,7 +70,10 @@ class _Step:
 
     def __init__(self, parts: StepParts) -> None:
         self.parts = parts
-        self.writer = ProgramWriter(parts.link_bytes_per_s)
+        offload = parts.offload
+        own = offload.path.capacities * parts.order.num_ranks if offload else ()
+        self.writer = ProgramWriter([*parts.link_bytes_per_s, *own])
+        self.host = HostTraffic(self.writer, offload, len(parts.link_bytes_per_s)) if offload else None
         self.first: dict[Action, int] = {}
         """The instruction of an action that waits for what others send."""
         self.last: dict[Action, tuple[int, ...]] = {}
@@ -75,6 +82,8 @@ class _Step:
         self.rank_of: dict[Action, int] = {}
         self.backwards: dict[tuple[int, int], list[Action]] = {}
         self.previous: list[tuple[int, ...]] = [()] * parts.order.num_ranks
+        self.pass_before: list[int | None] = [None] * parts.order.num_ranks
+        """First instruction of each rank's pass before the present one."""
         self.gathered: set[tuple[int, int]] = set()
         """Rank and stage whose updated parameters are there."""
         self.tied: list[tuple[int, tuple[int, ...]]] = []
@@ -89,6 +98,7 @@ class _Step:
                     if action.kind in {"B", "BW", "W"}:
                         self.backwards.setdefault((rank, action.stage), []).append(action)
         for rank, cells in enumerate(order.ranks):
+            self._begin(rank)
             for cell in cells:
                 for action in cell.parts:
                     self._action(rank, action)
@@ -98,7 +108,13 @@ class _Step:
         for index, _ in self.tied:
             for other in (other for _, waits in self.tied for other in waits):
                 self.writer.wait(index, other)
+        if self.host:
+            self.host.settle()
         return self.writer.program(resident_bytes, slowdown)
+
+    def _begin(self, rank: int) -> None:
+        if self.host:
+            self.host.begin(rank, sum(self.parts.sync[stage].chunks for stage in self.parts.order.stages_of_rank[rank]))
 
     def _action(self, rank: int, action: Action) -> None:
         stage = action.stage
@@ -111,11 +127,15 @@ class _Step:
         exposed = communication.forward if action.kind == "F" else communication.backward
         less_s = cost.weight_s if action.kind == "B" else 0.0
         gathered = self._gather(rank, action)
-        indices = self._compute(rank, action, whole, less_s, share, gathered)
+        if self.host and self.host.offload.stages_passes:
+            first, indices = self._staged(self.host, rank, action, less_s, share, gathered)
+        else:
+            indices = self._compute(rank, action, whole, less_s, share, gathered)
+            first = indices[0]
         ends = self._exposed(rank, action, exposed, share, indices[-1])
         ends = self._reduce(rank, action, indices, ends)
-        self.first[action], self.last[action] = indices[0], (*ends, *gathered[1])
-        self.previous[rank] = self.last[action]
+        self.first[action], self.last[action] = first, (*ends, *gathered[1])
+        self.previous[rank], self.pass_before[rank] = self.last[action], first
         self._send(rank, action, ends)
 
     def _compute(
@@ -134,7 +154,8 @@ class _Step:
         pieces = [(kind, seconds * share) for kind, seconds in cost.seconds if seconds > 0.0]
         pieces.sort(key=lambda piece: piece[0] is Kind.BACKWARD)
         pieces[-1] = (pieces[-1][0], max(0.0, pieces[-1][1] - less_s * share))
-        chunks = self.parts.sync[action.stage].chunks if self._is_last(rank, action) and action.kind == "BW" else 1
+        in_buckets = action.kind == "BW" and (self._is_last(rank, action) or self._leaves(rank, action))
+        chunks = self.parts.sync[action.stage].chunks if in_buckets else 1
         pieces = [*pieces[:-1], *[(pieces[-1][0], pieces[-1][1] / chunks)] * chunks]
         rise, net = round(cost.rise_bytes * share), round(cost.net_bytes * share)
         kept = round(-net * self.parts.weight_share) if action.kind == "B" else 0
@@ -167,7 +188,23 @@ class _Step:
         )  # fmt: skip
         ends = self._reduce(rank, action, [index], (index,))
         self.first[action], self.last[action] = index, ends
-        self.previous[rank] = (index,)
+        self.previous[rank], self.pass_before[rank] = (index,), index
+
+    def _staged(
+        self,
+        host: HostTraffic,
+        rank: int,
+        action: Action,
+        less_s: float,
+        share: float,
+        gathered: tuple[tuple[int, ...], tuple[int, ...]],
+    ) -> tuple[int, list[int]]:
+        """A pass in chunks beside which the host's part travels: its first compute instruction, and the last one of each chunk."""
+        staged = StagedPass(
+            rank=rank, action=action, chunks=host.offload.chunks_of_stage[action.stage], share=share, after=(*self.previous[rank], *gathered[0]),
+            before=self.pass_before[rank], less_s=less_s, weight_share=self.parts.weight_share if action.kind == "B" else 0.0,
+        )  # fmt: skip
+        return host.run(staged)
 
     def _exposed(self, rank: int, action: Action, exposed: Exposed, share: float, before: int) -> tuple[int, ...]:
         """Collectives that the pass waits for, after its compute (only their sum counts)."""
@@ -222,14 +259,30 @@ class _Step:
         """Gradients between replicas: bucket by bucket behind the last backward pass, or after each one under ZeRO 3."""
         sync = self.parts.sync[action.stage]
         last = self._is_last(rank, action)
-        if not sync.reduce_overlaps:
+        reduces = last or (sync.every_micro_batch and action.kind != "B")
+        leaves = last or self._leaves(rank, action)
+        if not sync.reduce_overlaps or action.kind == "F" or not (reduces or leaves):
             return ends
-        if sync.reduce_s <= 0.0 or action.kind == "F" or not (last or (sync.every_micro_batch and action.kind != "B")):
-            return ends
-        chunks = indices[-sync.chunks :] if last and action.kind == "BW" else indices[-1:]
+        chunks = indices[-sync.chunks :] if leaves and action.kind == "BW" else indices[-1:]
         for index in chunks:
-            self._collective(rank, action, sync.reduce_s / len(chunks), after=(index,), label="reduce")
+            ready = index
+            if sync.reduce_s > 0.0 and reduces:
+                ready = self._collective(rank, action, sync.reduce_s / len(chunks), after=(index,), label="reduce")
+            if self.host and leaves:
+                self.host.gradients(rank, self._place(rank, action.stage), len(chunks), index, ready, last=last)
         return ends
+
+    def _leaves(self, rank: int, action: Action) -> bool:
+        """Whether gradients go to the host after each of the stage's passes that make them."""
+        return (
+            self.host is not None
+            and action.kind in {"BW", "W"}
+            and self.host.leaves_each_time(rank, self._place(rank, action.stage)) > 0
+        )
+
+    def _place(self, rank: int, stage: int) -> int:
+        """Which of the rank's stages it is."""
+        return self.parts.order.stages_of_rank[rank].index(stage)
 
     def _send(self, rank: int, action: Action, ends: tuple[int, ...]) -> None:
         """The boundary to the next stage, or its gradient to the one before, if that is elsewhere."""
@@ -267,10 +320,14 @@ class _Step:
         """Gradients are reduced, the tied table's too, then the optimizer steps and parameters are gathered."""
         parts, stages = self.parts, self.parts.order.stages_of_rank[rank]
         after = self.previous[rank]
-        for stage in stages:
-            sync = parts.sync[stage]
+        for place, stage in enumerate(stages):
+            sync, ready = parts.sync[stage], after[-1]
             if sync.reduce_s > 0.0 and not sync.reduce_overlaps:
-                self.writer.issue(Kind.TRANSFER, rank, Stream.DP, sync.reduce_s, after=after, stage=stage, label="reduce")
+                ready = self.writer.issue(
+                    Kind.TRANSFER, rank, Stream.DP, sync.reduce_s, after=after, stage=stage, label="reduce"
+                )
+            if self.host and not sync.reduce_overlaps:
+                self.host.gradients(rank, place, 1, ready, ready, last=True)
         ends_chain = {0, parts.order.num_stages - 1} & set(stages)
         if parts.tied_s > 0.0 and ends_chain:
             index = self.writer.issue(Kind.TRANSFER, rank, Stream.DP, parts.tied_s, after=after, label="tied")
@@ -279,6 +336,8 @@ class _Step:
         elif any(parts.sync[stage].reduce_s > 0.0 for stage in stages):
             after = (*after, self.writer.issue(Kind.TRANSFER, rank, Stream.DP, 0.0, after=after, label="reduced"))
         step = self.writer.issue(Kind.OPTIMIZER, rank, Stream.COMPUTE, parts.optimizer_s[rank], after=after)
+        if self.host:
+            step = self.host.update(rank, after, step)
         gather_s = sum(parts.sync[stage].gather_s for stage in stages if not parts.sync[stage].gather_overlaps)
         if gather_s > 0.0:
             self.writer.issue(Kind.TRANSFER, rank, Stream.DP, gather_s, after=(step,), label="gather")
@@ -288,7 +347,7 @@ def lower_step(parts: StepParts, resident_bytes: Sequence[tuple[int, ...]], slow
     """The program of one training step.
 
     **Model**: per pass one compute instruction per kind, then the collectives that it waits for; a message to the neighbour as a transfer over the links out of one rank
-    and into the other; gradients go between replicas bucket by bucket behind the last backward pass; the optimizer steps when they are there.
+    and into the other; gradients go between replicas bucket by bucket behind the last backward pass; the optimizer steps when they are there. What lives on the host travels beside all that (`offload_step`).
 
     **Not modelled**: where inside a pass a collective lies (only the sums count); what an overlapped pair of passes gains (they run one after the other);
     gradient clipping; the data loader.

@@ -40,7 +40,7 @@ def static_memory(
     """Of a rank that holds ``dense`` + ``expert`` parameters.
 
     **Model**: K = 12 bytes of float32 master copy and moments for AdamW; stage 1 shards these over dp * cp, 2 the gradients too, 3 the parameters too; experts
-    are replicated ``dp * cp / ep`` times only.
+    are replicated ``dp * cp / ep`` times only. States and gradients that are offloaded are not on the device.
 
     **Source**: Rajbhandari et al. 2020 (ZeRO), section 5 and figure 1.
 
@@ -64,5 +64,10 @@ def static_memory(
             for elements, replicas in ((dense, ranks), (expert, max(1, ranks // plan.parallel.ep)))
         )
 
+    on_device = 1.0 - float(plan.memory.optimizer_offload)
     gathered = working * width if stage >= 3 else 0.0  # noqa: PLR2004 - ZeRO's third stage
-    return StaticMemory(parameters=copies * held(width, 3) + gathered, gradients=held(grads, 2), states=held(states, 1))
+    return StaticMemory(
+        parameters=copies * held(width, 3) + gathered,
+        gradients=(1.0 - float(plan.memory.grad_offload)) * held(grads, 2),
+        states=on_device * held(states, 1),
+    )

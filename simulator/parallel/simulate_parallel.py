@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -23,8 +23,11 @@ from simulator.parallel.fused_kernels import column_products
 from simulator.parallel.lower_step import GradientSync, StepParts, lower_step
 from simulator.parallel.memory import GRADIENT_BYTES, MASTER_BYTES, STATE_BYTES, static_memory
 from simulator.parallel.mesh import Mesh, mesh_of
+from simulator.parallel.offload import Offload
+from simulator.parallel.offload_memory import host_peaks, node_peak
+from simulator.parallel.offload_plan import offload_of, weights_away
 from simulator.parallel.recompute import FUSED_ACCUMULATION, MEGATRON, fit_framework, stage_operations
-from simulator.parallel.stages import Stage, StageCost, stage_cost, stages_of
+from simulator.parallel.stages import ChunkCost, Stage, StageCost, chunk_costs, stage_cost, stages_of
 from simulator.pipeline.action import Order
 from simulator.plan import Plan
 from simulator.precision import PRODUCTS_IN, STORED_AS, price_in
@@ -40,6 +43,8 @@ WEIGHT_SHARE = 0.5
 BUCKET_BYTES = 40_000_000 * 4
 """Gradients of a bucket unless the plan says: Megatron-core's 40 million elements, in float32."""
 MOST_CHUNKS = 16
+STAGING_CHUNKS = 8
+"""Most chunks of a pass beside which offloaded bytes travel: more change little and cost events."""
 _BLOCKING = MEGATRON
 """Frameworks whose ranks wait for their messages in orders of one chunk."""
 _ALWAYS_BLOCKING = ("megatron-lm@2021",)
@@ -68,6 +73,8 @@ class ParallelSimulation:
     hardware_flops: int
     """The same with recompute."""
     peak_flops_per_s: float
+    peak_host_bytes: int
+    """Most bytes that the step keeps on the host of one node (on its drives, where they are the target)."""
 
     @property
     def step_time_s(self) -> float:
@@ -81,9 +88,13 @@ class ParallelSimulation:
 
     @property
     def fits(self) -> bool:
-        """Live bytes and context within the device, and within the budget if there is one."""
+        """Live bytes and context within the device, and within the budget if there is one; offloaded ones within the node's memory or drives."""
         most = max(self.peak_memory_bytes)
         budget = self.plan.memory.budget_bytes
+        host = self.cluster.host
+        room = host.nvme_bytes if self.plan.memory.offload_target == "nvme" else host.dram_bytes
+        if self.peak_host_bytes > room:
+            return False
         return most + self.device.context_bytes <= self.device.memory_bytes and (budget is None or most <= budget)
 
     def to_json(self) -> dict[str, object]:
@@ -96,7 +107,7 @@ class ParallelSimulation:
             "step_time_s": step_s, "step_time_interval_s": [max(0.0, step_s - half), step_s + half], "tokens_per_s_per_gpu": self.tokens / step_s / gpus,
             "model_flops_per_s_per_gpu": self.model_flops / step_s / gpus, "mfu": self.model_flops / step_s / gpus / self.peak_flops_per_s,
             "hfu": self.hardware_flops / step_s / gpus / self.peak_flops_per_s, "peak_memory_bytes": list(self.peak_memory_bytes),
-            "peak_reserved_bytes": list(self.peak_memory_bytes), "peak_host_bytes": 0, "peak_memory_breakdown": self.profiles[worst].peak_breakdown_bytes,
+            "peak_reserved_bytes": list(self.peak_memory_bytes), "peak_host_bytes": self.peak_host_bytes, "peak_memory_breakdown": self.profiles[worst].peak_breakdown_bytes,
             "fits": self.fits, "time_breakdown_s": breakdown, "bottleneck": max(breakdown, key=lambda name: breakdown[name]),
             "num_events": self.program.num_instructions + len(self.program.memory_bytes), "evidence": list(self.price.evidence),
         }  # fmt: skip
@@ -151,7 +162,18 @@ class _Assembly:
         own = self._workload(tp=plan.parallel.tp, cp=plan.parallel.cp, ep=plan.parallel.ep)
         self.workload: Workload = fit_framework(own, plan, config, dtype=self.dtype, seq_len=seq_len)
         self.stages: tuple[Stage, ...] = stages_of(self.workload, plan)
+        self.operations = [stage_operations(plan, stage) for stage in self.stages]
+        self.chunks: tuple[tuple[ChunkCost, ...], ...] = (
+            self._chunks() if plan.memory.activation_offload or plan.memory.weight_offload else ((),) * len(self.stages)
+        )
         self.communication = Communication(plan, self.mesh, config, dtype=self.dtype, seq_len=seq_len, behind=self._behind())
+
+    def _chunks(self) -> tuple[tuple[ChunkCost, ...], ...]:
+        """Passes of each stage as offloaded bytes travel beside them."""
+        return tuple(
+            chunk_costs(stage, own, self.prices, most=STAGING_CHUNKS)
+            for stage, own in zip(self.stages, self.operations, strict=True)
+        )
 
     def _behind(self) -> Behind | None:
         """What sums over tensor parallel ranks hide behind; Megatron-LM of 2021 waited for them."""
@@ -169,7 +191,7 @@ class _Assembly:
         )  # fmt: skip
 
     def parts(self) -> StepParts:
-        operations = [stage_operations(self.plan, stage) for stage in self.stages]
+        operations = self.operations
         costs = [stage_cost(stage, own, self.prices) for stage, own in zip(self.stages, operations, strict=True)]
         attention_s = self._attention_s()
         messages = [
@@ -181,15 +203,22 @@ class _Assembly:
             order=self.order, costs=costs, communication=messages, sync=[self._sync(stage) for stage in self.stages],
             optimizer_s=[self._optimizer_s(rank) for rank in range(self.order.num_ranks)], tied_s=self._tied_s(), message_limit_bytes_per_s=limit,
             message_latency_s=latency_s, link_bytes_per_s=[limit] * (2 * self.order.num_ranks), weight_share=WEIGHT_SHARE,
-            waits_for_messages=self._waits_for_messages(),
+            waits_for_messages=self._waits_for_messages(), offload=self._offload(),
         )  # fmt: skip
+
+    def _offload(self) -> Offload | None:
+        elements = [self._stage_elements(stage) for stage in self.stages]
+        return offload_of(self.plan, self.cluster, self.order, self.chunks, elements, width=DTYPE_BYTES[self.dtype])
 
     def simulate(self, engine: str) -> ParallelSimulation:
         parts = self.parts()
         program = lower_step(parts, self._resident(), self._slowdown())
-        return self._result(program, ENGINES[engine](program), parts.costs)
+        host_bytes = parts.offload.resident_bytes if parts.offload else ()
+        return self._result(program, ENGINES[engine](program), parts.costs, host_bytes)
 
-    def _result(self, program: Program, record: RunRecord, costs: Sequence[StageCost]) -> ParallelSimulation:
+    def _result(
+        self, program: Program, record: RunRecord, costs: Sequence[StageCost], host_bytes: Sequence[float]
+    ) -> ParallelSimulation:
         plan, whole = self.plan, self._workload(tp=1, cp=1, ep=1)
         timeline, profiles = outcome_of(program, record)
         steps = plan.num_microbatches * plan.parallel.dp
@@ -204,6 +233,7 @@ class _Assembly:
         return ParallelSimulation(
             plan=plan, cluster=self.cluster, device=self.device, order=self.order, program=program, record=record, timeline=timeline, profiles=profiles,
             price=price_together(kernels, self.device), tokens=whole.tokens * steps, model_flops=whole.model_flops * steps,
+            peak_host_bytes=node_peak(host_peaks(program, record, host_bytes), self.mesh),
             hardware_flops=(whole.model_flops + again * split) * steps, peak_flops_per_s=self.device.peak(PRODUCTS_IN.get(plan.precision.compute, self.dtype)),
         )  # fmt: skip
 
@@ -231,7 +261,8 @@ class _Assembly:
         """
         plan, holders = self.plan, self.order.ranks_of_stage[stage.index]
         distance = holders[-1] - holders[0]
-        if plan.parallel.dp * plan.parallel.cp == 1 and not distance:
+        alone = plan.parallel.dp * plan.parallel.cp == 1 and not distance
+        if alone and not plan.memory.optimizer_offload:
             return GradientSync(chunks=1, reduce_s=0.0, gather_s=0.0)
         grads = (
             GRADIENT_BYTES[plan.precision.grads]
@@ -242,6 +273,8 @@ class _Assembly:
         reduce_bytes, gather_bytes = elements * grads, elements * DTYPE_BYTES[self.dtype]
         bucket = plan.runtime.bucket_bytes or BUCKET_BYTES
         chunks = max(1, min(MOST_CHUNKS, round(reduce_bytes / bucket))) if plan.runtime.overlap_grad_reduce else 1
+        if alone:
+            return GradientSync(chunks=chunks, reduce_s=0.0, gather_s=0.0)
         seconds = partial(self.communication.gradient_seconds, distance=distance)
         overlaps, ahead = plan.runtime.overlap_grad_reduce, plan.runtime.overlap_param_gather
         if plan.memory.zero_stage == 0:
@@ -286,7 +319,7 @@ class _Assembly:
         plan, width, grads = self.plan, DTYPE_BYTES[self.dtype], GRADIENT_BYTES[self.plan.precision.grads]
         shards = plan.parallel.dp * plan.parallel.cp if plan.memory.zero_stage else 1
         whole = max(1, round(self._elements(rank)))
-        elements = max(1, whole // shards)
+        elements = max(1, round(whole // shards * (1.0 - float(plan.memory.optimizer_offload))))
         kept = max(width, MASTER_BYTES) + STATE_BYTES[plan.precision.optimizer]
         read_bytes, written_bytes = elements * (grads + kept), elements * (kept + (width if width < MASTER_BYTES else 0))
         if plan.runtime.framework in MEGATRON:
@@ -321,6 +354,11 @@ class _Assembly:
             )
             ends = {0, self.order.num_stages - 1} & set(self.order.stages_of_rank[rank])
             batch = plan.num_microbatches * self.workload.batch_bytes if ends else 0  # tokens at the front, labels at the back
+            memory = replace(
+                memory,
+                parameters=memory.parameters
+                - copies * weights_away(plan, self.order, self.chunks, rank, width=DTYPE_BYTES[self.dtype]),
+            )
             resident.append(memory.by_class(batch + (self.workload.buffer_bytes if 0 in ends else 0)))
         return resident
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 from hardware_models.kernel import Kernel
 from simulator.lower import Builder, MicroBatchLowering, PassPrices
@@ -83,6 +84,16 @@ class StageCost:
     """Of these runs, and of what options run again inside the backward pass."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkCost:
+    """A stretch of a stage's blocks that a pass runs without a break, forward and backward."""
+
+    forward: PassCost
+    backward: PassCost
+    parameter_elements: int
+    """Of its blocks, without a table that stages share."""
+
+
 def layers_of(workload: Workload) -> list[tuple[int, int]]:
     """First and last + 1 block of each layer; what precedes the first layer belongs to it, what follows the last one to that."""
     ends = [index + 1 for index, block in enumerate(workload.blocks) if block.name in LAYER_ENDS]
@@ -132,22 +143,68 @@ def stage_cost(stage: Stage, operations: Sequence[Operation], prices: PassPrices
         operations: order in which the stage runs its blocks, indices counted from its first.
         prices: of passes on the device.
     """
-    builder = Builder()
-    lowering = MicroBatchLowering(
-        stage.workload, prices, builder, _LATER, runs_twice(operations), receives=stage.receives, sends=stage.sends
-    )
-    lowering.run(operations)
-    turn = next(place for place, operation in enumerate(operations) if operation.kind == "B")
-    seen: set[int] = set()
-    for operation in operations[:turn]:
-        seen.add(operation.block)
-    recomputed_first = _first_recompute(operations, turn, seen)
+    builder, recomputed_first = _lowered(stage, operations, prices)
     recomputed = tuple(operation.block for operation in operations[recomputed_first:] if operation.kind != "B")
     return StageCost(
         forward=_pass_cost(builder, 0, recomputed_first), backward=_pass_cost(builder, recomputed_first, len(builder.kinds)),
         weight_s=sum(_weight_seconds(block, prices) for block in stage.blocks), recomputed=recomputed,
         recomputed_flops=_recomputed_flops(stage, operations, recomputed),
     )  # fmt: skip
+
+
+def _lowered(stage: Stage, operations: Sequence[Operation], prices: PassPrices) -> tuple[Builder, int]:
+    """Instructions of one micro-batch, and which one begins its backward pass."""
+    builder = Builder()
+    lowering = MicroBatchLowering(
+        stage.workload, prices, builder, _LATER, runs_twice(operations), receives=stage.receives, sends=stage.sends
+    )
+    lowering.run(operations)
+    turn = next(place for place, operation in enumerate(operations) if operation.kind == "B")
+    return builder, _first_recompute(operations, turn, {operation.block for operation in operations[:turn]})
+
+
+def chunk_costs(stage: Stage, operations: Sequence[Operation], prices: PassPrices, *, most: int) -> tuple[ChunkCost, ...]:
+    """The stage's passes in at most ``most`` chunks, in forward order: their costs add up to those of `stage_cost`.
+
+    **Model**: a pass may be cut between two blocks if it runs all blocks on one side before those on the other, forward as backward (recompute keeps the
+    blocks of a layer together); where there are more such places than needed, evenly spread ones are taken.
+
+    Args:
+        stage: of the model.
+        operations: order in which the stage runs its blocks, indices counted from its first.
+        prices: of passes on the device.
+        most: chunks.
+    """
+    builder, turn = _lowered(stage, operations, prices)
+    ahead, back = builder.blocks[:turn], [max(0, block) for block in builder.blocks[turn:]]
+    last = len(stage.blocks) - 1
+    cuts = _cuts(ahead, back, last)
+    if len(cuts) >= most:
+        cuts = [cuts[place * (len(cuts) + 1) // most - 1] for place in range(1, most)]
+    edges = [0, *cuts, last + 1]
+    starts = [*(ahead.index(cut) for cut in edges[:-1]), turn]
+    ends = [*(turn + min(n for n, block in enumerate(back) if block < cut) for cut in edges[1:-1]), turn]
+    ends = [len(builder.blocks), *ends]  # ends[k]: where the backward pass is over with chunk k; ends[-1]: where it begins
+    return tuple(
+        ChunkCost(
+            forward=_pass_cost(builder, starts[k], starts[k + 1]), backward=_pass_cost(builder, ends[k + 1], ends[k]),
+            parameter_elements=sum(block.parameter_elements for block in stage.blocks[edges[k] : edges[k + 1]]),
+        )
+        for k in range(len(edges) - 1)
+    )  # fmt: skip
+
+
+def _cuts(ahead: Sequence[int], back: Sequence[int], last: int) -> list[int]:
+    """Blocks before which both passes may be cut."""
+
+    def ordered(blocks: Sequence[int]) -> set[int]:
+        """Blocks c such that all runs of blocks before c precede those of c and later ones."""
+        highest = list(accumulate(blocks, max))
+        lowest = list(accumulate(reversed(blocks), min))[::-1]
+        return {cut for above, cut in zip(highest, lowest[1:], strict=False) if above < cut}
+
+    mirrored = {last + 1 - cut for cut in ordered([last - block for block in back])}
+    return sorted(ordered(ahead) & mirrored)
 
 
 def _recomputed_flops(stage: Stage, operations: Sequence[Operation], recomputed: Sequence[int]) -> int:

@@ -33,9 +33,17 @@ class ProgramWriter:
         self._changes.append(tuple(change for change in memory if change[1]))
         return len(self._rows) - 1
 
+    def waits(self, index: int) -> tuple[int, ...]:
+        """What an instruction waits for, so far."""
+        return self._waits[index]
+
     def wait(self, index: int, other: int) -> None:
         """Makes an instruction wait for one that was issued later."""
         self._waits[index] = tuple(sorted({*self._waits[index], other}))
+
+    def allocate(self, index: int, size_bytes: int, memory_class: MemoryClass) -> None:
+        """Adds bytes at an instruction's start."""
+        self._changes[index] = ((0.0, size_bytes, memory_class), *self._changes[index])
 
     def route(self, index: int, size_bytes: float, limit_bytes_per_s: float, links: Sequence[int]) -> None:
         """Makes an instruction a transfer of bytes over links, after its duration as latency."""

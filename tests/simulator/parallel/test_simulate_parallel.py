@@ -201,10 +201,10 @@ def test_every_schedule_runs_by_name(schedule: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"memory": Memory(activation_offload=0.5)}, r"memory\.activation_offload.*0\.5"),
+        ({"memory": Memory(activation_offload="optimal")}, r"memory\.activation_offload.*optimal"),
         ({"memory": Memory(delayed_update=True)}, r"memory\.delayed_update"),
         ({"memory": Memory(recompute="optimal")}, r"memory\.recompute.*optimal"),
-        ({"precision": Precision(compute="fp8")}, r"precision\.compute.*fp8"),
+        ({"precision": Precision(compute="fp4")}, r"precision\.compute.*fp4"),
         ({"runtime": Runtime(compile=True)}, r"runtime\.compile"),
         ({"runtime": Runtime(overlap_tp=True)}, r"runtime\.overlap_tp"),
         ({"parallel": Parallel(tp=3)}, r"parallel\.tp.*16 % 3"),
