@@ -71,3 +71,22 @@ def test_classes_are_in_their_places() -> None:
     assert sizes[MemoryClass.OPTIMIZER_STATES] == 120
     assert sizes[MemoryClass.BATCH] == 7
     assert sum(sizes) == 187
+
+
+T5_3B, T5_LARGEST_LAYER, NUM_GPUS = 2851e6, 32e6, 8
+"""Parameters of DeepSpeed's worked example (docs/code-docs/source/memory.rst), in its own rounding."""
+GIB = 2**30
+
+
+def test_deepspeeds_estimate_of_zero_3_is_ours() -> None:
+    """18 bytes of each parameter over all ranks, and two layers gathered: 4 bytes of the largest. Printed: 6.10 "GB", which are GiB."""
+    memory = static_memory(T5_3B, 0.0, plan_of(dp=NUM_GPUS, zero_stage=3), dtype="float16", working=2 * T5_LARGEST_LAYER)
+    assert (memory.parameters + memory.gradients + memory.states) / GIB == pytest.approx(6.10, abs=0.01)
+
+
+def test_deepspeeds_estimate_of_zero_2_counts_the_half_precision_gradients_besides() -> None:
+    """It prints 15.93: 4 P + 16 P / N. Ours is 2 P + 16 P / N: the other 2 P are all gradients in half precision, which a bucketed reduction does not keep."""
+    memory = static_memory(T5_3B, 0.0, plan_of(dp=NUM_GPUS, zero_stage=2), dtype="float16")
+    ours = memory.parameters + memory.gradients + memory.states
+    assert ours == pytest.approx(2 * T5_3B + 16 * T5_3B / NUM_GPUS)
+    assert (ours + 2 * T5_3B) / GIB == pytest.approx(15.93, abs=0.01)
