@@ -80,6 +80,7 @@ def test_only_light_changes_and_profiles_still_load(updated: tuple[Path, dict[st
         assert load_profile(folder / name).light is not None
 
 
+@pytest.mark.slow
 def test_timed_devices_get_back_the_ramps_that_made_the_table(updated: tuple[Path, dict[str, dict[str, object]]]) -> None:
     _folder, sections = updated
     for name in TIMED.values():
@@ -109,6 +110,7 @@ def test_resident_threads_follow_the_compute_capability() -> None:
     assert threads == {"t4": 1024, "a40": 1536, "l4": 1536, "a100-sxm-80gb": THREADS, "b200": THREADS}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not MEASUREMENTS.exists(), reason="the published tables are not beside the project")
 def test_the_published_tables_give_the_committed_values(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in catalogue_names():

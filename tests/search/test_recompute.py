@@ -51,7 +51,7 @@ def all_sequences(workload: Workload, first: int, last: int) -> Iterator[tuple[O
                 yield *forward, *upper, *lower
 
 
-@pytest.mark.parametrize("num_microbatches", [1, 3])
+@pytest.mark.parametrize("num_microbatches", [pytest.param(1, marks=pytest.mark.slow), 3])
 @pytest.mark.parametrize("name", SMALL_MODELS)
 def test_bounds_experts_and_budgets(name: str, num_microbatches: int) -> None:
     found = solver(name, num_microbatches)

@@ -183,6 +183,7 @@ def test_gradients_of_each_micro_batch_by_hand(rate: float, expected_s: float) -
     assert moved(program, DOWN) == 1000.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRADIENT_PLANS)
 @pytest.mark.parametrize("others", [{}, {"delayed_update": True}, {"activation_offload": 0.5}])
 def test_offloaded_gradients_leave_the_device(name: str, others: dict[str, object]) -> None:
