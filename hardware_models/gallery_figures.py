@@ -86,13 +86,11 @@ def read_published(measurements: Path) -> Published:
     """
     tables = _Tables()
     for path in sorted(measurements.glob("*.csv")):
-        with path.open(encoding="utf-8") as file:
-            columns = tuple(file.readline().strip().split(","))
         if is_kernel_table(path):
             tables.kernels += read_kernels(path)
         elif is_stream_table(path):
             tables.streams += [row for row in read_streams(path) if row.op == "small_kernel"]
-        elif is_collective_table(columns):
+        elif is_collective_table(path):
             tables.collectives += read_collectives(path)
     return Published(kernels=tuple(tables.kernels), streams=tuple(tables.streams), collectives=tuple(tables.collectives))
 

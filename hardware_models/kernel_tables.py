@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
 from types import MappingProxyType
 
 from hardware_models.bandwidth_ramp import LaunchMode
+from hardware_models.csv_table import Cells, format_of, required_format, rows_of
 from hardware_models.errors import InputError
 from hardware_models.kernel import Kernel
 from hardware_models.units import DTYPE_BYTES, GB, TFLOP, US_PER_S
@@ -101,29 +99,13 @@ def read_streams(path: str | Path) -> tuple[TimedStream, ...]:
         InputError: no such file, the columns are those of no known table, or a value breaks a rule; names file, line and column.
     """
     path = Path(path)
-    reader = csv.DictReader(_text(path).splitlines())
-    columns = set(reader.fieldnames or ())
-    read = next((read for needed, read in _STREAM_FORMATS if needed <= columns), None)
-    if read is None:
-        raise _unknown_header(path, columns, [needed for needed, _ in _STREAM_FORMATS])
-    return tuple(timed for values in reader for timed in read(_Cells(path=path, line=reader.line_num, values=values)))
+    read = required_format(path, _STREAM_FORMATS)
+    return tuple(timed for cells in _rows(path) for timed in read(cells))
 
 
 def is_stream_table(path: str | Path) -> bool:
     """Whether `read_streams` knows the file's header."""
-    columns = _header(Path(path))
-    return any(needed <= columns for needed, _ in _STREAM_FORMATS)
-
-
-def _unknown_header(path: Path, columns: AbstractSet[str], known: Sequence[AbstractSet[str]]) -> InputError:
-    return InputError(
-        source=str(path), key="header", value=sorted(columns), rule="the columns hold one of: " + "; ".join(", ".join(sorted(needed)) for needed in known),
-        remedy="name the columns so",
-    )  # fmt: skip
-
-
-def _header(path: Path) -> AbstractSet[str]:
-    return set(next(csv.reader(_text(path).splitlines()), []))
+    return format_of(Path(path), _STREAM_FORMATS) is not None
 
 
 def read_kernels(path: str | Path) -> tuple[TimedKernel, ...]:
@@ -133,21 +115,8 @@ def read_kernels(path: str | Path) -> tuple[TimedKernel, ...]:
         InputError: no such file, the columns are those of no known table, or a value breaks a rule; names file, line and column.
     """
     path = Path(path)
-    reader = csv.DictReader(_text(path).splitlines())
-    columns = set(reader.fieldnames or ())
-    read = next((read for needed, read in _FORMATS if needed <= columns), None)
-    if read is None:
-        raise _unknown_header(path, columns, [needed for needed, _ in _FORMATS])
-    try:
-        return tuple(read(_Cells(path=path, line=reader.line_num, values=values)) for values in reader)
-    except csv.Error as problem:
-        raise InputError(
-            source=str(path),
-            key=f"line {reader.line_num}",
-            value=None,
-            rule=f"a CSV file: {problem}",
-            remedy="close the quotes",
-        ) from problem
+    read = required_format(path, _FORMATS)
+    return tuple(read(cells) for cells in _rows(path))
 
 
 def is_kernel_table(path: str | Path) -> bool:
@@ -156,50 +125,22 @@ def is_kernel_table(path: str | Path) -> bool:
     Raises:
         InputError: no such file.
     """
-    columns = _header(Path(path))
-    return any(needed <= columns for needed, _ in _FORMATS)
+    return format_of(Path(path), _FORMATS) is not None
 
 
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as problem:
-        raise InputError(source=str(path), key="", value=None, rule="no such file", remedy="correct the path") from problem
-    except (UnicodeDecodeError, IsADirectoryError) as problem:
-        raise InputError(
-            source=str(path), key="", value=None, rule=f"a CSV file: {problem}", remedy="name the table"
-        ) from problem
+def _rows(path: Path) -> Iterator[_Cells]:
+    return (_Cells(path=cells.path, line=cells.line, values=cells.values) for cells in rows_of(path))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Cells:
-    """One row with its place, so that a bad value can be named."""
-
-    path: Path
-    line: int
-    values: Mapping[str, str]
-
-    def text(self, column: str) -> str:
-        value = (self.values.get(column) or "").strip()
-        if not value:
-            raise self.error(column, value, "a value is required")
-        return value
+class _Cells(Cells):
+    """A row of kernels."""
 
     def count(self, column: str) -> int:
         value = self.number(column)
         if value != int(value):
             raise self.error(column, value, "a whole number")
         return int(value)
-
-    def number(self, column: str) -> float:
-        text = self.text(column)
-        try:
-            value = float(text)
-        except ValueError as problem:
-            raise self.error(column, text, "a number") from problem
-        if not (isfinite(value) and value > 0):
-            raise self.error(column, text, "a positive, finite number")
-        return value
 
     def dtype(self, column: str) -> str:
         text = self.text(column)
@@ -223,16 +164,6 @@ class _Cells:
             op=op,
             source=self.values.get("source", ""),
             line=self.line,
-        )
-
-    def error(self, column: str, value: object, rule: str) -> InputError:
-        """What is wrong with a cell."""
-        return InputError(
-            source=str(self.path),
-            key=f"line {self.line}, {column}",
-            value=value,
-            rule=rule,
-            remedy="correct the row or remove it",
         )
 
 

@@ -80,7 +80,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=COLLECTIVES_FOLDER)
     parser.add_argument("--transfer", action="store_true", help="also report the error on devices left out")
     options = parser.parse_args(arguments)
-    rows = [row for path in sorted(options.measurements.glob("*.csv")) if _is_table(path) for row in read_collectives(path)]
+    rows = [
+        row
+        for path in sorted(options.measurements.glob("*.csv"))
+        if is_collective_table(path)
+        for row in read_collectives(path)
+    ]
     held_out = cross_validate(rows)
     errors: dict[str, list[float]] = defaultdict(list)
     for _, curve, error in held_out:
@@ -90,11 +95,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_stack(options.out / f"{stack.name}.toml", stack)
     if options.transfer:
         sys.stdout.write(_transfer_report(rows))
-
-
-def _is_table(path: Path) -> bool:
-    with path.open(encoding="utf-8") as file:
-        return is_collective_table(tuple(file.readline().strip().split(",")))
 
 
 if __name__ == "__main__":

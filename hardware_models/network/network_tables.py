@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from hardware_models.errors import InputError, UnknownNameError
+from hardware_models.csv_table import Cells, format_of, required_format, rows_of
+from hardware_models.errors import UnknownNameError
 from hardware_models.network.collective_algorithms import bus_factor, canonical
 from hardware_models.units import GB, MIB, US_PER_S
 
@@ -83,33 +83,18 @@ def unread_rows(path: str | Path) -> tuple[UnreadRow, ...]:
     return unread
 
 
-def is_collective_table(columns: tuple[str, ...]) -> bool:
-    """Whether `read_collectives` knows a header."""
-    return any(needed <= set(columns) for needed, _ in _FORMATS)
+def is_collective_table(path: str | Path) -> bool:
+    """Whether `read_collectives` knows a file's columns."""
+    return format_of(Path(path), _FORMATS) is not None
 
 
 def _read(path: Path) -> tuple[tuple[TimedCollective, ...], tuple[UnreadRow, ...]]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError as problem:
-        raise InputError(source=str(path), key="", value=None, rule="no such file", remedy="correct the path") from problem
-    reader = csv.DictReader(text.splitlines())
-    columns = set(reader.fieldnames or ())
-    chosen = next((read for needed, read in _FORMATS if needed <= columns), None)
-    if chosen is None:
-        known = "; ".join(", ".join(sorted(needed)) for needed, _ in _FORMATS)
-        raise InputError(
-            source=str(path),
-            key="header",
-            value=sorted(columns),
-            rule=f"the columns hold one of: {known}",
-            remedy="name the columns so",
-        )
+    chosen = required_format(path, _FORMATS)
     rows: list[TimedCollective] = []
     unread: list[UnreadRow] = []
     previous = ""
-    for values in reader:
-        cells = _Cells(path=path, line=reader.line_num, values=values, previous=previous)
+    for row in rows_of(path):
+        cells = _Cells(path=path, line=row.line, values=row.values, previous=previous)
         found = chosen(cells)
         previous = cells.platform
         (rows if isinstance(found, TimedCollective) else unread).append(found)  # type: ignore[arg-type]
@@ -117,38 +102,18 @@ def _read(path: Path) -> tuple[tuple[TimedCollective, ...], tuple[UnreadRow, ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Cells:
-    """One row with its place, so that a bad value can be named."""
+class _Cells(Cells):
+    """A row of collectives."""
 
-    path: Path
-    line: int
-    values: Row
     previous: str
-
-    def text(self, column: str) -> str:
-        value = self.values.get(column)
-        if value is None or not value.strip():
-            raise self.error(column, value, "a value is required")
-        return value.strip()
-
-    def number(self, column: str) -> float:
-        value = self.text(column)
-        try:
-            number = float(value)
-        except ValueError as problem:
-            raise self.error(column, value, "a number is required") from problem
-        if not 0 < number < float("inf"):
-            raise self.error(column, value, "the number is finite and above 0")
-        return number
+    """Platform of the row before."""
 
     def count(self, column: str) -> int:
+        """The whole number that a cell begins with (``1 (NVL domain)``)."""
         match = re.match(r"\d+", self.text(column))
         if match is None or int(match.group()) < 1:
             raise self.error(column, self.values.get(column), "a whole number above 0 is required")
         return int(match.group())
-
-    def has(self, column: str) -> bool:
-        return bool((self.values.get(column) or "").strip())
 
     def collective(self) -> str:
         try:
@@ -161,9 +126,6 @@ class _Cells:
         """The platform; ``same`` means that of the row before."""
         name = (self.values.get("platform") or "").strip()
         return self.previous if name == "same" else name
-
-    def error(self, column: str, value: object, rule: str) -> InputError:
-        return InputError(source=f"{self.path}:{self.line}", key=column, value=value, rule=rule, remedy="correct the cell")
 
     def row(self, *, device: str, stack: str, ranks_per_node: int | None = None, **changes: object) -> TimedCollective:
         ranks, nodes = self.count("n_gpus"), self.count("n_nodes")

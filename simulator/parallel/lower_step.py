@@ -158,7 +158,7 @@ class _Step:
         chunks = self.parts.sync[action.stage].chunks if in_buckets else 1
         pieces = [*pieces[:-1], *[(pieces[-1][0], pieces[-1][1] / chunks)] * chunks]
         rise, net = round(cost.rise_bytes * share), round(cost.net_bytes * share)
-        kept = round(-net * self.parts.weight_share) if action.kind == "B" else 0
+        kept = self._kept_for_weights(cost, share) if action.kind == "B" else 0
         start: tuple[Change, ...] = ((0.0, rise, MemoryClass.TRANSIENT),)
         indices: list[int] = []
         for place, (kind, seconds) in enumerate(pieces):
@@ -179,8 +179,12 @@ class _Step:
             )
         return indices
 
+    def _kept_for_weights(self, backward: PassCost, share: float) -> int:
+        """Bytes that the input's gradient leaves for the weights' one."""
+        return round(-round(backward.net_bytes * share) * self.parts.weight_share)
+
     def _weights(self, rank: int, action: Action, cost: StageCost, share: float) -> None:
-        freed = -round(round(-round(cost.backward.net_bytes * share) * self.parts.weight_share))
+        freed = -self._kept_for_weights(cost.backward, share)
         seconds = cost.weight_s * share
         index = self.writer.issue(
             Kind.BACKWARD, rank, Stream.COMPUTE, seconds, after=self.previous[rank], micro_batch=action.micro_batch, stage=action.stage, label="W",
@@ -211,16 +215,7 @@ class _Step:
         for name, stream in _STREAM_OF_AXIS.items():
             seconds = getattr(exposed, name) * share
             if seconds > 0.0:
-                before = self.writer.issue(
-                    Kind.TRANSFER,
-                    rank,
-                    stream,
-                    seconds,
-                    after=(before,),
-                    micro_batch=action.micro_batch,
-                    stage=action.stage,
-                    label=name[:2],
-                )
+                before = self._collective(rank, action, seconds, stream=stream, after=(before,), label=name[:2])
         return (before,)
 
     def _gather(self, rank: int, action: Action) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -239,17 +234,12 @@ class _Step:
         first = self._collective(rank, action, first_s, after=after, label="gather")
         return (first,), (self._collective(rank, action, rest_s, after=(first,), label="gather"),)
 
-    def _collective(self, rank: int, action: Action, seconds: float, *, after: tuple[int, ...], label: str) -> int:
-        """Issues a collective of data parallelism."""
+    def _collective(
+        self, rank: int, action: Action, seconds: float, *, after: tuple[int, ...], label: str, stream: Stream = Stream.DP
+    ) -> int:  # fmt: skip
+        """Issues a collective."""
         return self.writer.issue(
-            Kind.TRANSFER,
-            rank,
-            Stream.DP,
-            seconds,
-            after=after,
-            micro_batch=action.micro_batch,
-            stage=action.stage,
-            label=label,
+            Kind.TRANSFER, rank, stream, seconds, after=after, micro_batch=action.micro_batch, stage=action.stage, label=label
         )
 
     def _is_last(self, rank: int, action: Action) -> bool:

@@ -106,12 +106,12 @@ def test_bandwidths_without_a_size_are_read_where_the_size_is_known(tmp_path: Pa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"size": "many"}, r"a\.csv:2: bytes = 'many': a number is required"),
-        ({"size": ""}, r"a\.csv:2: bytes = '': a value is required"),
-        ({"time": -1}, r"a\.csv:2: time_us = '-1': the number is finite and above 0"),
-        ({"time": "nan"}, r"a\.csv:2: time_us = 'nan': the number is finite and above 0"),
-        ({"n": "few"}, r"a\.csv:2: n_gpus = 'few': a whole number above 0"),
-        ({"collective": "gossip"}, r"a\.csv:2: collective = 'gossip': unknown name; known are all_reduce"),
+        ({"size": "many"}, r"a\.csv: line 2, bytes = 'many': a number"),
+        ({"size": ""}, r"a\.csv: line 2, bytes = '': a value is required"),
+        ({"time": -1}, r"a\.csv: line 2, time_us = '-1': a positive, finite number"),
+        ({"time": "nan"}, r"a\.csv: line 2, time_us = 'nan': a positive, finite number"),
+        ({"n": "few"}, r"a\.csv: line 2, n_gpus = 'few': a whole number above 0"),
+        ({"collective": "gossip"}, r"a\.csv: line 2, collective = 'gossip': unknown name; known are all_reduce"),
     ],
 )
 def test_bad_cells_are_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from hardware_models.errors import InputError
 from simulator.tracing.capture import build_fake, capture, loss_of
@@ -81,10 +81,10 @@ def x() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def odd_operator() -> Any:
-    library = torch.library.Library("schedlab_test", "DEF")
-    library.define("odd(Tensor x) -> Tensor")
-    library.impl("odd", lambda x: x * 2, "CPU")
-    return library
+    operators = library.Library("schedlab_test", "DEF")
+    operators.define("odd(Tensor x) -> Tensor")
+    operators.impl("odd", lambda x: x * 2, "CPU")
+    return operators
 
 
 @pytest.mark.parametrize(
