@@ -14,10 +14,8 @@ from hardware_models.calibration import calibrate as run_calibration
 from hardware_models.catalogue import list_hardware, load_hardware, this_profile_path
 from hardware_models.errors import InputError
 from hardware_models.files import whole_file
-from hardware_models.network.cluster import Cluster
-from hardware_models.network.cluster_file import list_clusters, load_cluster
+from hardware_models.network.cluster_file import find_cluster, list_clusters, load_cluster
 from hardware_models.profile import DeviceProfile
-from hardware_models.profile_file import DEVICE_FILE
 from hardware_models.units import format_bytes, parse_bytes
 from search.plan_search import ALLOWABLE, OBJECTIVES, SearchRequest, SearchResult
 from search.plan_search import search as run_search
@@ -173,7 +171,7 @@ def simulate(
     """Predicts the step time and the memory of a plan."""
     plan = read_plan(plan_path) if plan_path else Plan()
     folder = plan_path.parent if plan_path else None
-    cluster = cluster_named(hardware_name)
+    cluster = find_cluster(hardware_name)
     if cluster is not None:
         device = load_hardware(cluster.device)
         source = model_source(model_name, device=device, seq_len=seq_len).with_plan_batch(plan)
@@ -189,12 +187,6 @@ def simulate(
         simulation, trace_path=trace_path, plot_path=plot_path, name=model_name, budget_bytes=plan.memory.budget_bytes
     )
     return simulation.to_json() | {"_table": simulation_table(simulation)}
-
-
-def cluster_named(name: str) -> Cluster | None:
-    """The cluster of a catalogue name, ``1x:DEVICE`` or a TOML file that has nodes; None where the name is a device's."""
-    is_file = name.endswith(".toml") and Path(name).name != DEVICE_FILE and Path(name).is_file()
-    return load_cluster(name) if name in list_clusters() or name.startswith("1x:") or is_file else None
 
 
 def simulate_plan(

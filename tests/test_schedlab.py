@@ -121,6 +121,7 @@ def test_replay_gives_the_keys_of_the_design(tmp_path: Path) -> None:
     [
         (("simulate", "--model", "gtp2", "--hardware", GPU), ("--model", "'gtp2'", "known are", "gpt2", "package.module:function")),
         (("simulate", "--model", "gpt2", "--hardware", "h100"), ("--hardware", "'h100'", "known are", GPU)),
+        (("simulate", "--model", "gpt2", "--hardware", "selenee"), ("--hardware", "'selenee'", GPU, "hgx-h200", "did you mean 'selene'?")),
         (("trace", "tests.command_line_models:nothing"), ("cannot be imported", "nothing")),
         (("search", "--model", MODEL, "--hardware", GPU, "--memory-budget", "12 parsecs"), ("--memory-budget", "12 parsecs", "40GiB")),
         (("search", "--model", MODEL, "--hardware", GPU, "--allow", "fp9"), ("--allow", "fp9", "split-batch")),

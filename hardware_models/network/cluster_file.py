@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,6 +15,7 @@ from hardware_models.errors import InputError, UnknownNameError
 from hardware_models.network.cluster import Cluster, Fabric, Host, Network, Topology
 from hardware_models.network.links import find_link
 from hardware_models.profile import DeviceProfile
+from hardware_models.profile_file import DEVICE_FILE
 from hardware_models.toml_file import Count, MemoryBytes, Name, Section, SourcedSection, read_section
 
 CLUSTERS = Path(__file__).parents[1] / "data" / "clusters"
@@ -65,6 +67,30 @@ class _ClusterFile(SourcedSection):
 def list_clusters() -> tuple[str, ...]:
     """Names that the catalogue holds, sorted."""
     return tuple(sorted(path.stem for path in CLUSTERS.glob("*.toml")))
+
+
+def find_cluster(name: str) -> Cluster | None:
+    """The cluster of a name that may also be a device's: None where it is one (of the catalogue, ``this``, or a profile's path).
+
+    Raises:
+        UnknownNameError: neither; lists both kinds.
+        InputError: the cluster's file breaks a rule.
+    """
+    path = Path(name)
+    if (
+        name in list_clusters()
+        or name.startswith(SINGLE)
+        or (path.suffix == ".toml" and path.name != DEVICE_FILE and path.is_file())
+    ):
+        return load_cluster(name)
+    known = (*catalogue_names(), THIS, *list_clusters())
+    if name in known or path.exists():
+        return None
+    meant = get_close_matches(name, known, n=1)
+    raise UnknownNameError(
+        source="--hardware", key="name", value=name, known=known,
+        remedy=(f"did you mean {meant[0]!r}? " if meant else "") + "Or give a profile's folder ('schedlab calibrate --device cuda --out DIR') or a cluster's file",
+    )  # fmt: skip
 
 
 def load_cluster(name_or_path: str | Path) -> Cluster:
