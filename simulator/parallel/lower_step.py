@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.parallel.communication import Exposed, StageCommunication
+from simulator.parallel.gradient_sync import GradientSync
 from simulator.parallel.offload import Offload
 from simulator.parallel.offload_step import HostTraffic, StagedPass
 from simulator.parallel.stages import PassCost, StageCost
@@ -17,28 +18,6 @@ from simulator.pipeline.action import Action, Order
 from simulator.program import Kind, MemoryClass, Program, Stream
 
 _STREAM_OF_AXIS = {"tp_s": Stream.TP, "cp_s": Stream.CP, "ep_s": Stream.EP}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GradientSync:
-    """What data parallelism does for one stage on one rank."""
-
-    chunks: int
-    """Buckets that the last micro-batch's backward pass is cut into; 1: the gradients go when it is over."""
-    reduce_s: float
-    """All-reduce or reduce-scatter of the stage's gradients."""
-    gather_s: float
-    """All-gather of updated parameters (ZeRO 1 and 2)."""
-    gather_overlaps: bool = False
-    """They are gathered behind the first passes of the next step, which a step in a row of them finds at its start; else the step ends with it."""
-    reduce_overlaps: bool = True
-    """Gradients go when their stage's last backward pass has made them; else when the rank's last pass is over."""
-    first_gather_s: float = 0.0
-    """ZeRO 3: the first block's parameters, which a pass waits for."""
-    rest_gather_s: float = 0.0
-    """ZeRO 3: the other blocks', gathered while the pass computes."""
-    every_micro_batch: bool = False
-    """ZeRO 3: gradients are scattered after each backward pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

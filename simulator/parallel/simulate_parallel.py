@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hardware_models.kernel import Kernel
 from hardware_models.network.cluster import Cluster
-from hardware_models.network.collectives import collective_seconds
-from hardware_models.network.overlap import OverlapFactors, overlap_factors
 from hardware_models.pricing import Price, price, price_together
 from hardware_models.profile import DeviceProfile
 from hardware_models.units import DTYPE_BYTES
@@ -20,19 +16,23 @@ from simulator.exposed_time import exposed_times
 from simulator.lower import PassPrices
 from simulator.parallel.communication import Behind, Communication
 from simulator.parallel.fused_kernels import column_products
-from simulator.parallel.lower_step import GradientSync, StepParts, lower_step
-from simulator.parallel.memory import GRADIENT_BYTES, MASTER_BYTES, STATE_BYTES, static_memory
+from simulator.parallel.gradient_sync import GradientSync, gradient_sync, tied_seconds
+from simulator.parallel.interference import overlap_of, slowdown_of
+from simulator.parallel.lower_step import StepParts, lower_step
+from simulator.parallel.memory import static_memory
 from simulator.parallel.mesh import Mesh, mesh_of
+from simulator.parallel.messages import message_link, waits_for_messages
 from simulator.parallel.offload import Offload
 from simulator.parallel.offload_memory import host_peaks, node_peak
 from simulator.parallel.offload_plan import offload_of, weights_away
-from simulator.parallel.recompute import FUSED_ACCUMULATION, MEGATRON, fit_framework, stage_operations
+from simulator.parallel.optimizer_step import optimizer_seconds
+from simulator.parallel.recompute import FUSED_ACCUMULATION, fit_framework, stage_operations
 from simulator.parallel.stages import ChunkCost, Stage, StageCost, chunk_costs, stage_cost, stages_of
 from simulator.pipeline.action import Order
 from simulator.plan import Plan
 from simulator.precision import PRODUCTS_IN, STORED_AS, price_in
 from simulator.presets import TransformerConfig, build_workload
-from simulator.program import Program, Stream, no_slowdown
+from simulator.program import Program
 from simulator.run_record import RunRecord, outcome_of
 from simulator.simulate import ENGINES, INTERVAL_Z
 from simulator.timeline import MemoryProfile, Timeline
@@ -40,16 +40,8 @@ from simulator.workload import Workload
 
 WEIGHT_SHARE = 0.5
 """Part of the activations that only weight gradients need: as the Zero Bubble paper takes it for its memory limits (arXiv 2401.10241, section 2)."""
-BUCKET_BYTES = 40_000_000 * 4
-"""Gradients of a bucket unless the plan says: Megatron-core's 40 million elements, in float32."""
-MOST_CHUNKS = 16
 STAGING_CHUNKS = 8
 """Most chunks of a pass beside which offloaded bytes travel: more change little and cost events."""
-_BLOCKING = MEGATRON
-"""Frameworks whose ranks wait for their messages in orders of one chunk."""
-_ALWAYS_BLOCKING = ("megatron-lm@2021",)
-"""Those that also do so in interleaved orders; Megatron-core overlaps there (``overlap_p2p_comm``, on unless switched off)."""
-_TINY_BYTES = 8.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +174,7 @@ class _Assembly:
         tokens = (self.plan.batch.micro_batch or 1) * self.seq_len // self.plan.parallel.cp
         products = {block.name: column_products(block, self.config.hidden, tokens) for block in self.workload.blocks}
         seconds = {name: float(price(kernels, self.device).sum()) for name, kernels in products.items() if kernels}
-        return Behind(product_s=seconds, factors=self._overlap())
+        return Behind(product_s=seconds, factors=overlap_of(self.device, self.cluster))
 
     def _workload(self, *, tp: int, cp: int, ep: int) -> Workload:
         return build_workload(
@@ -198,12 +190,14 @@ class _Assembly:
             self.communication.stage(stage, recomputed=cost.recomputed, attention_s=attention_s)
             for stage, cost in zip(self.stages, costs, strict=True)
         ]
-        limit, latency_s = self._message()
+        limit, latency_s = message_link(self.mesh)
+        tied = 0 if self._ends_together else self.stages[0].shared_elements
         return StepParts(
             order=self.order, costs=costs, communication=messages, sync=[self._sync(stage) for stage in self.stages],
-            optimizer_s=[self._optimizer_s(rank) for rank in range(self.order.num_ranks)], tied_s=self._tied_s(), message_limit_bytes_per_s=limit,
+            optimizer_s=[optimizer_seconds(self.plan, self.device, elements=self._elements(rank), dtype=self.dtype) for rank in range(self.order.num_ranks)],
+            tied_s=tied_seconds(self.plan, self.mesh, tied), message_limit_bytes_per_s=limit,
             message_latency_s=latency_s, link_bytes_per_s=[limit] * (2 * self.order.num_ranks), weight_share=WEIGHT_SHARE,
-            waits_for_messages=self._waits_for_messages(), offload=self._offload(),
+            waits_for_messages=waits_for_messages(self.plan), offload=self._offload(),
         )  # fmt: skip
 
     def _offload(self) -> Offload | None:
@@ -212,7 +206,7 @@ class _Assembly:
 
     def simulate(self, engine: str) -> ParallelSimulation:
         parts = self.parts()
-        program = lower_step(parts, self._resident(), self._slowdown())
+        program = lower_step(parts, self._resident(), slowdown_of(overlap_of(self.device, self.cluster)))
         host_bytes = parts.offload.resident_bytes if parts.offload else ()
         return self._result(program, ENGINES[engine](program), parts.costs, host_bytes)
 
@@ -243,59 +237,11 @@ class _Assembly:
         kernels = [kernel for kernel in block.discard.kernels if kernel.kernel_class == "attention"] if block else []
         return float(price(kernels, self.device).sum()) if kernels else 0.0
 
-    def _message(self) -> tuple[float, float]:
-        """Bytes/s and latency of messages between neighbouring pipeline ranks."""
-        group = self.mesh.neighbours("pp")
-        domains, _ = group.domains(self.cluster)
-        rate = self.cluster.fabric.wire_bytes_per_s(2) if domains == 1 else group.network_bytes_per_s(self.cluster)
-        return rate, collective_seconds("send_recv", _TINY_BYTES, group, self.cluster) if self.plan.parallel.pp > 1 else 0.0
-
-    def _waits_for_messages(self) -> bool:
-        framework, chunks = self.plan.runtime.framework, self.plan.parallel.virtual_stages
-        return framework in _ALWAYS_BLOCKING or (framework in _BLOCKING and chunks == 1)
-
     def _sync(self, stage: Stage) -> GradientSync:
-        """What data parallelism does for a stage. Gradients of experts, on fewer replicas, are counted with the dense ones' group.
-
-        Not modelled: that the two ranks of a stage, in orders of two directions, wait for each other.
-        """
-        plan, holders = self.plan, self.order.ranks_of_stage[stage.index]
-        distance = holders[-1] - holders[0]
-        alone = plan.parallel.dp * plan.parallel.cp == 1 and not distance
-        if alone and not plan.memory.optimizer_offload:
-            return GradientSync(chunks=1, reduce_s=0.0, gather_s=0.0)
-        grads = (
-            GRADIENT_BYTES[plan.precision.grads]
-            if plan.precision.comm == "same"
-            else DTYPE_BYTES[STORED_AS.get(plan.precision.comm, "int8")]
-        )
-        elements = self._stage_elements(stage)
-        reduce_bytes, gather_bytes = elements * grads, elements * DTYPE_BYTES[self.dtype]
-        bucket = plan.runtime.bucket_bytes or BUCKET_BYTES
-        chunks = max(1, min(MOST_CHUNKS, round(reduce_bytes / bucket))) if plan.runtime.overlap_grad_reduce else 1
-        if alone:
-            return GradientSync(chunks=chunks, reduce_s=0.0, gather_s=0.0)
-        seconds = partial(self.communication.gradient_seconds, distance=distance)
-        overlaps, ahead = plan.runtime.overlap_grad_reduce, plan.runtime.overlap_param_gather
-        if plan.memory.zero_stage == 0:
-            reduce_s = chunks * seconds("all_reduce", reduce_bytes / chunks)
-            return GradientSync(chunks=chunks, reduce_s=reduce_s, gather_s=0.0, reduce_overlaps=overlaps)
-        reduce_s = chunks * seconds("reduce_scatter", reduce_bytes / chunks)
-        if plan.memory.zero_stage < 3:  # noqa: PLR2004 - ZeRO's third stage
-            gather_s = seconds("all_gather", gather_bytes)
-            return GradientSync(
-                chunks=chunks, reduce_s=reduce_s, gather_s=gather_s, gather_overlaps=ahead, reduce_overlaps=overlaps
-            )
-        blocks = max(1, len(stage.blocks))
-        one_s = seconds("all_gather", gather_bytes / blocks)
-        return GradientSync(
-            chunks=chunks,
-            reduce_s=reduce_s,
-            gather_s=0.0,
-            first_gather_s=one_s,
-            rest_gather_s=(blocks - 1) * one_s,
-            every_micro_batch=True,
-        )
+        holders = self.order.ranks_of_stage[stage.index]
+        return gradient_sync(
+            self.plan, self.communication, elements=self._stage_elements(stage), num_blocks=len(stage.blocks), distance=holders[-1] - holders[0], dtype=self.dtype
+        )  # fmt: skip
 
     def _elements(self, rank: int) -> float:
         return float(sum(self._stage_elements(self.stages[stage]) for stage in self.order.stages_of_rank[rank]))
@@ -310,35 +256,6 @@ class _Assembly:
         """Parameters of a stage; a tied table counts with the first stage only where the last one is on the same rank."""
         again = self._ends_together and stage.index == len(self.stages) - 1 > 0
         return stage.parameter_elements - (stage.shared_elements if again else 0)
-
-    def _optimizer_s(self, rank: int) -> float:
-        """One fused step over the rank's shard: gradient, master copy and moments read, master copy, moments and parameter written.
-
-        Megatron also takes the gradients' norm, copies master to parameter in a pass of its own, zeroes the gradient buffers and, in fp16, takes the loss scale out.
-        """
-        plan, width, grads = self.plan, DTYPE_BYTES[self.dtype], GRADIENT_BYTES[self.plan.precision.grads]
-        shards = plan.parallel.dp * plan.parallel.cp if plan.memory.zero_stage else 1
-        whole = max(1, round(self._elements(rank)))
-        elements = max(1, round(whole // shards * (1.0 - float(plan.memory.optimizer_offload))))
-        kept = max(width, MASTER_BYTES) + STATE_BYTES[plan.precision.optimizer]
-        read_bytes, written_bytes = elements * (grads + kept), elements * (kept + (width if width < MASTER_BYTES else 0))
-        if plan.runtime.framework in MEGATRON:
-            scaled = grads if plan.precision.compute == "fp16" else 0
-            read_bytes += elements * (grads + MASTER_BYTES + scaled)
-            written_bytes += elements * scaled + whole * grads
-        kernel = Kernel(
-            kernel_class="optimizer", op="adamw", shape=(elements,), dtype="float32", flops=0, read_bytes=read_bytes, written_bytes=written_bytes
-        )  # fmt: skip
-        return float(price([kernel], self.device)[0])
-
-    def _tied_s(self) -> float:
-        """All-reduce of the tied table's gradient between the first and the last pipeline rank."""
-        elements = self.stages[0].shared_elements
-        if elements == 0 or self._ends_together:
-            return 0.0
-        return collective_seconds(
-            "all_reduce", float(elements * GRADIENT_BYTES[self.plan.precision.grads]), self.mesh.neighbours("pp"), self.cluster
-        )
 
     def _resident(self) -> list[tuple[int, ...]]:
         plan, resident = self.plan, []
@@ -361,25 +278,6 @@ class _Assembly:
             )
             resident.append(memory.by_class(batch + (self.workload.buffer_bytes if 0 in ends else 0)))
         return resident
-
-    def _slowdown(self) -> NDArray[np.float64]:
-        """Compute beside collectives of data parallelism and messages, and the reverse."""
-        factors, slowdown = self._overlap(), no_slowdown()
-        slowdown[Stream.COMPUTE, Stream.DP] = factors.compute_under_collectives
-        slowdown[Stream.DP, Stream.COMPUTE] = factors.collectives_under_compute
-        for stream in (Stream.H2D, Stream.D2H, Stream.SEND):
-            slowdown[Stream.COMPUTE, stream] = factors.compute_under_copies
-        return slowdown
-
-    def _overlap(self) -> OverlapFactors:
-        fabric = self.cluster.fabric
-        generation = (
-            int(self.device.peer_link.removeprefix("nvlink")) if self.device.peer_link.removeprefix("nvlink").isdigit() else 0
-        )
-        return overlap_factors(
-            nvlink_generation=generation, num_multiprocessors=self.device.num_multiprocessors, memory_bytes_per_s=self.device.memory_bandwidth_bytes_per_s,
-            wire_bytes_per_s=fabric.wire_bytes_per_s(2), copy_bytes_per_s=fabric.host_link.achieved_bytes_per_s.value,
-        )  # fmt: skip
 
 
 def _kernels(*runs: object) -> list[Kernel]:

@@ -8,7 +8,8 @@ from hashlib import sha256
 
 import numpy as np
 
-from simulator.parallel.lower_step import GradientSync, StepParts, lower_step
+from simulator.parallel.gradient_sync import GradientSync
+from simulator.parallel.lower_step import StepParts, lower_step
 from simulator.parallel.offload import HostPath, HostUpdate, Offload
 from simulator.parallel.simulate_parallel import ParallelSimulation
 from simulator.parallel.stages import ChunkCost, PassCost, StageCost

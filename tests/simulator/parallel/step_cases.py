@@ -10,7 +10,8 @@ from hardware_models.network.cluster import Cluster
 from hardware_models.network.cluster_file import load_cluster
 from simulator import engine_compiled
 from simulator.parallel.communication import Exposed, StageCommunication
-from simulator.parallel.lower_step import GradientSync, StepParts, lower_step
+from simulator.parallel.gradient_sync import GradientSync
+from simulator.parallel.lower_step import StepParts, lower_step
 from simulator.parallel.orders import order_of
 from simulator.parallel.simulate_parallel import ParallelSimulation, simulate_parallel
 from simulator.parallel.stages import PassCost, StageCost

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from simulator.parallel.communication import Exposed, StageCommunication
-from simulator.parallel.lower_step import GradientSync
+from simulator.parallel.gradient_sync import GradientSync
 from simulator.pipeline.action import Order
 from simulator.pipeline.one_way import gpipe, interleaved, looped_bfs, one_f_one_b
 from simulator.pipeline.zero_bubble import zb_h1

@@ -14,7 +14,8 @@ from hardware_models.pricing import price
 from simulator import engine_compiled, engine_simpy
 from simulator.exposed_time import exposed_times
 from simulator.lower import PassPrices
-from simulator.parallel.lower_step import GradientSync, lower_step
+from simulator.parallel.gradient_sync import GradientSync
+from simulator.parallel.lower_step import lower_step
 from simulator.parallel.offload import host_path, staged_bytes
 from simulator.parallel.offload_memory import host_peaks, node_peak
 from simulator.parallel.offload_step import BACK, OUT

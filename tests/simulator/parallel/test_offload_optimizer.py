@@ -11,7 +11,7 @@ import pytest
 from hardware_models.errors import InputError
 from simulator import engine_compiled, engine_simpy
 from simulator.exposed_time import exposed_times
-from simulator.parallel.lower_step import GradientSync
+from simulator.parallel.gradient_sync import GradientSync
 from simulator.parallel.offload import HostUpdate
 from simulator.parallel.offload_plan import host_update
 from simulator.parallel.offload_step import DOWN, UP

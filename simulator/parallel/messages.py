@@ -1,0 +1,28 @@
+"""Messages between neighbouring pipeline ranks: their link, and which frameworks wait for them."""
+
+from __future__ import annotations
+
+from hardware_models.network.collectives import collective_seconds
+from simulator.parallel.mesh import Mesh
+from simulator.parallel.recompute import MEGATRON
+from simulator.plan import Plan
+
+_BLOCKING = MEGATRON
+"""Frameworks whose ranks wait for their messages in orders of one chunk."""
+_ALWAYS_BLOCKING = ("megatron-lm@2021",)
+"""Those that also do so in interleaved orders; Megatron-core overlaps there (``overlap_p2p_comm``, on unless switched off)."""
+_TINY_BYTES = 8.0
+
+
+def message_link(mesh: Mesh) -> tuple[float, float]:
+    """Bytes/s and latency in seconds of messages between neighbouring pipeline ranks; no latency where there is one rank."""
+    group, cluster = mesh.neighbours("pp"), mesh.cluster
+    domains, _ = group.domains(cluster)
+    rate = cluster.fabric.wire_bytes_per_s(2) if domains == 1 else group.network_bytes_per_s(cluster)
+    return rate, collective_seconds("send_recv", _TINY_BYTES, group, cluster) if mesh.degree("pp") > 1 else 0.0
+
+
+def waits_for_messages(plan: Plan) -> bool:
+    """Whether a rank computes on only when its message has arrived."""
+    framework, chunks = plan.runtime.framework, plan.parallel.virtual_stages
+    return framework in _ALWAYS_BLOCKING or (framework in _BLOCKING and chunks == 1)
