@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from simulator.pipeline.action import Order
 from simulator.pipeline.one_way import one_f_one_b
-from simulator.pipeline.sizes import check_sizes, size_error
+from simulator.pipeline.sizes import check_sizes
 
 
 def pipedream_2bw(num_ranks: int, num_microbatches: int, *, num_steps: int = 1) -> Order:
@@ -23,9 +23,6 @@ def pipedream_2bw(num_ranks: int, num_microbatches: int, *, num_steps: int = 1) 
         InputError: m < p, for which two versions would not do.
     """
     check_sizes("pipedream-2bw", num_ranks=num_ranks, num_microbatches=num_microbatches)
-    if num_microbatches < num_ranks:
-        rule = f"num_microbatches >= num_ranks must hold, but got {num_microbatches} < {num_ranks}"
-        raise size_error("pipedream-2bw", "num_microbatches", num_microbatches, rule, "accumulate over more micro-batches")
     order = one_f_one_b(num_ranks, num_microbatches * num_steps)
     return replace(order, name="pipedream-2bw", weight_versions=2)
 

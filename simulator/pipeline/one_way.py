@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from simulator.pipeline.action import Action, Order
-from simulator.pipeline.sizes import check_sizes, size_error
+from simulator.pipeline.sizes import check_sizes, round_size
 
 StagePass = tuple[int, int]
 """Stage and micro-batch."""
@@ -82,23 +82,6 @@ def looped_bfs(num_ranks: int, num_microbatches: int, *, virtual_stages: int = 2
         forwards = [(stage, batch) for stage in range(rank, num_stages, num_ranks) for batch in range(num_microbatches)]
         ranks.append(alternate(forwards, forwards[::-1], warmup=len(forwards)))
     return Order(name="looped-bfs", num_stages=num_stages, num_microbatches=num_microbatches, ranks=tuple(ranks))
-
-
-def round_size(schedule: str, num_ranks: int, num_microbatches: int) -> int:
-    """Micro-batches that go through a chunk before the next chunk is due.
-
-    Raises:
-        InputError: the rounds are not equal.
-    """
-    rounds = max(1, num_microbatches // num_ranks)
-    if num_microbatches % rounds:
-        rule = (
-            "num_microbatches % max(1, num_microbatches // num_ranks) == 0 must hold, but got "
-            f"{num_microbatches} % {rounds} = {num_microbatches % rounds}"
-        )
-        near = num_microbatches - num_microbatches % num_ranks
-        raise size_error(schedule, "num_microbatches", num_microbatches, rule, f"take {near} or {near + num_ranks}")
-    return num_microbatches // rounds
 
 
 def looped_passes(

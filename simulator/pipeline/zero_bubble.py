@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from simulator.pipeline.action import Order, actions_of
-from simulator.pipeline.one_way import alternate, looped_passes, round_size
+from simulator.pipeline.one_way import alternate, looped_passes
 from simulator.pipeline.rank_writer import RankWriter
-from simulator.pipeline.sizes import check_sizes
+from simulator.pipeline.sizes import check_sizes, round_size
 
 
 def zb_h1(num_ranks: int, num_microbatches: int, *, virtual_stages: int = 1) -> Order:
