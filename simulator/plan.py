@@ -216,10 +216,11 @@ def check_parallel(plan: Plan, *, compute: Collection[str]) -> None:
         "parallel.dp_shard": (parallel.dp_shard, (None, parallel.dp)), "memory.recompute": (memory.recompute, BLOCK_RECOMPUTES),
         "memory.block": (memory.block, ((),)),
         "precision.compute": (plan.precision.compute, tuple(compute)), "precision.comm": (plan.precision.comm, ("same", "bf16")),
-        "runtime.compile": (runtime.compile, (False,)), "runtime.cuda_graphs": (runtime.cuda_graphs, (False,)), "runtime.overlap_tp": (runtime.overlap_tp, (False,)),
+        "runtime.cuda_graphs": (runtime.cuda_graphs, (False,)), "runtime.overlap_tp": (runtime.overlap_tp, (False,)),
         "runtime.prefetch_blocks": (runtime.prefetch_blocks, (None, 1)),
         "runtime.optimizer_sync": (runtime.optimizer_sync, ("pre",)),
     }  # fmt: skip
+    _check_compiled_parallel(runtime)
     _check_offload_parallel(memory)
     _check_gradients_parallel(plan)
     for key, (value, simulated) in limits.items():
@@ -228,6 +229,13 @@ def check_parallel(plan: Plan, *, compute: Collection[str]) -> None:
             raise plan_refusal(
                 key, value, "not simulated yet on several devices", f"leave it at {shown}" if shown else "leave it out"
             )
+
+
+def _check_compiled_parallel(runtime: Runtime) -> None:
+    """Refuses compiled layers where the trainer has none."""
+    if runtime.compile and runtime.framework.startswith("megatron"):
+        rule = f"{runtime.framework} compiles no layers (it brings fused kernels of its own)"
+        raise plan_refusal("runtime.compile", runtime.compile, rule, "leave it at False, or take another runtime.framework")
 
 
 def _check_offload_parallel(memory: Memory) -> None:

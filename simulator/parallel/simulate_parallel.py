@@ -15,8 +15,10 @@ from hardware_models.units import DTYPE_BYTES
 from simulator.exposed_time import exposed_times
 from simulator.lower import PassPrices
 from simulator.parallel.communication import Behind, Communication
+from simulator.parallel.compiled_kernels import compiled_workload
 from simulator.parallel.fused_kernels import column_products
 from simulator.parallel.gradient_sync import GradientSync, gradient_sync, tied_seconds
+from simulator.parallel.host_dispatch import dispatch_of, host_seconds, with_dispatch
 from simulator.parallel.interference import overlap_of, slowdown_of
 from simulator.parallel.lower_step import StepParts, lower_step
 from simulator.parallel.memory import static_memory
@@ -152,7 +154,8 @@ class _Assembly:
         self.mesh: Mesh = mesh_of(plan, cluster)
         self.prices = PassPrices(price_in(plan.precision.compute, device))
         own = self._workload(tp=plan.parallel.tp, cp=plan.parallel.cp, ep=plan.parallel.ep)
-        self.workload: Workload = fit_framework(own, plan, config, dtype=self.dtype, seq_len=seq_len)
+        fitted = fit_framework(own, plan, config, dtype=self.dtype, seq_len=seq_len)
+        self.workload: Workload = compiled_workload(fitted) if plan.runtime.compile else fitted
         self.stages: tuple[Stage, ...] = stages_of(self.workload, plan)
         self.operations = [stage_operations(plan, stage) for stage in self.stages]
         self.chunks: tuple[tuple[ChunkCost, ...], ...] = (
@@ -184,7 +187,11 @@ class _Assembly:
 
     def parts(self) -> StepParts:
         operations = self.operations
-        costs = [stage_cost(stage, own, self.prices) for stage, own in zip(self.stages, operations, strict=True)]
+        dispatch, runtime = dispatch_of(self.device), self.plan.runtime
+        costs = [
+            with_dispatch(stage_cost(stage, own, self.prices), host_seconds(stage, own, dispatch, runtime))
+            for stage, own in zip(self.stages, operations, strict=True)
+        ]
         attention_s = self._attention_s()
         messages = [
             self.communication.stage(stage, recomputed=cost.recomputed, attention_s=attention_s)

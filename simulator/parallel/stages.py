@@ -62,6 +62,8 @@ class PassCost:
     """Most bytes above those at its start."""
     net_bytes: int
     """Bytes at its end above those at its start."""
+    host_s: float = 0.0
+    """The host's time to dispatch its kernels."""
 
     @property
     def total_s(self) -> float:
@@ -82,6 +84,8 @@ class StageCost:
     """Blocks (of the stage) that run forward again in the backward pass."""
     recomputed_flops: int
     """Of these runs, and of what options run again inside the backward pass."""
+    weight_host_s: float = 0.0
+    """Of the backward pass's dispatch, the kernels of ``weight_s``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -205,7 +205,7 @@ def test_every_schedule_runs_by_name(schedule: str) -> None:
         ({"memory": Memory(delayed_update=True)}, r"memory\.delayed_update"),
         ({"memory": Memory(recompute="optimal")}, r"memory\.recompute.*optimal"),
         ({"precision": Precision(compute="fp4")}, r"precision\.compute.*fp4"),
-        ({"runtime": Runtime(compile=True)}, r"runtime\.compile"),
+        ({"runtime": Runtime(compile=True, framework="megatron-core")}, r"runtime\.compile"),
         ({"runtime": Runtime(overlap_tp=True)}, r"runtime\.overlap_tp"),
         ({"parallel": Parallel(tp=3)}, r"parallel\.tp.*16 % 3"),
         ({"parallel": Parallel(pp=16)}, r"parallel\.pp.*pp \* virtual_stages <= layers"),

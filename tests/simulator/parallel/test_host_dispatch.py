@@ -1,0 +1,89 @@
+"""The host's time for passes, counted by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hardware_models.catalogue import load_hardware
+from hardware_models.errors import InputError
+from hardware_models.profile import DeviceProfile, HostDispatch
+from simulator.parallel.compiled_kernels import compiled_workload
+from simulator.parallel.host_dispatch import DispatchSeconds, dispatch_of, host_seconds
+from simulator.parallel.orders import order_of
+from simulator.parallel.recompute import stage_operations
+from simulator.parallel.simulate_parallel import step_parts
+from simulator.parallel.stages import Stage, stages_of
+from simulator.plan import Plan, Runtime
+from simulator.presets import build_workload
+from tests.simulator.parallel.step_cases import SEQ_LEN, cluster_of, plan_of, small_config
+
+DISPATCH = HostDispatch(
+    eager_s=1.0, autograd_backward_s=0.5, compiled_s=2.0, compiled_call_s=10.0, cuda_graph_s=0.01, evidence="measured", source="a test", date="2026-01-01"
+)  # fmt: skip
+EAGER = Runtime()
+
+
+def stage_of(plan: Plan, *, compiled: bool = False) -> Stage:
+    workload = build_workload(small_config(), micro_batch=1, seq_len=SEQ_LEN, dtype="bfloat16")
+    return stages_of(compiled_workload(workload) if compiled else workload, plan)[0]
+
+
+def seconds(plan: Plan, runtime: Runtime = EAGER) -> DispatchSeconds:
+    stage = stage_of(plan, compiled=runtime.compile)
+    return host_seconds(stage, stage_operations(plan, stage), DISPATCH, runtime)
+
+
+def counts(*, compiled: bool = False) -> tuple[int, int, int]:
+    """Kernels of all blocks: forward, backward; blocks."""
+    blocks = stage_of(plan_of(), compiled=compiled).blocks
+    forward = sum(len(block.options[0].forward.kernels) for block in blocks)
+    return forward, sum(len(block.options[0].backward_accumulate.kernels) for block in blocks), len(blocks)
+
+
+def test_each_eager_kernel_takes_the_hosts_time() -> None:
+    forward, backward, _ = counts()
+    own = seconds(plan_of())
+    assert (own.forward_s, own.backward_s) == (pytest.approx(forward), pytest.approx(0.5 * backward))
+    assert 0 < own.weight_s < own.backward_s
+
+
+def test_checkpointed_layers_are_dispatched_again_as_forward_kernels() -> None:
+    plain, again = seconds(plan_of()), seconds(plan_of(recompute="full"))
+    layers = sum(
+        len(block.options[0].forward.kernels) for block in stage_of(plan_of()).blocks if block.name in {"attention", "network"}
+    )
+    assert again.backward_s - plain.backward_s == pytest.approx(layers)
+
+
+def test_compiled_blocks_have_fewer_kernels_and_a_call_each() -> None:
+    forward, backward, blocks = counts(compiled=True)
+    own = seconds(plan_of(), Runtime(compile=True))
+    assert own.forward_s == pytest.approx(10 * blocks + 2 * forward)
+    assert own.backward_s == pytest.approx(10 * blocks + 2 * backward)
+    assert forward < counts()[0]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_graphs_cost_the_host_next_to_nothing(compiled: bool) -> None:
+    forward, backward, _ = counts(compiled=compiled)
+    own = seconds(plan_of(), Runtime(compile=compiled, cuda_graphs=True))
+    assert (own.forward_s, own.backward_s) == (pytest.approx(0.01 * forward), pytest.approx(0.01 * backward))
+
+
+def test_a_profile_without_dispatch_is_refused() -> None:
+    device: DeviceProfile = load_hardware("h100-sxm")  # type: ignore[assignment]
+    assert dispatch_of(device) is device.host_dispatch
+    with pytest.raises(InputError, match="needs the host's time per kernel"):
+        dispatch_of(replace(device, host_dispatch=None))
+
+
+def test_passes_carry_the_hosts_time() -> None:
+    plan = plan_of(pp=2)
+    cluster = cluster_of(plan)
+    device = load_hardware(cluster.device)
+    parts = step_parts(small_config(), plan, cluster, device, order_of(plan), seq_len=SEQ_LEN)
+    for cost in parts.costs:
+        assert 0 < cost.forward.host_s < cost.backward.host_s
+        assert 0 < cost.weight_host_s < cost.backward.host_s
