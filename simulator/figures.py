@@ -48,6 +48,7 @@ CLASS_COLOURS = MappingProxyType(
     {
         MemoryClass.PARAMETERS: "#0072B2", MemoryClass.GRADIENTS: "#56B4E9", MemoryClass.OPTIMIZER_STATES: "#CC79A7",
         MemoryClass.BATCH: "#999999", MemoryClass.ACTIVATIONS: "#E69F00", MemoryClass.TRANSIENT: "#F0E442",
+        MemoryClass.FRAMEWORK: "#000000",
     }
 )  # fmt: skip
 _RUN_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

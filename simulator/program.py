@@ -50,6 +50,8 @@ class MemoryClass(IntEnum):
     """Boundaries between blocks and what graphs keep for the backward pass."""
     TRANSIENT = 5
     """Bytes that the running instruction allocates and frees again."""
+    FRAMEWORK = 6
+    """Workspaces of libraries, and what the framework keeps for itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,13 +24,14 @@ class StaticMemory:
     states: float
     """Master copy and moments."""
 
-    def by_class(self, batch_bytes: int) -> tuple[int, ...]:
+    def by_class(self, batch_bytes: int, framework_bytes: int = 0) -> tuple[int, ...]:
         """In the order of `MemoryClass`."""
         sizes = [0] * len(MemoryClass)
         sizes[MemoryClass.PARAMETERS] = round(self.parameters)
         sizes[MemoryClass.GRADIENTS] = round(self.gradients)
         sizes[MemoryClass.OPTIMIZER_STATES] = round(self.states)
         sizes[MemoryClass.BATCH] = batch_bytes
+        sizes[MemoryClass.FRAMEWORK] = framework_bytes
         return tuple(sizes)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from simulator.parallel.framework import FUSED_ACCUMULATION, operators_of, with_spare_gradient
 from simulator.parallel.fused_kernels import accumulating, fuse_kernels, without
 from simulator.parallel.stages import LAYER_ENDS, Stage
 from simulator.plan import Plan
@@ -18,10 +19,9 @@ from simulator.workload import Block, BlockOption, Pass, Workload
 
 MEGATRON = ("megatron-lm@2021", "megatron-core")
 """Frameworks whose ``selective`` runs the core of attention again and nothing else."""
-FUSED_ACCUMULATION = ("megatron-core",)
-"""Frameworks whose weight-gradient products add to the gradient buffer themselves (Megatron-LM's ``gradient_accumulation_fusion``, on unless switched off)."""
 _CORE_ENDS = frozenset({"bmm", "attention"})
 """Operators that begin and end the core of attention."""
+_GRADIENTS = frozenset({"gradient", "shared_gradient"})
 _COPIES = frozenset({"clone", "repeat"})
 """Operators that lay queries, keys and values out for the core; what they copy is kept instead."""
 
@@ -74,6 +74,11 @@ def _fitted(block: Block, plan: Plan, config: TransformerConfig, *, dtype: str, 
         options = _core_attention(plan, config, dtype=dtype, seq_len=seq_len).options
     if plan.runtime.framework in FUSED_ACCUMULATION:
         options = tuple(accumulating(option, block.parameter_elements) for option in options)
+        if block.name == "head":
+            size_bytes = max(
+                (event.delta_bytes for event in options[0].backward.memory if event.buffer in _GRADIENTS), default=0
+            )
+            options = tuple(with_spare_gradient(option, size_bytes=size_bytes) for option in options)
     return fuse_kernels(replace(block, options=options))
 
 
@@ -82,6 +87,7 @@ def _core_attention(plan: Plan, config: TransformerConfig, *, dtype: str, seq_le
     setting = Setting(
         config=config, micro_batch=plan.batch.micro_batch or 1, seq_len=seq_len, dtype=dtype, tp=split.tp, cp=split.cp, ep=split.ep,
         sequence_parallel=split.sequence_parallel and split.tp > 1, flash_attention=plan.runtime.flash_attention,
+        operators=operators_of(plan),
     )  # fmt: skip
     tape = Tape()
     entering = tape.new("input", (setting.stream_tokens, config.hidden), dtype)

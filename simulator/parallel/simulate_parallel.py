@@ -16,6 +16,7 @@ from simulator.exposed_time import exposed_times
 from simulator.lower import PassPrices
 from simulator.parallel.communication import Behind, Communication
 from simulator.parallel.compiled_kernels import compiled_workload
+from simulator.parallel.framework import FUSED_ACCUMULATION, kept_bytes, operators_of
 from simulator.parallel.fused_kernels import column_products
 from simulator.parallel.gradient_sync import GradientSync, gradient_sync, tied_seconds
 from simulator.parallel.host_dispatch import dispatch_of, host_seconds, with_dispatch
@@ -28,7 +29,7 @@ from simulator.parallel.offload import Offload
 from simulator.parallel.offload_memory import host_peaks, node_peak
 from simulator.parallel.offload_plan import offload_of, weights_away
 from simulator.parallel.optimizer_step import optimizer_seconds
-from simulator.parallel.recompute import FUSED_ACCUMULATION, fit_framework, stage_operations
+from simulator.parallel.recompute import fit_framework, stage_operations
 from simulator.parallel.stages import ChunkCost, Stage, StageCost, chunk_costs, stage_cost, stages_of
 from simulator.pipeline.action import Order
 from simulator.plan import Plan
@@ -183,6 +184,7 @@ class _Assembly:
         return build_workload(
             self.config, micro_batch=self.plan.batch.micro_batch or 1, seq_len=self.seq_len, dtype=self.dtype, tp=tp, cp=cp, ep=ep,
             sequence_parallel=self.plan.parallel.sequence_parallel and tp > 1, flash_attention=self.plan.runtime.flash_attention,
+            operators=operators_of(self.plan),
         )  # fmt: skip
 
     def parts(self) -> StepParts:
@@ -283,7 +285,8 @@ class _Assembly:
                 parameters=memory.parameters
                 - copies * weights_away(plan, self.order, self.chunks, rank, width=DTYPE_BYTES[self.dtype]),
             )
-            resident.append(memory.by_class(batch + (self.workload.buffer_bytes if 0 in ends else 0)))
+            kept = kept_bytes([block for stage in stages for block in stage.blocks], plan, self.device, dtype=self.dtype)
+            resident.append(memory.by_class(batch + (self.workload.buffer_bytes if 0 in ends else 0), kept))
         return resident
 
 

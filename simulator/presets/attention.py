@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from simulator.presets.fused import rotate_in_one
 from simulator.presets.halves import gathered, norm, project, reduced, residual
 from simulator.presets.pointwise import add_constant_tensor, cast, clone, dropout, gradient_copy, rotate, scale, softmax, split
 from simulator.presets.products import AttentionShape, batched_product, flash_attention
@@ -42,7 +43,7 @@ def _heads(tape: Tape, setting: Setting, normed: Value) -> tuple[Value, Value, V
     config = setting.config
     full = gathered(tape, setting, normed)
     widths = (setting.heads * config.dim_per_head, *(2 * (setting.kv_heads * config.dim_per_head,)))
-    if config.fused_qkv:
+    if config.fused_qkv or setting.operators.attention_inputs:
         query, key, value = split(tape, project(tape, setting, full, sum(widths), "qkv", shard=normed), widths)
     else:
         query, key, value = (
@@ -51,6 +52,9 @@ def _heads(tape: Tape, setting: Setting, normed: Value) -> tuple[Value, Value, V
         )
     if config.positions == "rotary":
         cosines, sines = carried_table(tape, setting), carried_table(tape, setting)
+        if setting.operators.rotary:
+            query, key = (rotate_in_one(tape, part, cosines, sines) for part in (query, key))
+            return query, key, clone(tape, value)
         query = rotate(tape, gradient_copy(tape, query), cosines, sines)
         key = rotate(tape, gradient_copy(tape, key), cosines, sines)
     return query, key, value
@@ -80,14 +84,15 @@ def _latent(tape: Tape, setting: Setting, normed: Value) -> tuple[Value, Value, 
     query_nope, query_rope = split(tape, query, (heads * latent.nope_dim, heads * latent.rope_dim))
     key_nope, value = split(tape, both, (heads * latent.nope_dim, heads * latent.value_dim))
     cosines, sines = carried_table(tape, setting), carried_table(tape, setting)
-    query = _joined(tape, query_nope, rotate(tape, query_rope, cosines, sines), (tokens, heads * setting.config.dim_per_head))
+    turned = rotate_in_one if setting.operators.rotary else rotate
+    query = _joined(tape, query_nope, turned(tape, query_rope, cosines, sines), (tokens, heads * setting.config.dim_per_head))
     key = _joined(
         tape,
         key_nope,
-        _repeated(tape, rotate(tape, shared_key, cosines, sines), heads),
+        _repeated(tape, turned(tape, shared_key, cosines, sines), heads),
         (tokens, heads * setting.config.dim_per_head),
     )
-    return query, key, value
+    return query, key, clone(tape, value) if setting.operators.rotary else value
 
 
 def _joined(tape: Tape, a: Value, b: Value, shape: tuple[int, ...]) -> Value:

@@ -10,6 +10,7 @@ from simulator.presets.config import TransformerConfig
 from simulator.presets.ends import IMAGE_CHANNELS, back, buffer_bytes, front, transform, word_table
 from simulator.presets.halves import network, norm, residual
 from simulator.presets.mixture import mixture
+from simulator.presets.operators import EAGER, Operators
 from simulator.presets.passes import Section, block_of
 from simulator.presets.setting import Device, Setting
 from simulator.presets.tape import INDEX_DTYPE, Parameter, Tape, Value, pointwise
@@ -30,6 +31,7 @@ def build_workload(
     sequence_parallel: bool = False,
     flash_attention: bool = True,
     device: Device = "cuda",
+    operators: Operators = EAGER,
 ) -> Workload:
     """The workload of one rank of a tensor, context and expert parallel group.
 
@@ -43,6 +45,7 @@ def build_workload(
         sequence_parallel: split the residual stream over the tensor parallel group.
         flash_attention: one attention kernel that keeps no scores; else products, softmax and dropout one by one.
         device: decides what dropout saves (a bool mask on cuda, one in ``dtype`` on the cpu).
+        operators: what the trainer runs in one kernel.
 
     Returns:
         Blocks: ``embedding``; per layer ``attention`` and ``network`` (or ``experts``), the final norm with the last of them;
@@ -60,6 +63,7 @@ def build_workload(
     setting = Setting(
         config=config, micro_batch=micro_batch, seq_len=seq_len, dtype=dtype, tp=tp, cp=cp, ep=ep,
         sequence_parallel=sequence_parallel, flash_attention=flash_attention, device=device,
+        operators=operators,
     )  # fmt: skip
     words = word_table(setting)
     sections = _sections(setting, words)

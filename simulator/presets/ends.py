@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hardware_models.units import DTYPE_BYTES
 from simulator.presets.attention import rotary_dim
+from simulator.presets.fused import loss_in_place
 from simulator.presets.halves import gathered, norm, project
 from simulator.presets.pointwise import add, cast, dropout, gelu
 from simulator.presets.products import cross_entropy, embedding, linear
@@ -156,6 +157,8 @@ def back(tape: Tape, setting: Setting, x: Value, words: Parameter | None) -> Val
     weight = tape.use(words) if words is not None else tape.parameter("head.weight", shape, setting.dtype)
     bias = tape.parameter("head.bias", (setting.vocab,), setting.dtype) if config.head == "masked_lm" else None
     logits = linear(tape, full, weight, bias, saved=shard, transposed=words is not None)
+    if setting.operators.loss:
+        return loss_in_place(tape, logits, _labels(tape, setting))
     scores = cast(tape, logits, FLOAT)
     return cross_entropy(tape, scores, _labels(tape, setting))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from simulator.presets.fused import gated_activation, norm_in_one
 from simulator.presets.pointwise import add, dropout, gelu, gelu_new, layer_norm, multiply, rms_norm, silu
 from simulator.presets.products import linear
 from simulator.presets.setting import Setting
@@ -13,7 +14,7 @@ def norm(tape: Tape, setting: Setting, x: Value, name: str, width: int | None = 
     width = width or setting.config.hidden
     weight = tape.parameter(f"{name}.weight", (width,), setting.dtype)
     if setting.config.norm == "rms_norm":
-        return rms_norm(tape, x, weight)
+        return norm_in_one(tape, x, weight) if setting.operators.norm else rms_norm(tape, x, weight)
     bias = tape.parameter(f"{name}.bias", (width,), setting.dtype)
     return layer_norm(tape, x, weight, bias, device=setting.device)
 
@@ -68,7 +69,9 @@ def network(tape: Tape, setting: Setting, x: Value, ffn: int, name: str) -> Valu
     """Up, activation (or gate), down: ``x`` is the normed stream; returns the branch, summed over the tensor parallel group."""
     full = gathered(tape, setting, x)
     width = ffn // setting.tp
-    if setting.config.activation == "swiglu":
+    if setting.config.activation == "swiglu" and setting.operators.gated:
+        inner = gated_activation(tape, project(tape, setting, full, 2 * width, f"{name}.gate_up", shard=x))
+    elif setting.config.activation == "swiglu":
         gate = silu(tape, project(tape, setting, full, width, f"{name}.gate", shard=x))
         inner = multiply(tape, gate, project(tape, setting, full, width, f"{name}.up", shard=x))
     else:

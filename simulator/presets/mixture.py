@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from hardware_models.kernel import Kernel
 from hardware_models.units import DTYPE_BYTES
+from simulator.presets.fused import gated_activation
 from simulator.presets.halves import gathered, network, project, reduced
 from simulator.presets.pointwise import add, cast, multiply, silu, softmax, split
 from simulator.presets.products import grouped_product
@@ -39,6 +40,8 @@ def _route(tape: Tape, setting: Setting, x: Value) -> tuple[Value, Value]:
     rows, k = x.shape[0], experts.top_k
     if experts.router == "softmax":
         scores = softmax(tape, cast(tape, project(tape, setting, x, experts.num_experts, "router", bias=False), FLOAT))
+    elif setting.operators.routed:
+        scores = _sigmoid(tape, cast(tape, project(tape, setting, x, experts.num_experts, "router", bias=False), FLOAT))
     else:
         scores = _sigmoid(tape, project(tape, setting, cast(tape, x, FLOAT), experts.num_experts, "router", bias=False))
     values = tape.new("topk", (rows, k), FLOAT)
@@ -99,10 +102,17 @@ def _experts(tape: Tape, setting: Setting, x: Value, weights: Value, indices: Va
     chosen = _exchanged(tape, setting, chosen)
     width = experts.ffn // setting.tp
     up_weight = tape.parameter("experts.gate_up", (local, hidden, 2 * width), setting.dtype)
-    gate, up = split(tape, grouped_product(tape, chosen, up_weight, offsets), (width, width))
-    inner = multiply(tape, silu(tape, gate), up)
-    out = grouped_product(tape, inner, tape.parameter("experts.down", (local, width, hidden), setting.dtype), offsets)
-    weighted = multiply(tape, _exchanged(tape, setting, out), gates)
+    both, down_weight = (
+        grouped_product(tape, chosen, up_weight, offsets),
+        tape.parameter("experts.down", (local, width, hidden), setting.dtype),
+    )
+    if setting.operators.routed:
+        inner = gated_activation(tape, both, weights=_exchanged(tape, setting, gates))
+        weighted = _exchanged(tape, setting, grouped_product(tape, inner, down_weight, offsets))
+    else:
+        gate, up = split(tape, both, (width, width))
+        out = grouped_product(tape, multiply(tape, silu(tape, gate), up), down_weight, offsets)
+        weighted = multiply(tape, _exchanged(tape, setting, out), gates)
     inverse_kernels = pointwise("index_put_", rows, INDEX_DTYPE)
     inverse = _indices(tape, "index_put_", (order,), (rows,), inverse_kernels)
     back = _take(tape, weighted, inverse, (rows, hidden))

@@ -8,6 +8,7 @@ from typing import Literal
 from hardware_models.errors import InputError
 from hardware_models.units import DTYPE_BYTES
 from simulator.presets.config import TransformerConfig
+from simulator.presets.operators import EAGER, Operators
 
 Device = Literal["cpu", "cuda"]
 
@@ -30,6 +31,7 @@ class Setting:
     sequence_parallel: bool = False
     flash_attention: bool = True
     device: Device = "cuda"
+    operators: Operators = EAGER
 
     def __post_init__(self) -> None:
         config = self.config

@@ -30,7 +30,7 @@ TIMELINE = Timeline(
 PROFILE = MemoryProfile(
     device=0,
     time_s=np.array([0.0, 1.0, 3.0]),
-    alive_bytes=np.array([[GIB, 0, 2 * GIB, 0, 0, 0], [GIB, 0, 2 * GIB, 0, 3 * GIB, 0], [GIB, GIB, 2 * GIB, 0, 0, 0]]),
+    alive_bytes=np.array([[GIB, 0, 2 * GIB, 0, 0, 0, 0], [GIB, 0, 2 * GIB, 0, 3 * GIB, 0, 0], [GIB, GIB, 2 * GIB, 0, 0, 0, 0]]),
 )
 MEASURED = MemoryProfile(device=0, time_s=np.array([0.0, 1.5]), alive_bytes=np.array([[3 * GIB], [5 * GIB]]))
 

@@ -1,0 +1,101 @@
+"""What a framework fuses, and what it keeps on a device beside model states and activations: facts per framework, each with its source."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+from hardware_models.profile import DeviceProfile
+from hardware_models.units import DTYPE_BYTES
+from simulator.plan import Plan
+from simulator.presets.operators import EAGER, Operators
+from simulator.workload import Block, BlockOption, MemoryEvent, Pass
+
+FUSED_ACCUMULATION = ("megatron-core",)
+"""Frameworks whose weight-gradient products add to the gradient buffer themselves (Megatron-LM's ``gradient_accumulation_fusion``, on unless switched off)."""
+OPERATORS: Mapping[str, Operators] = MappingProxyType(
+    {
+        "megatron-core": Operators(norm=True, gated=True, rotary=True, routed=True, attention_inputs=True, loss=True),
+        "megatron-lm@2021": Operators(attention_inputs=True, loss=True),
+    }
+)
+"""Kernels of a framework where they are not those of eager torch.
+
+**Source**: Megatron-core 0.14: ``--transformer-impl transformer_engine`` (norms, rotary positions), ``bias_swiglu_fusion`` and ``apply_rope_fusion`` are on unless switched off;
+its attention makes query, key and value by one product (``linear_qkv``), its grouped experts (``TEGroupedMLP``) apply the router's weights in the activation. Megatron-LM of 2021: one such product, cross entropy over the vocabulary in place (``mpu/cross_entropy.py``).
+"""
+_PRODUCTS = frozenset({"gemm", "batched_gemm"})
+_OWN_PRODUCTS = frozenset({"head", "embedding", "transform"})
+"""Blocks whose products are the framework's own, not Transformer Engine's."""
+_HOPPER = 9.0
+_MIB = 2**20
+_LIBRARY_BYTES = MappingProxyType({True: 32 * _MIB, False: 4 * _MIB})
+"""Transformer Engine's workspace of cuBLAS, from Hopper on and before (``get_cublas_workspace_size_bytes``, transformer_engine/pytorch/cpp_extensions/gemm.py, 2.x)."""
+_TORCH_LIBRARY_BYTES = MappingProxyType({True: 32 * _MIB, False: 8_519_680})
+"""torch's own, per stream (``parseChosenWorkspaceSize``, aten/src/ATen/cuda/CublasHandlePool.cpp: 8 x 4 MiB on Hopper and later, else 2 x 4 MiB + 8 x 16 KiB)."""
+
+
+def operators_of(plan: Plan) -> Operators:
+    """The kernels of the plan's framework."""
+    return OPERATORS.get(plan.runtime.framework, EAGER)
+
+
+def kept_bytes(blocks: Iterable[Block], plan: Plan, device: DeviceProfile, *, dtype: str) -> int:
+    """Bytes that the framework keeps on a rank through the whole step for itself: workspaces of libraries, stand-ins for gradients.
+
+    **Model**: cuBLAS' workspace. Where products add to the gradient buffer themselves, autograd is still handed a gradient of the parameter's shape and dtype;
+    Transformer Engine keeps one such tensor for each distinct shape.
+
+    **Source**: ``get_dummy_wgrad`` (transformer_engine/pytorch/module/base.py, 2.x).
+
+    **Not modelled**: workspaces of other streams; cuDNN's.
+
+    Args:
+        blocks: of the rank.
+        plan: its framework.
+        device: decides what libraries take.
+        dtype: of parameters.
+    """
+    if device.kind == "cpu":
+        return 0
+    recent = float(device.compute_capability or 0.0) >= _HOPPER
+    library = _TORCH_LIBRARY_BYTES[recent]
+    if plan.runtime.framework not in FUSED_ACCUMULATION:
+        return library
+    shapes = {
+        kernel.shape[-2:]
+        for block in blocks
+        if block.name not in _OWN_PRODUCTS
+        for kernel in block.options[0].forward.kernels
+        if kernel.kernel_class in _PRODUCTS and kernel.op != "bmm"
+    }
+    return library + _LIBRARY_BYTES[recent] + sum(rows * columns for rows, columns in shapes) * DTYPE_BYTES[dtype]
+
+
+def with_spare_gradient(option: BlockOption, *, size_bytes: int) -> BlockOption:
+    """The option of the head, whose product hands autograd a gradient that nobody reads: as large as the parameter, made anew in each backward pass.
+
+    **Source**: ``LinearWithGradAccumulationAndAsyncCommunication.backward`` (megatron/core/tensor_parallel/layers.py, 0.14).
+
+    Args:
+        option: one way to run the head.
+        size_bytes: of its matrix.
+    """
+
+    def spared(run: Pass) -> Pass:
+        made = next(
+            (
+                n
+                for n, event in enumerate(run.memory)
+                if event.buffer in {"gradient", "shared_gradient"} and event.delta_bytes == size_bytes
+            ),
+            None,
+        )
+        if made is None:
+            return run
+        born = MemoryEvent(kernel=run.memory[made].kernel, buffer="transient", delta_bytes=size_bytes)
+        gone = MemoryEvent(kernel=len(run.kernels), buffer="transient", delta_bytes=-size_bytes)
+        return replace(run, memory=(*run.memory[:made], born, *run.memory[made:], gone))
+
+    return replace(option, backward=spared(option.backward), backward_accumulate=spared(option.backward_accumulate))

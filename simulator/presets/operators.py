@@ -1,0 +1,27 @@
+"""Operators: in which kernels a trainer runs the parts of a layer. What is fused keeps less for the backward pass and moves fewer bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Operators:
+    """Which parts run in one kernel instead of operator by operator as ``transformers`` writes them."""
+
+    norm: bool = False
+    """RMS norm in one kernel: keeps its input and a float32 number a row. (Layer norm is one kernel everywhere.)"""
+    gated: bool = False
+    """Gate and up are one product and their activation one kernel: keeps the product's result and its own."""
+    rotary: bool = False
+    """Rotary positions in one kernel: keeps the tables. Values leave the common product of queries, keys and values by a copy, so that this can go."""
+    routed: bool = False
+    """Experts weight their tokens within the activation, so that their results are not kept, and sum them in the stream's dtype; the router reads the stream in its own dtype."""
+    attention_inputs: bool = False
+    """Query, key and value are one product whatever the configuration says."""
+    loss: bool = False
+    """Cross entropy in place: logits are cast to float32 once and become probabilities, and in the backward pass their gradient."""
+
+
+EAGER = Operators()
+"""Operator by operator."""

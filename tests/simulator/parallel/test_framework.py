@@ -1,0 +1,68 @@
+"""What frameworks keep for themselves, against counts by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hardware_models.catalogue import load_hardware
+from simulator.parallel.framework import kept_bytes, operators_of, with_spare_gradient
+from simulator.parallel.recompute import fit_framework
+from simulator.presets import build_workload, preset
+from simulator.presets.operators import EAGER
+from simulator.workload import Workload
+from tests.simulator.parallel.step_cases import plan_of
+
+MIB = 2**20
+
+
+def workload_of(framework: str, name: str = "llama3-70b", **changes: object) -> Workload:
+    plan = plan_of(framework=framework)
+    config = replace(preset(name), layers=2, **changes)  # type: ignore[arg-type]
+    made = build_workload(config, micro_batch=1, seq_len=512, dtype="bfloat16", operators=operators_of(plan))
+    return fit_framework(made, plan, config, dtype="bfloat16", seq_len=512)
+
+
+def test_transformer_engine_keeps_a_gradient_for_each_shape_of_a_matrix() -> None:
+    """Llama 3 70B: 10240, 8192, 57344 x 8192 and 8192 x 28672 in two bytes, however many layers; two workspaces of 32 MiB on Hopper."""
+    shapes = 8192 * (10240 + 8192 + 57344 + 28672) * 2
+    blocks = workload_of("megatron-core").blocks
+    plan = plan_of(framework="megatron-core")
+    assert kept_bytes(blocks, plan, load_hardware("h100-sxm"), dtype="bfloat16") == shapes + 64 * MIB
+    assert kept_bytes(blocks[:3], plan, load_hardware("h100-sxm"), dtype="bfloat16") == shapes + 64 * MIB
+    assert kept_bytes(blocks, plan, load_hardware("a100-sxm-80gb"), dtype="bfloat16") == shapes + 4 * MIB + 8_519_680
+
+
+def test_experts_of_one_shape_share_a_stand_in() -> None:
+    blocks = [block for block in workload_of("megatron-core", "mixtral-8x7b").blocks if block.name == "experts"]
+    shapes = (2 * 14336 * 4096 + 14336 * 4096 + 8 * 4096) * 2
+    assert (
+        kept_bytes(blocks, plan_of(framework="megatron-core"), load_hardware("h100-sxm"), dtype="bfloat16") == shapes + 64 * MIB
+    )
+
+
+@pytest.mark.parametrize("framework", ["pytorch", "torchtitan", "deepspeed", "megatron-lm@2021"])
+def test_other_frameworks_keep_a_workspace_only(framework: str) -> None:
+    blocks = workload_of(framework).blocks
+    assert kept_bytes(blocks, plan_of(framework=framework), load_hardware("h100-sxm"), dtype="bfloat16") == 32 * MIB
+    assert (
+        kept_bytes(blocks, plan_of(framework=framework), replace(load_hardware("h100-sxm"), kind="cpu"), dtype="bfloat16") == 0
+    )
+
+
+def test_the_heads_matrix_gets_a_gradient_that_nobody_reads() -> None:
+    (head,) = [block for block in workload_of("megatron-core").blocks if block.name == "head"]
+    size_bytes = 128256 * 8192 * 2
+    changes = [event.delta_bytes for event in head.options[0].backward_accumulate.memory if event.buffer == "transient"]
+    assert changes.count(size_bytes) == changes.count(-size_bytes) == 1
+
+
+def test_a_block_without_such_a_gradient_is_left_alone() -> None:
+    block = workload_of("pytorch").blocks[1]
+    assert with_spare_gradient(block.options[0], size_bytes=3) == block.options[0]
+
+
+def test_unknown_kernels_are_torchs_own() -> None:
+    assert operators_of(plan_of(framework="pytorch")) == EAGER
+    assert operators_of(plan_of(framework="megatron-core")) != EAGER

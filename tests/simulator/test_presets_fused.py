@@ -1,0 +1,109 @@
+"""Fused operators: bytes that a layer keeps against counts by hand, and that fusing never costs memory or FLOPs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simulator.parallel.framework import OPERATORS
+from simulator.presets import TransformerConfig, build_workload, preset
+from simulator.presets.operators import EAGER, Operators
+from simulator.workload import Block, Workload
+
+MEGATRON = OPERATORS["megatron-core"]
+SEQ = 1024
+
+
+def build(config: TransformerConfig, operators: Operators, **changes: object) -> Workload:
+    return build_workload(config, operators=operators, **{"micro_batch": 1, "seq_len": SEQ, "dtype": "bfloat16", **changes})  # type: ignore[arg-type]
+
+
+def named(workload: Workload, name: str) -> Block:
+    return next(block for block in workload.blocks if block.name == name)
+
+
+def kept_bytes(block: Block) -> int:
+    return sum(tensor.size_bytes for tensor in block.options[0].saved)
+
+
+def test_a_llama_layer_keeps_16_75_times_its_stream() -> None:
+    """70B, one token, in elements of the stream h = 8192.
+
+    Attention 1 (input) + 1 (normed) + 1 (query) + 2/8 (key, value) + 1 (mixed);
+    network 1 + 1 + 2 * 3.5 (gate and up) + 3.5 (their product). Besides: two rows' roots of norms and 64 of attention in float32.
+    """
+    workload = build(replace(preset("llama3-70b"), layers=2), MEGATRON)
+    stream = SEQ * 8192 * 2
+    assert kept_bytes(named(workload, "attention")) == stream * 17 // 4 + SEQ * (1 + 64) * 4
+    assert kept_bytes(named(workload, "network")) == stream * 25 // 2 + SEQ * 4
+
+
+def test_sequence_parallel_ranks_keep_their_share_of_it() -> None:
+    whole, split = (build(replace(preset("llama3-70b"), layers=2), MEGATRON, tp=tp, sequence_parallel=tp > 1) for tp in (1, 4))
+    for name in ("attention", "network"):
+        assert kept_bytes(named(whole, name)) == 4 * kept_bytes(named(split, name))
+
+
+def test_the_loss_keeps_probabilities_in_float32_and_no_logits() -> None:
+    workload = build(replace(preset("llama3-8b"), layers=2), MEGATRON)
+    head = named(workload, "head")
+    sizes = sorted(tensor.size_bytes for tensor in head.options[0].saved)
+    assert sizes[-1] == SEQ * 128256 * 4
+    assert sum(sizes[:-1]) <= SEQ * (4096 * 2 + 16)
+
+
+def test_an_expert_layer_of_deepseek_keeps_what_a_hand_count_says() -> None:
+    """Per token.
+
+    8 copies of h = 7168 before experts, 8 * 2 * 2048 behind their first product, 8 * 2048 before the second; the shared expert's 3 * 2048;
+    stream and normed stream. Routing: 256 scores and 8 weights thrice in float32, 5 indices of 8 bytes for each choice.
+    """
+    base = preset("deepseek-v3")
+    assert base.experts is not None
+    workload = build(replace(base, layers=3, experts=replace(base.experts, dense_first_layers=1)), MEGATRON, ep=8)
+    large = 2 * SEQ * (8 * (7168 + 3 * 2048) + 3 * 2048 + 2 * 7168)
+    small = SEQ * (256 * 4 + 8 * 3 * 4 + 8 * 5 * 8 + 2 * 4)
+    assert large < kept_bytes(named(workload, "experts")) <= large + small
+
+
+def test_latent_attention_keeps_heads_and_bottlenecks() -> None:
+    """Per token, in two bytes.
+
+    Stream and normed stream (7168), both bottlenecks as made and normed (1536; 512 + 64 and 512), queries and keys of
+    128 * 192, values and results of 128 * 128.
+    """
+    workload = build(replace(preset("deepseek-v3"), layers=1), MEGATRON)
+    elements = 2 * 7168 + 2 * 1536 + 576 + 512 + 2 * 128 * 192 + 2 * 128 * 128
+    assert kept_bytes(named(workload, "attention")) == pytest.approx(2 * SEQ * elements, rel=0.01)
+
+
+def test_a_mixtral_layer_keeps_no_results_of_experts() -> None:
+    """Per token: 2 of 8 experts, h = 4096, width 14336."""
+    workload = build(replace(preset("mixtral-8x7b"), layers=2), MEGATRON)
+    large = 2 * SEQ * (2 * (4096 + 3 * 14336) + 2 * 4096)
+    assert large < kept_bytes(named(workload, "experts")) < large * 1.01
+
+
+@given(
+    name=st.sampled_from(["llama3-8b", "mixtral-8x7b", "deepseek-v3", "gpt2"]), tp=st.sampled_from([1, 2, 4]),
+    flags=st.fixed_dictionaries({field: st.booleans() for field in ("norm", "gated", "rotary", "routed", "attention_inputs", "loss")}),
+)  # fmt: skip
+def test_fusing_keeps_flops_and_parameters_and_costs_no_memory(name: str, tp: int, flags: dict[str, bool]) -> None:
+    config = replace(preset(name), layers=4, experts=None if name != "mixtral-8x7b" else preset(name).experts)
+    plain, fused = (build(config, operators, tp=tp, seq_len=256) for operators in (EAGER, Operators(**flags)))
+    assert fused.model_flops == plain.model_flops
+    assert fused.parameter_elements == plain.parameter_elements
+    slack = 256 * 4096 * 4 * 16  # values that are copied out of a common product may come on top of it
+    assert sum(map(kept_bytes, fused.blocks)) <= sum(map(kept_bytes, plain.blocks)) + slack
+
+
+def test_each_pass_returns_memory_to_where_it_was() -> None:
+    for name in ("llama3-8b", "mixtral-8x7b", "deepseek-v3"):
+        for block in build(replace(preset(name), layers=4), MEGATRON).blocks:
+            for option in block.options:
+                left = sum(event.delta_bytes for event in option.forward.memory if event.buffer in {"internal", "transient"})
+                back = sum(event.delta_bytes for event in option.backward.memory if event.buffer in {"internal", "transient"})
+                assert left == -back
