@@ -211,16 +211,16 @@ def check_parallel(plan: Plan, *, compute: Collection[str]) -> None:
     Raises:
         InputError: names the first key that is not simulated.
     """
-    parallel, memory, runtime = plan.parallel, plan.memory, plan.runtime
+    memory, runtime = plan.memory, plan.runtime
     limits: dict[str, tuple[object, tuple[object, ...]]] = {
-        "parallel.dp_shard": (parallel.dp_shard, (None, parallel.dp)), "memory.recompute": (memory.recompute, BLOCK_RECOMPUTES),
+        "memory.recompute": (memory.recompute, BLOCK_RECOMPUTES),
         "memory.block": (memory.block, ((),)),
         "precision.compute": (plan.precision.compute, tuple(compute)), "precision.comm": (plan.precision.comm, ("same", "bf16")),
         "runtime.cuda_graphs": (runtime.cuda_graphs, (False,)), "runtime.overlap_tp": (runtime.overlap_tp, (False,)),
-        "runtime.prefetch_blocks": (runtime.prefetch_blocks, (None, 1)),
         "runtime.optimizer_sync": (runtime.optimizer_sync, ("pre",)),
     }  # fmt: skip
     _check_compiled_parallel(runtime)
+    _check_sharding(plan)
     _check_offload_parallel(memory)
     _check_gradients_parallel(plan)
     for key, (value, simulated) in limits.items():
@@ -236,6 +236,19 @@ def _check_compiled_parallel(runtime: Runtime) -> None:
     if runtime.compile and runtime.framework.startswith("megatron"):
         rule = f"{runtime.framework} compiles no layers (it brings fused kernels of its own)"
         raise plan_refusal("runtime.compile", runtime.compile, rule, "leave it at False, or take another runtime.framework")
+
+
+def _check_sharding(plan: Plan) -> None:
+    """Refuses keys of sharding where nothing is sharded."""
+    stage, split = plan.memory.zero_stage, plan.parallel
+    if split.shard_ranks != split.cp * split.dp and not stage:
+        rule = "nothing is sharded at zero_stage = 0"
+        raise plan_refusal("parallel.dp_shard", split.dp_shard, rule, "set memory.zero_stage, or leave dp_shard out")
+    if plan.runtime.prefetch_blocks is not None and stage < 3:  # noqa: PLR2004 - ZeRO's third stage
+        rule = f"parameters are gathered ahead of use at zero_stage = 3 only, but got {stage}"
+        raise plan_refusal(
+            "runtime.prefetch_blocks", plan.runtime.prefetch_blocks, rule, "set memory.zero_stage = 3, or leave it out"
+        )
 
 
 def _check_offload_parallel(memory: Memory) -> None:

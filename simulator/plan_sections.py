@@ -88,20 +88,25 @@ class Parallel:
     cp_method: CpMethod = "ring"
     """How context-parallel ranks share keys and values."""
     dp_shard: int | None = None
-    """Ranks per ZeRO/FSDP group; None is ``dp``."""
+    """Ranks that share one copy of what ZeRO or FSDP shards, of the ``cp * dp`` that hold the same parameters; None is all of them."""
 
     def __post_init__(self) -> None:
         _check_positive(
             "parallel", tp=self.tp, pp=self.pp, dp=self.dp, cp=self.cp, ep=self.ep,
             virtual_stages=self.virtual_stages, dp_shard=self.dp_shard,
         )  # fmt: skip
-        for name, value in (("ep", self.ep), ("dp_shard", self.dp_shard or self.dp)):
+        for name, value in (("ep", self.ep), ("dp_shard", self.shard_ranks)):
             if (self.cp * self.dp) % value:
                 rule = f"{name} must divide cp * dp, but got {self.cp}*{self.dp} % {value} = {self.cp * self.dp % value}"
                 raise plan_refusal(f"parallel.{name}", value, rule)
         if sorted(self.order.split("-")) != sorted(MESH_AXES):
             raise plan_refusal("parallel.order", self.order, f"order is a permutation of {'-'.join(MESH_AXES)}")
         _check_known("parallel.cp_method", self.cp_method, get_args(CpMethod))
+
+    @property
+    def shard_ranks(self) -> int:
+        """Ranks that share one copy of what ZeRO shards."""
+        return self.dp_shard or self.cp * self.dp
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from hardware_models.network.cluster import CommGroup
 from hardware_models.network.collectives import collective_seconds
 from hardware_models.network.overlap import OverlapFactors
 from hardware_models.units import DTYPE_BYTES
@@ -102,9 +103,8 @@ class Communication:
             else 0.0
         )
 
-    def gradient_seconds(self, collective: str, size_bytes: float, *, distance: int = 0) -> float:
-        """Of a collective over all ranks that hold the same dense parameters; ``distance`` as in `Mesh.gradient_group`."""
-        group = self.mesh.gradient_group(distance)
+    def over(self, collective: str, size_bytes: float, group: CommGroup) -> float:
+        """Of a collective over a group."""
         return collective_seconds(collective, size_bytes, group, self.mesh.cluster) if group.num_ranks > 1 else 0.0
 
     def stage(self, stage: Stage, *, recomputed: Iterable[int], attention_s: float) -> StageCommunication:

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 
 from hardware_models.network.collectives import collective_seconds
 from hardware_models.units import DTYPE_BYTES
 from simulator.parallel.communication import Communication
 from simulator.parallel.memory import GRADIENT_BYTES
 from simulator.parallel.mesh import Mesh
+from simulator.parallel.parameter_gathers import Gathers, Unit, gathers_of, prefetched_units
 from simulator.plan import Plan
 from simulator.precision import STORED_AS
 
 BUCKET_BYTES = 40_000_000 * 4
 """Gradients of a bucket unless the plan says: Megatron-core's 40 million elements, in float32."""
 MOST_CHUNKS = 16
+PARAMETERS_SHARDED = 3
+"""ZeRO's stage that shards parameters too."""
+NO_GATHERS = Gathers()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageLoad:
+    """What data parallelism needs to know of a stage."""
+
+    elements: int
+    """Parameters on this rank, before ZeRO shards them."""
+    expert_elements: float = 0.0
+    """Of them, experts', which fewer ranks hold."""
+    units: tuple[Unit, ...] = ()
+    """What ZeRO 3 gathers at once."""
+    forward_s: tuple[float, ...] = ()
+    """Compute of each unit."""
+    backward_s: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,55 +50,86 @@ class GradientSync:
     """They are gathered behind the first passes of the next step, which a step in a row of them finds at its start; else the step ends with it."""
     reduce_overlaps: bool = True
     """Gradients go when their stage's last backward pass has made them; else when the rank's last pass is over."""
-    first_gather_s: float = 0.0
-    """ZeRO 3: the first block's parameters, which a pass waits for."""
-    rest_gather_s: float = 0.0
-    """ZeRO 3: the other blocks', gathered while the pass computes."""
+    forward_gathers: Gathers = NO_GATHERS
+    """ZeRO 3: parameters that a forward pass gathers."""
+    backward_gathers: Gathers = NO_GATHERS
+    """ZeRO 3: the same of a backward pass."""
     every_micro_batch: bool = False
     """ZeRO 3: gradients are scattered after each backward pass."""
 
 
-def gradient_sync(
-    plan: Plan, communication: Communication, *, elements: int, num_blocks: int, distance: int, dtype: str
-) -> GradientSync:
+def gradient_sync(plan: Plan, communication: Communication, load: StageLoad, *, distance: int, dtype: str) -> GradientSync:
     """What data parallelism does for a stage.
 
-    Gradients of experts, on fewer replicas, are counted with the dense ones' group.
+    **Model**: gradients of all buckets, and once a step parameters, over the ranks that hold the same ones; experts over their own fewer copies. Where ``dp_shard``
+    ranks share one copy, gradients are scattered among them and the shards summed over the copies; parameters are gathered among them only. ZeRO 3 gathers and
+    scatters unit by unit in each pass (`parameter_gathers`).
+
+    **Source**: Rajbhandari et al. 2020 (ZeRO), section 7; Zhao et al. 2023 (PyTorch FSDP), section 3.2.2 (hybrid sharding).
 
     Args:
         plan: degrees, ZeRO stage, buckets, what overlaps.
         communication: prices collectives over the replicas.
-        elements: parameters of the stage on this rank.
-        num_blocks: of the stage.
+        load: what the stage holds and computes.
         distance: of two pipeline ranks that hold the stage, in orders of two directions; 0 in others.
         dtype: of the parameters.
 
-    Not modelled: that the two ranks of a stage, in orders of two directions, wait for each other.
+    **Not modelled**: that the two ranks of a stage, in orders of two directions, wait for each other.
     """
     alone = plan.parallel.dp * plan.parallel.cp == 1 and not distance
     if alone and not plan.memory.optimizer_offload:
         return GradientSync(chunks=1, reduce_s=0.0, gather_s=0.0)
-    reduce_bytes, gather_bytes = elements * _gradient_bytes(plan), elements * DTYPE_BYTES[dtype]
+    reduce_bytes = load.elements * _gradient_bytes(plan)
     bucket = plan.runtime.bucket_bytes or BUCKET_BYTES
     chunks = max(1, min(MOST_CHUNKS, round(reduce_bytes / bucket))) if plan.runtime.overlap_grad_reduce else 1
     if alone:
         return GradientSync(chunks=chunks, reduce_s=0.0, gather_s=0.0)
-    seconds = partial(communication.gradient_seconds, distance=distance)
+    replicas = _Replicas(plan, communication, distance)
+    parts = load.expert_elements / load.elements if load.elements else 0.0
     overlaps, ahead = plan.runtime.overlap_grad_reduce, plan.runtime.overlap_param_gather
-    if plan.memory.zero_stage == 0:
-        reduce_s = chunks * seconds("all_reduce", reduce_bytes / chunks)
-        return GradientSync(chunks=chunks, reduce_s=reduce_s, gather_s=0.0, reduce_overlaps=overlaps)
-    reduce_s = chunks * seconds("reduce_scatter", reduce_bytes / chunks)
-    if plan.memory.zero_stage < 3:  # noqa: PLR2004 - ZeRO's third stage
-        gather_s = seconds("all_gather", gather_bytes)
+    if plan.memory.zero_stage < PARAMETERS_SHARDED:
+        reduce_s = chunks * replicas.reduce_s(reduce_bytes / chunks, parts)
+        gather_s = replicas.gather_s(load.elements * DTYPE_BYTES[dtype], parts) if plan.memory.zero_stage else 0.0
         return GradientSync(
-            chunks=chunks, reduce_s=reduce_s, gather_s=gather_s, gather_overlaps=ahead, reduce_overlaps=overlaps
-        )
-    blocks = max(1, num_blocks)
-    one_s = seconds("all_gather", gather_bytes / blocks)
+            chunks=chunks, reduce_s=reduce_s, gather_s=gather_s, gather_overlaps=ahead and gather_s > 0.0, reduce_overlaps=overlaps
+        )  # fmt: skip
+    gathers_s = [replicas.gather_s(unit.elements * DTYPE_BYTES[dtype], parts) for unit in load.units]
+    reduce_s = sum(replicas.reduce_s(unit.elements * _gradient_bytes(plan), parts) for unit in load.units)
+    prefetch = prefetched_units(load.units, plan.runtime) if ahead else 0
     return GradientSync(
-        chunks=chunks, reduce_s=reduce_s, gather_s=0.0, first_gather_s=one_s, rest_gather_s=(blocks - 1) * one_s, every_micro_batch=True
+        chunks=min(MOST_CHUNKS, max(1, len(load.units))) if overlaps else 1, reduce_s=reduce_s, gather_s=0.0, every_micro_batch=True,
+        forward_gathers=gathers_of(load.forward_s, gathers_s, prefetch),
+        backward_gathers=gathers_of(load.backward_s[::-1], gathers_s[::-1], prefetch),
     )  # fmt: skip
+
+
+class _Replicas:
+    """Collectives among the ranks that hold a stage's parameters; ``parts`` is the part of the bytes that belongs to experts."""
+
+    def __init__(self, plan: Plan, communication: Communication, distance: int) -> None:
+        self.plan, self.over, self.mesh, self.distance = plan, communication.over, communication.mesh, distance
+        self.shards = plan.parallel.shard_ranks if plan.memory.zero_stage else 1
+        self.whole = self.shards == plan.parallel.dp * plan.parallel.cp
+
+    def reduce_s(self, size_bytes: float, parts: float) -> float:
+        """Of gradients: summed, each rank keeping what ZeRO leaves it."""
+        dense = self._reduce_dense_s(size_bytes * (1.0 - parts))
+        collective = "reduce_scatter" if self.plan.memory.zero_stage else "all_reduce"
+        return dense + (self.over(collective, size_bytes * parts, self.mesh.expert_group(self.distance)) if parts else 0.0)
+
+    def _reduce_dense_s(self, size_bytes: float) -> float:
+        if self.plan.memory.zero_stage == 0:
+            return self.over("all_reduce", size_bytes, self.mesh.gradient_group(self.distance))
+        if self.whole:
+            return self.over("reduce_scatter", size_bytes, self.mesh.gradient_group(self.distance))
+        inside_s = self.over("reduce_scatter", size_bytes, self.mesh.shard_group(self.shards))
+        return inside_s + self.over("all_reduce", size_bytes / self.shards, self.mesh.copy_group(self.shards, self.distance))
+
+    def gather_s(self, size_bytes: float, parts: float) -> float:
+        """Of parameters."""
+        group = self.mesh.gradient_group(self.distance) if self.whole else self.mesh.shard_group(self.shards)
+        own_s = self.over("all_gather", size_bytes * (1.0 - parts), group)
+        return own_s + (self.over("all_gather", size_bytes * parts, self.mesh.expert_group(self.distance)) if parts else 0.0)
 
 
 def tied_seconds(plan: Plan, mesh: Mesh, elements: int) -> float:

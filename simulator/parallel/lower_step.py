@@ -203,7 +203,8 @@ class _Step:
         Under ZeRO 3 each pass gathers parameters; under ZeRO 1 and 2 the first of a stage does, if that overlaps.
         """
         sync, key = self.parts.sync[action.stage], (rank, action.stage)
-        first_s, rest_s, after = sync.first_gather_s, sync.rest_gather_s, self.previous[rank]
+        gathers = sync.forward_gathers if action.kind == "F" else sync.backward_gathers
+        first_s, rest_s, after = gathers.first_s, gathers.rest_s, self.previous[rank]
         if sync.gather_overlaps and sync.gather_s > 0.0 and key not in self.gathered:
             self.gathered.add(key)
             first_s, after = sync.gather_s / sync.chunks, ()

@@ -40,8 +40,8 @@ def static_memory(
 ) -> StaticMemory:
     """Of a rank that holds ``dense`` + ``expert`` parameters.
 
-    **Model**: K = 12 bytes of float32 master copy and moments for AdamW; stage 1 shards these over dp * cp, 2 the gradients too, 3 the parameters too; experts
-    are replicated ``dp * cp / ep`` times only. States and gradients that are offloaded are not on the device.
+    **Model**: K = 12 bytes of float32 master copy and moments for AdamW; stage 1 shards these over ``dp_shard`` ranks (dp * cp unless given), 2 the gradients too, 3 the
+    parameters too; experts are replicated ``dp * cp / ep`` times only, and sharded over the ``dp_shard / ep`` of them that are in one group. States and gradients that are offloaded are not on the device.
 
     **Source**: Rajbhandari et al. 2020 (ZeRO), section 5 and figure 1.
 
@@ -53,7 +53,7 @@ def static_memory(
         copies: of parameters and gradients that the schedule keeps (weight versions, two directions).
         working: gathered parameters that are alive at once under stage 3.
     """
-    ranks = plan.parallel.dp * plan.parallel.cp
+    ranks = plan.parallel.shard_ranks
     stage, width = plan.memory.zero_stage, DTYPE_BYTES[dtype]
     master = MASTER_BYTES if width < MASTER_BYTES else 0
     states = master + STATE_BYTES[plan.precision.optimizer]

@@ -74,7 +74,7 @@ def host_update(plan: Plan, elements: Sequence[float], *, width: int) -> HostUpd
         elements: parameters of each of the rank's stages.
         width: bytes of a parameter on the device.
     """
-    shards = plan.parallel.dp * plan.parallel.cp if plan.memory.zero_stage else 1
+    shards = plan.parallel.shard_ranks if plan.memory.zero_stage else 1
     grads, kept = GRADIENT_BYTES[plan.precision.grads], max(width, MASTER_BYTES) + STATE_BYTES[plan.precision.optimizer]
     own = [float(plan.memory.optimizer_offload) * one / shards for one in elements]
     buffers = grads * (2 if plan.memory.delayed_update else 1)

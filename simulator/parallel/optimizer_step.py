@@ -24,7 +24,7 @@ def optimizer_seconds(plan: Plan, device: DeviceProfile, *, elements: float, dty
         dtype: of the parameters.
     """
     width, grads = DTYPE_BYTES[dtype], GRADIENT_BYTES[plan.precision.grads]
-    shards = plan.parallel.dp * plan.parallel.cp if plan.memory.zero_stage else 1
+    shards = plan.parallel.shard_ranks if plan.memory.zero_stage else 1
     whole = max(1, round(elements))
     own = max(1, round(whole // shards * (1.0 - float(plan.memory.optimizer_offload))))
     kept = max(width, MASTER_BYTES) + STATE_BYTES[plan.precision.optimizer]

@@ -16,9 +16,10 @@ from simulator.exposed_time import exposed_times
 from simulator.lower import PassPrices
 from simulator.parallel.communication import Behind, Communication
 from simulator.parallel.compiled_kernels import compiled_workload
+from simulator.parallel.experts import expert_elements
 from simulator.parallel.framework import FUSED_ACCUMULATION, kept_bytes, operators_of
 from simulator.parallel.fused_kernels import column_products
-from simulator.parallel.gradient_sync import GradientSync, gradient_sync, tied_seconds
+from simulator.parallel.gradient_sync import PARAMETERS_SHARDED, GradientSync, StageLoad, gradient_sync, tied_seconds
 from simulator.parallel.host_dispatch import dispatch_of, host_seconds, with_dispatch
 from simulator.parallel.interference import overlap_of, slowdown_of
 from simulator.parallel.lower_step import StepParts, lower_step
@@ -29,6 +30,7 @@ from simulator.parallel.offload import Offload
 from simulator.parallel.offload_memory import host_peaks, node_peak
 from simulator.parallel.offload_plan import offload_of, weights_away
 from simulator.parallel.optimizer_step import optimizer_seconds
+from simulator.parallel.parameter_gathers import Unit, gathered_elements, prefetched_units, unit_seconds, units_of
 from simulator.parallel.recompute import fit_framework, stage_operations
 from simulator.parallel.stages import ChunkCost, Stage, StageCost, chunk_costs, stage_cost, stages_of
 from simulator.pipeline.action import Order
@@ -247,10 +249,22 @@ class _Assembly:
         return float(price(kernels, self.device).sum()) if kernels else 0.0
 
     def _sync(self, stage: Stage) -> GradientSync:
-        holders = self.order.ranks_of_stage[stage.index]
-        return gradient_sync(
-            self.plan, self.communication, elements=self._stage_elements(stage), num_blocks=len(stage.blocks), distance=holders[-1] - holders[0], dtype=self.dtype
+        plan, holders, units = self.plan, self.order.ranks_of_stage[stage.index], self._units(stage)
+        forward_s, backward_s = unit_seconds(stage, self.operations[stage.index], self.prices, units)
+        load = StageLoad(
+            elements=self._stage_elements(stage), expert_elements=expert_elements(stage, self.config, plan.parallel), units=units,
+            forward_s=forward_s, backward_s=backward_s,
         )  # fmt: skip
+        return gradient_sync(plan, self.communication, load, distance=holders[-1] - holders[0], dtype=self.dtype)
+
+    def _units(self, stage: Stage) -> tuple[Unit, ...]:
+        """What ZeRO 3 gathers at once."""
+        return units_of(stage, self.plan.runtime.framework) if self.plan.memory.zero_stage >= PARAMETERS_SHARDED else ()
+
+    def _gathered_elements(self, stage: Stage) -> int:
+        """Most parameters of a stage that ZeRO 3 has gathered at once."""
+        units = self._units(stage)
+        return gathered_elements(units, prefetched_units(units, self.plan.runtime))
 
     def _elements(self, rank: int) -> float:
         return float(sum(self._stage_elements(self.stages[stage]) for stage in self.order.stages_of_rank[rank]))
@@ -271,12 +285,10 @@ class _Assembly:
         copies = float(self.order.weight_versions)
         for rank in range(self.order.num_ranks):
             stages = [self.stages[stage] for stage in self.order.stages_of_rank[rank]]
-            expert = float(
-                sum(block.parameter_elements for stage in stages for block in stage.blocks if block.name == "experts")
-            )
-            largest = max(block.parameter_elements for stage in stages for block in stage.blocks)
+            expert = float(sum(expert_elements(stage, self.config, plan.parallel) for stage in stages))
+            working = float(max(self._gathered_elements(stage) for stage in stages))
             memory = static_memory(
-                self._elements(rank) - expert, expert, plan, dtype=self.dtype, copies=copies, working=2.0 * largest
+                self._elements(rank) - expert, expert, plan, dtype=self.dtype, copies=copies, working=working
             )
             ends = {0, self.order.num_stages - 1} & set(self.order.stages_of_rank[rank])
             batch = plan.num_microbatches * self.workload.batch_bytes if ends else 0  # tokens at the front, labels at the back

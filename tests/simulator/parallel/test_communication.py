@@ -154,9 +154,11 @@ def test_recomputed_blocks_communicate_again() -> None:
 
 def test_gradients_are_reduced_over_context_parallel_ranks_too() -> None:
     plan = plan_of(cp=4)
+    own = communication(plan)
     expected = seconds(plan, "all_reduce", 1e8, num_ranks=4, ranks_per_node=4)
-    assert communication(plan).gradient_seconds("all_reduce", 1e8) == expected > 0
-    assert communication(plan_of(tp=8)).gradient_seconds("all_reduce", 1e8) == 0.0
+    assert own.over("all_reduce", 1e8, own.mesh.gradient_group()) == expected > 0
+    alone = communication(plan_of(tp=8))
+    assert alone.over("all_reduce", 1e8, alone.mesh.gradient_group()) == 0.0
 
 
 FACTORS = OverlapFactors(

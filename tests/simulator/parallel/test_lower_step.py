@@ -8,6 +8,7 @@ import pytest
 
 from simulator.parallel.communication import Exposed, StageCommunication
 from simulator.parallel.gradient_sync import GradientSync
+from simulator.parallel.parameter_gathers import Gathers
 from simulator.pipeline.action import Order
 from simulator.pipeline.one_way import gpipe, interleaved, looped_bfs, one_f_one_b
 from simulator.pipeline.zero_bubble import zb_h1
@@ -180,7 +181,16 @@ def test_updated_parameters_are_gathered_behind_the_first_pass_or_at_the_end() -
 
 
 def test_zero_3_gathers_for_every_pass_and_scatters_after_each_backward() -> None:
-    sync = [GradientSync(chunks=1, reduce_s=0.5, gather_s=0.0, first_gather_s=0.25, rest_gather_s=1.0, every_micro_batch=True)]
+    sync = [
+        GradientSync(
+            chunks=1,
+            reduce_s=0.5,
+            gather_s=0.0,
+            forward_gathers=Gathers(first_s=0.25, rest_s=1.0),
+            backward_gathers=Gathers(first_s=0.25, rest_s=1.0),
+            every_micro_batch=True,
+        )
+    ]
     program = lowered(parts_of(one_f_one_b(1, 3), sync=sync))
     labels = [label for label, stream in zip(program.option, program.stream, strict=True) if stream == Stream.DP and label]
     assert labels.count("gather") == 2 * 3 * 2
@@ -189,7 +199,16 @@ def test_zero_3_gathers_for_every_pass_and_scatters_after_each_backward() -> Non
 
 def test_a_slow_gather_ends_the_pass() -> None:
     """One pass forward and back; each waits 1 s, then 20 s of gathering beside its compute end it."""
-    sync = [GradientSync(chunks=1, reduce_s=0.0, gather_s=0.0, first_gather_s=1.0, rest_gather_s=20.0, every_micro_batch=True)]
+    sync = [
+        GradientSync(
+            chunks=1,
+            reduce_s=0.0,
+            gather_s=0.0,
+            forward_gathers=Gathers(first_s=1.0, rest_s=20.0),
+            backward_gathers=Gathers(first_s=1.0, rest_s=20.0),
+            every_micro_batch=True,
+        )
+    ]
     timeline, _ = ran(parts_of(one_f_one_b(1, 1), sync=sync))
     assert timeline.makespan_s == pytest.approx(21.0 + 21.0, rel=1e-12)
 

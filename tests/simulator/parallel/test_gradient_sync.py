@@ -1,0 +1,106 @@
+"""Gradients and parameters between replicas, by hand: volumes of collectives priced by the same cluster, and what steps make of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from hardware_models.errors import InputError
+from hardware_models.network.cluster import CommGroup
+from hardware_models.network.collectives import collective_seconds
+from simulator.parallel.communication import Communication
+from simulator.parallel.gradient_sync import GradientSync, StageLoad, gradient_sync
+from simulator.parallel.mesh import mesh_of
+from simulator.parallel.parameter_gathers import Unit
+from simulator.plan import Plan, check_parallel
+from tests.simulator.parallel.step_cases import SEQ_LEN, cluster_of, plan_of, simulated, small_config
+
+ELEMENTS = 64_000_000
+UNITS = tuple(Unit(first=n, end=n + 1, elements=ELEMENTS // 4) for n in range(4))
+LOAD = StageLoad(elements=ELEMENTS, units=UNITS, forward_s=(1.0,) * 4, backward_s=(2.0,) * 4)
+NODE = {"num_ranks": 8, "ranks_per_node": 8}
+ACROSS = {"num_ranks": 4, "ranks_per_node": 1, "concurrent_groups": 8}
+
+
+def plan(*, dp: int = 32, dp_shard: int | None = None, zero_stage: int = 1, ep: int = 1, prefetch: int | None = None) -> Plan:
+    own = plan_of(dp=dp, ep=ep, zero_stage=zero_stage)
+    runtime = replace(own.runtime, bucket_bytes=1 << 40, prefetch_blocks=prefetch)
+    return replace(own, parallel=replace(own.parallel, dp_shard=dp_shard), runtime=runtime)
+
+
+def synced(own: Plan, load: StageLoad = LOAD) -> GradientSync:
+    communication = Communication(own, mesh_of(own, cluster_of(own)), small_config(), dtype="bfloat16", seq_len=SEQ_LEN)
+    return gradient_sync(own, communication, load, distance=0, dtype="bfloat16")
+
+
+def seconds(collective: str, size_bytes: float, group: dict[str, int]) -> float:
+    return collective_seconds(collective, size_bytes, CommGroup(**group), cluster_of(plan()))
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_hybrid_shards_scatter_inside_and_sum_across(zero_stage: int) -> None:
+    """Groups of eight in a node: 256 MB of float32 gradients scattered among them, an eighth of them summed over four nodes."""
+    own = synced(plan(dp_shard=8, zero_stage=zero_stage))
+    expected = seconds("reduce_scatter", 4.0 * ELEMENTS, NODE) + seconds("all_reduce", 0.5 * ELEMENTS, ACROSS)
+    assert own.reduce_s == pytest.approx(expected, rel=1e-12)
+    assert own.gather_s == pytest.approx(seconds("all_gather", 2.0 * ELEMENTS, NODE), rel=1e-12)
+
+
+def test_all_ranks_in_one_group_is_the_default() -> None:
+    assert synced(plan(dp_shard=32)) == synced(plan())
+
+
+def test_sharding_within_nodes_gathers_faster() -> None:
+    assert synced(plan(dp_shard=8)).gather_s < synced(plan(dp_shard=16)).gather_s < synced(plan()).gather_s
+
+
+def test_zero_3_gathers_and_scatters_by_unit() -> None:
+    own = synced(plan(zero_stage=3, dp_shard=8))
+    one_s = seconds("all_gather", 2.0 * ELEMENTS / 4, NODE)
+    assert own.forward_gathers.first_s == pytest.approx(one_s)
+    assert own.backward_gathers.rest_s == pytest.approx(3 * one_s)
+    scatter_s = seconds("reduce_scatter", 4.0 * ELEMENTS / 4, NODE) + seconds("all_reduce", 0.5 * ELEMENTS / 4, ACROSS)
+    assert own.reduce_s == pytest.approx(4 * scatter_s)
+    assert own.every_micro_batch
+
+
+def test_without_prefetch_a_pass_waits_for_every_unit() -> None:
+    near, far = synced(plan(zero_stage=3, prefetch=0)), synced(plan(zero_stage=3, prefetch=1))
+    assert near.forward_gathers.first_s == pytest.approx(4 * far.forward_gathers.first_s)
+    assert near.forward_gathers.rest_s == pytest.approx(0.0, abs=1e-12)
+
+
+def test_experts_are_summed_over_their_own_copies() -> None:
+    """Eight experts' ranks in a node: dense gradients go over all 32, an expert's over the four nodes."""
+    load = replace(LOAD, expert_elements=ELEMENTS / 2)
+    whole = {"num_ranks": 32, "ranks_per_node": 8}
+    expected = seconds("reduce_scatter", 2.0 * ELEMENTS, whole) + seconds("reduce_scatter", 2.0 * ELEMENTS, ACROSS)
+    assert synced(plan(ep=8), load).reduce_s == pytest.approx(expected, rel=1e-12)
+    alone = synced(plan(ep=32), load)
+    assert alone.reduce_s == pytest.approx(seconds("reduce_scatter", 2.0 * ELEMENTS, whole), rel=1e-12)
+
+
+def test_smaller_groups_hold_more() -> None:
+    """States of 12 bytes a parameter over 8 ranks instead of 16: 12 * P / 16 more."""
+    small, large = (simulated(plan(dp=16, dp_shard=ranks)) for ranks in (8, 16))
+    parameters = large.profiles[0].peak_breakdown_bytes["parameters"] / 2
+    assert small.peak_memory_bytes[0] - large.peak_memory_bytes[0] == pytest.approx(12 * parameters / 16, rel=1e-6)
+
+
+def test_prefetching_holds_more_and_is_no_slower() -> None:
+    near, far = (simulated(plan(dp=16, zero_stage=3, prefetch=blocks)) for blocks in (0, 2))
+    assert far.step_time_s < near.step_time_s
+    assert far.peak_memory_bytes[0] > near.peak_memory_bytes[0]
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (plan(dp_shard=8, zero_stage=0), r"dp_shard = 8: nothing is sharded at zero_stage = 0"),
+        (plan(zero_stage=1, prefetch=2), r"prefetch_blocks = 2: .* at zero_stage = 3 only, but got 1"),
+    ],
+)
+def test_sharding_keys_without_sharding_are_refused(own: Plan, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_parallel(own, compute=("bf16",))

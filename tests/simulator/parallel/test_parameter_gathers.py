@@ -1,0 +1,71 @@
+"""Gathering ahead of use: pipelines of a few units worked out by hand, and units of a small model."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from simulator.parallel.parameter_gathers import Gathers, gathered_elements, gathers_of, prefetched_units, units_of
+from simulator.parallel.stages import Stage, stages_of
+from simulator.plan import Runtime
+from simulator.presets import build_workload
+from tests.simulator.parallel.step_cases import SEQ_LEN, plan_of, small_config
+
+LAYER = 12 * 1024**2 + 13 * 1024
+"""Elements of a layer of the small model: matrices, biases, norms."""
+
+
+def stage_of(pp: int = 1, index: int = 0) -> Stage:
+    workload = build_workload(small_config(), micro_batch=1, seq_len=SEQ_LEN, dtype="bfloat16")
+    return stages_of(workload, plan_of(pp=pp))[index]
+
+
+@pytest.mark.parametrize(
+    ("compute", "gather", "prefetch", "expected"),
+    [
+        ([4, 4, 4], [1, 1, 1], 1, (1, 2)),
+        ([4, 4, 4], [1, 1, 1], 0, (3, 0)),
+        ([1, 1, 1], [4, 4, 4], 1, (10, 2)),  # 4 | 8 | 12, then the last computes: 13 - 3
+        ([4, 1, 4], [1, 1, 6], 1, (6, 2)),  # the last gather begins when unit 0 has computed, at 5, and ends at 11: 15 - 9
+        ([4, 1, 4], [1, 1, 6], 2, (3, 5)),  # it begins at 2 and ends at 8: 12 - 9
+        ([], [], 1, (0, 0)),
+    ],
+)
+def test_waits_by_hand(compute: list[float], gather: list[float], prefetch: int, expected: tuple[float, float]) -> None:
+    own = gathers_of(compute, gather, prefetch)
+    assert (own.first_s, own.rest_s) == expected
+
+
+SECONDS = st.lists(st.tuples(st.floats(0.0, 10.0), st.floats(0.0, 10.0)), min_size=1, max_size=12)
+
+
+@given(SECONDS, st.integers(0, 12))
+def test_more_prefetch_never_waits_longer(units: list[tuple[float, float]], prefetch: int) -> None:
+    compute, gather = [one for one, _ in units], [other for _, other in units]
+    near, far = gathers_of(compute, gather, prefetch), gathers_of(compute, gather, prefetch + 1)
+    assert far.first_s <= near.first_s + 1e-9
+    assert gather[0] - 1e-9 <= far.first_s
+    assert near.first_s + near.rest_s >= sum(gather) - 1e-9
+
+
+def test_units_are_layers_and_ends() -> None:
+    assert [(unit.first, unit.end) for unit in units_of(stage_of(pp=4, index=1), "torchtitan")] == [(0, 2), (2, 4)]
+    whole = units_of(stage_of(), "pytorch")
+    assert [unit.end - unit.first for unit in whole] == [1, *[2] * 8]
+    assert whole[1].elements == LAYER
+    assert whole[0].elements == (4096 + SEQ_LEN) * 1024  # the tied table and positions
+
+
+def test_deepspeed_gathers_submodules_by_elements() -> None:
+    units = units_of(stage_of(pp=4, index=1), "deepspeed")
+    assert [(unit.first, unit.end) for unit in units] == [(0, 1), (1, 2), (2, 3), (3, 4)]
+    assert prefetched_units(units, Runtime(framework="deepspeed")) == 50_000_000 // (4 * 1024**2 + 6 * 1024)
+    assert prefetched_units(units, Runtime(framework="deepspeed", prefetch_blocks=2)) == 2
+    assert prefetched_units(units, Runtime()) == 1
+
+
+def test_gathered_elements_are_those_of_the_window() -> None:
+    units = units_of(stage_of(pp=4, index=1), "pytorch")
+    assert [gathered_elements(units, prefetch) for prefetch in (0, 1, 5)] == [LAYER, 2 * LAYER, 2 * LAYER]
+    assert gathers_of([], [], 0) == Gathers()
