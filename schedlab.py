@@ -58,6 +58,7 @@ from validation.reports import (
     workload_summary,
     workload_table,
 )
+from validation.study_commands import what_if
 
 __all__ = [
     "EXIT_INFEASIBLE",
@@ -386,6 +387,8 @@ def validate(kernels_path: Path, hardware_dir: Path | None) -> dict[str, Any]:
     check = check_kernels(kernels_path, hardware_dir=hardware_dir)
     return check.to_json() | {"_table": kernel_check_table(check)}
 
+
+main.add_command(what_if)
 
 if __name__ == "__main__":
     main()

@@ -57,6 +57,7 @@ _HEADROOM = 1.06
 """Top of an axis over its largest value."""
 _MOST_COLUMNS = 5
 """Legends with more entries than this take two rows."""
+_PERCENT = 100.0
 _WHITE_TEXT = frozenset({Kind.FORWARD, Kind.BACKWARD})
 
 
@@ -154,6 +155,26 @@ def time_memory_figure(
     axes.set_ylabel("step time (s)")
     axes.grid(visible=True, color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
+    handles, _ = axes.get_legend_handles_labels()
+    _legend(figure, handles, title)
+    return figure
+
+
+def tornado_figure(effects: Sequence[tuple[str, float, float]], *, title: str = "") -> Figure:
+    """How far single values move the step's time: a bar to either side for each, the longest on top.
+
+    Args:
+        effects: (name, relative change of the step's time with the better value, with the worse one).
+        title: of the figure.
+    """
+    rows = sorted(effects, key=lambda row: abs(row[1]) + abs(row[2]))
+    figure, axes = _figure(_MARGIN_HEIGHT_IN + _ROW_HEIGHT_IN * max(len(rows), 1) / 2)
+    for place, (_, better, worse) in enumerate(rows):
+        axes.barh(place, better * _PERCENT, color=_RUN_COLOURS[2], label="better" if place == 0 else None)
+        axes.barh(place, worse * _PERCENT, color=_RUN_COLOURS[1], label="worse" if place == 0 else None)
+    axes.axvline(0.0, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    axes.set_xlabel("change of the step's time (%)")
     handles, _ = axes.get_legend_handles_labels()
     _legend(figure, handles, title)
     return figure

@@ -94,10 +94,21 @@ class ParallelSimulation:
             return False
         return most + self.device.context_bytes <= self.device.memory_bytes and (budget is None or most <= budget)
 
+    @property
+    def breakdown_s(self) -> dict[str, float]:
+        """Where the critical rank's time goes (`simulator.exposed_time`)."""
+        return exposed_times(self.program, self.record)
+
+    @property
+    def bottleneck(self) -> str:
+        """The largest part of the breakdown."""
+        breakdown = self.breakdown_s
+        return max(breakdown, key=lambda name: breakdown[name])
+
     def to_json(self) -> dict[str, object]:
         """The keys of ``schedlab simulate --json``."""
         step_s, gpus = self.step_time_s, self.plan.num_gpus
-        breakdown = exposed_times(self.program, self.record)
+        breakdown = self.breakdown_s
         half = INTERVAL_Z * self.price.relative_standard_error * step_s
         worst = int(np.argmax(self.peak_memory_bytes))
         return {

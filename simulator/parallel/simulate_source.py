@@ -8,6 +8,7 @@ from pathlib import Path
 from hardware_models.catalogue import load_hardware
 from hardware_models.errors import InputError
 from hardware_models.network.cluster import Cluster
+from hardware_models.profile import DeviceProfile
 from simulator.model_source import DEFAULT_SEQ_LEN, ModelSource
 from simulator.parallel.orders import order_of
 from simulator.parallel.simulate_parallel import ParallelSimulation, simulate_parallel
@@ -16,7 +17,8 @@ from simulator.precision import STORED_AS
 
 
 def simulate_source(
-    source: ModelSource, plan: Plan, cluster: Cluster, *, gpus: int | None = None, folder: Path | None = None, engine: str = "compiled"
+    source: ModelSource, plan: Plan, cluster: Cluster, *, gpus: int | None = None, folder: Path | None = None, engine: str = "compiled",
+    device: DeviceProfile | None = None,
 ) -> ParallelSimulation:  # fmt: skip
     """A plan's prediction on a cluster.
 
@@ -27,6 +29,7 @@ def simulate_source(
         gpus: what the plan's degrees must give; None: whatever they give.
         folder: where relative files of the plan begin.
         engine: one of `simulate.ENGINES`.
+        device: in place of the catalogue's profile of the cluster's devices.
 
     Raises:
         InputError: names the rule that the plan breaks.
@@ -50,5 +53,11 @@ def simulate_source(
         resolved = replace(resolved, batch=replace(resolved.batch, micro_batch=1))
     sized = cluster.with_gpus(plan.num_gpus)
     return simulate_parallel(
-        config, resolved, sized, load_hardware(sized.device), order_of(resolved, folder=folder), seq_len=seq_len, engine=engine
+        config,
+        resolved,
+        sized,
+        device or load_hardware(sized.device),
+        order_of(resolved, folder=folder),
+        seq_len=seq_len,
+        engine=engine,
     )

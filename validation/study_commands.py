@@ -1,0 +1,84 @@
+"""Commands that ask about a plan: what if the hardware or the plan were different."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from hardware_models.catalogue import load_hardware
+from hardware_models.network.cluster_file import find_cluster, single_gpu_cluster
+from simulator.figures import save_figure, tornado_figure
+from simulator.model_source import model_source
+from simulator.parallel.simulate_source import simulate_source
+from simulator.plan import Plan
+from simulator.plan_file import read_plan
+from simulator.what_if import Effect, Prediction, Setting, effect_of, parse_change, sensitivities
+from validation.command_line import hardware_option, model_options, reported
+from validation.reports import table_of
+
+FACTOR = 2.0
+"""How much better and worse each value of the hardware is made."""
+
+
+@click.command("what-if")
+@model_options
+@hardware_option
+@click.option("--plan", "plan_path", type=click.Path(path_type=Path), help="Plan TOML (default: the plain module).")
+@click.option("--gpus", type=click.IntRange(min=1), help="Devices that the plan must use (default: what its degrees give).")
+@click.option(
+    "--set",
+    "changes",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="link.nvlink.bandwidth=x2, device.memory=96e9, parallel.tp=4, ...; repeatable.",
+)
+@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Write the tornado plot of the sensitivities.")
+@reported
+def what_if(
+    model_name: str, seq_len: int | None, hardware_name: str, plan_path: Path | None, gpus: int | None, changes: tuple[str, ...], plot_path: Path | None
+) -> dict[str, Any]:  # fmt: skip
+    """Predicts a plan on other hardware, or with other values, and which values its time hangs on."""
+    plan = read_plan(plan_path) if plan_path else Plan()
+    wanted = tuple(parse_change(text) for text in changes)
+    cluster = find_cluster(hardware_name) or single_gpu_cluster(hardware_name)
+    setting = Setting(plan=plan, cluster=cluster, device=load_hardware(cluster.device))
+    source = model_source(model_name, device=setting.device, seq_len=seq_len)
+
+    def predict(one: Setting) -> Prediction:
+        resolved, folder = source.with_plan_batch(one.plan), plan_path.parent if plan_path else None
+        asked = gpus if one.plan is plan else None
+        found = simulate_source(resolved, one.plan, one.cluster, device=one.device, gpus=asked, folder=folder)
+        return Prediction(step_time_s=found.step_time_s, bottleneck=found.bottleneck, fits=found.fits)
+
+    base = predict(setting)
+    together = effect_of(wanted, setting, base, predict) if wanted else None
+    alone = [effect_of((change,), setting, base, predict) for change in wanted] if len(wanted) > 1 else []
+    pairs = sensitivities(setting, base, predict, factor=FACTOR)
+    if plot_path:
+        bars = [(better.key, 1.0 / better.speedup - 1.0, 1.0 / worse.speedup - 1.0) for better, worse in pairs]
+        save_figure(tornado_figure(bars, title=f"{model_name}: values x{FACTOR:g} and /{FACTOR:g}"), plot_path)
+    return {
+        "step_time_s": base.step_time_s, "bottleneck": base.bottleneck, "fits": base.fits, "changed": together.to_json() if together else None,
+        "changes": [effect.to_json() for effect in alone], "sensitivities": [effect.to_json() for pair in pairs for effect in pair],
+        "_table": _what_if_table(model_name, base, [*([together] if together else []), *alone], pairs),
+    }  # fmt: skip
+
+
+def _what_if_table(model: str, base: Prediction, asked: list[Effect], pairs: tuple[tuple[Effect, Effect], ...]) -> Table:
+    rows = [_row(effect) for effect in (*asked, *(effect for pair in pairs for effect in pair))]
+    title = f"{model}: {base.step_time_s:.4g} s a step, bottleneck {base.bottleneck}{'' if base.fits else ', does not fit'}"
+    return table_of(title, ("value", "set to", "step (s)", "speed-up", "bottleneck", "fits"), rows)
+
+
+def _row(effect: Effect) -> tuple[str, ...]:
+    return (
+        effect.key,
+        effect.value,
+        f"{effect.step_time_s:.4g}",
+        f"{effect.speedup:.3f}",
+        effect.bottleneck,
+        "yes" if effect.fits else "no",
+    )
