@@ -1,0 +1,113 @@
+"""How far predictions of whole runs are off beyond what prices of kernels say: spreads per evidence kind, estimated leaving one table out.
+
+A spread widens intervals and makes out-of-memory a probability. It never moves a prediction.
+
+    python -m validation.published_results --tables DIR --out validation/results
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import erf, sqrt
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+DISCREPANCY_FILE = Path(__file__).parent / "results" / "discrepancy.toml"
+QUANTILE = 0.8
+"""Share of measurements that an interval is to hold."""
+NORMAL_Z = 1.2816
+"""Half-width, in standard deviations of a normal distribution, that holds `QUANTILE`."""
+WITHOUT_TABLES = 0.15
+"""Spread where no table was compared yet: the largest mean error that the project aims at on any table, rounded up."""
+_ANY = "any"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residual:
+    """Error of one row, for estimating spreads."""
+
+    table: str
+    evidence: str
+    error: float
+    kernel_error: float
+    """Relative standard error of the row's prices."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Discrepancy:
+    """Spreads by table left out and evidence kind; table ``any`` leaves none out."""
+
+    time: Mapping[str, Mapping[str, float]]
+    memory: Mapping[str, Mapping[str, float]]
+
+    def time_spread(self, table: str, evidence: str) -> float:
+        """Standard deviation of a step time's relative error beyond the prices'."""
+        return _spread(self.time, table, evidence)
+
+    def memory_spread(self, table: str, evidence: str) -> float:
+        """The same of a peak of memory."""
+        return _spread(self.memory, table, evidence)
+
+
+def _spread(spreads: Mapping[str, Mapping[str, float]], table: str, evidence: str) -> float:
+    of_table = spreads.get(table) or spreads.get(_ANY) or {}
+    return of_table.get(evidence, of_table.get(_ANY, WITHOUT_TABLES))
+
+
+def half_width(spread: float, kernel_error: float) -> float:
+    """Half of an 80% interval, relative to the prediction.
+
+    **Model**: both parts are independent: ``z sqrt(spread^2 + kernel_error^2)``.
+    """
+    return NORMAL_Z * sqrt(spread**2 + kernel_error**2)
+
+
+def probability_above(predicted: float, limit: float, spread: float) -> float:
+    """Probability that a value predicted with this relative spread exceeds a limit: of a normal distribution; 0 or 1 without spread."""
+    if predicted <= 0.0 or spread <= 0.0:
+        return float(predicted > limit)
+    return 0.5 * (1.0 + erf((predicted - limit) / (spread * predicted) / sqrt(2.0)))
+
+
+def spread_of(residuals: Sequence[Residual]) -> float:
+    """The spread beyond the prices' errors that makes 80% intervals hold 80% of some residuals.
+
+    **Model**: tables count alike, however many rows they have: the 0.8 quantile of magnitudes, each weighted by one over the rows of its table, is ``z sqrt(s^2 + k^2)``
+    with k the median error of prices.
+    """
+    magnitudes = np.array([abs(one.error) for one in residuals])
+    sizes = {table: sum(one.table == table for one in residuals) for table in {one.table for one in residuals}}
+    weights = np.array([1.0 / sizes[one.table] for one in residuals])
+    order = np.argsort(magnitudes)
+    reached = np.cumsum(weights[order]) / weights.sum()
+    quantile = float(magnitudes[order][min(int(np.searchsorted(reached, QUANTILE)), len(order) - 1)])
+    kernel = float(np.median([one.kernel_error for one in residuals]))
+    return sqrt(max(0.0, (quantile / NORMAL_Z) ** 2 - kernel**2))
+
+
+def spreads_of(residuals: Sequence[Residual]) -> dict[str, dict[str, float]]:
+    """Spreads leaving each table out in turn, and leaving none out, by evidence kind and over all kinds."""
+    tables = sorted({one.table for one in residuals})
+    found: dict[str, dict[str, float]] = {}
+    for left_out in (_ANY, *tables):
+        others = [one for one in residuals if one.table != left_out]
+        if not others:
+            continue
+        kinds = sorted({one.evidence for one in others})
+        found[left_out] = {_ANY: spread_of(others)} | {kind: spread_of([one for one in others if one.evidence == kind]) for kind in kinds}
+    return found
+
+
+@lru_cache(maxsize=4)
+def read_discrepancy(path: Path = DISCREPANCY_FILE) -> Discrepancy:
+    """The committed spreads; without a file the same spread everywhere."""
+    if not path.is_file():
+        return Discrepancy(time=MappingProxyType({}), memory=MappingProxyType({}))
+    values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    return Discrepancy(time=MappingProxyType(values.get("time", {})), memory=MappingProxyType(values.get("memory", {})))

@@ -1,0 +1,122 @@
+"""What trainers do that a table does not say: facts of each framework and version, each with its source, never of a row."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from hardware_models.errors import InputError
+
+GradientFormat = Literal["fp32", "half"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrameworkFacts:
+    """How a framework of some version runs a plan; what a row states goes before."""
+
+    name: str
+    pattern: str
+    """Of the row's ``framework``, without case; the first that matches counts."""
+    runtime: str
+    """One of `simulator.plan.FRAMEWORKS`."""
+    source: str
+    grads: GradientFormat = "fp32"
+    """Format in which gradients accumulate and travel in half-precision runs."""
+    bf16_grads: GradientFormat = "fp32"
+    """The same in bfloat16 runs."""
+    overlap_grad_reduce: bool = True
+    overlap_param_gather: bool = True
+    flash_attention: bool = True
+    """Where a row says ``unknown`` or nothing."""
+    sequence_parallel: bool = True
+    """Where a row with tensor parallelism does not say."""
+    dropout: float = 0.0
+    """Of models whose family has dropout."""
+    vocab: int = 0
+    """Where the row is blank; 0: nothing is assumed."""
+    vocab_source: str = ""
+    vocab_multiple: int = 1
+    """The vocabulary is padded to a multiple of this and tp."""
+    tied: bool | None = None
+    """Head and embedding share a matrix; None: as the model family has it."""
+    micro_batches_per_stage: int = 0
+    """Micro-batches per pipeline rank where a row states neither them nor their size; 0: one sample each."""
+    not_simulated: str = ""
+    """Why runs of this framework cannot be expressed; empty if they can."""
+
+
+_MEGATRON_ARGUMENTS = "NVIDIA/Megatron-LM megatron/arguments.py"
+
+FRAMEWORKS_KNOWN: tuple[FrameworkFacts, ...] = (
+    FrameworkFacts(
+        name="MegaScale", pattern=r"megascale", runtime="megatron-core", source="Jiang et al. 2024 (arXiv 2402.15627), section 3.1",
+        not_simulated="MegaScale trains another model: attention and network in parallel, sliding windows (arXiv 2402.15627, section 3.1)",
+    ),
+    FrameworkFacts(
+        name="Megatron-LM with DeepSpeed ZeRO-3, 2021", pattern=r"megatron.*2021.*(deepspeed|z)", runtime="deepspeed", grads="half", flash_attention=False,
+        sequence_parallel=False, dropout=0.1, vocab_multiple=128,
+        source="Narayanan et al. 2021 (arXiv 2104.04473), section 5.2 and table 2; DeepSpeed keeps gradients in the model's format (runtime/zero/stage3.py)",
+    ),
+    FrameworkFacts(
+        name="Megatron-DeepSpeed", pattern=r"megatron-deepspeed", runtime="megatron-lm@2021", grads="half", overlap_grad_reduce=False, overlap_param_gather=False,
+        flash_attention=False, sequence_parallel=False, dropout=0.1, vocab=50257,
+        vocab_source="GPT-2's tokenizer, the default of VIA-Research/vTrain's configuration and of Megatron's examples", vocab_multiple=128,
+        source="microsoft/Megatron-DeepSpeed, a fork of Megatron-LM v2.4: its fused kernels; DeepSpeed's pipeline engine reduces gradients after the last backward "
+        "pass (runtime/pipe/engine.py, _exec_reduce_grads) in the model's format; bf16 adds them up in fp32 (runtime/bf16_optimizer.py)",
+    ),
+    FrameworkFacts(
+        name="Megatron-LM fork of Zero Bubble", pattern=r"(sail-sg|zero.?bubble)", runtime="megatron-lm@2021", grads="half", overlap_grad_reduce=False,
+        overlap_param_gather=False, flash_attention=False, sequence_parallel=False, dropout=0.1, vocab=32000,
+        vocab_source="printed sizes of 1.5, 6.2, 14.6 and 28.3 billion are 12 L h^2 and one table of 32,000 rows (arXiv 2401.10241, table 3)", vocab_multiple=128,
+        source="sail-sg/zero-bubble-pipeline-parallelism examples/pretrain_zero_bubble.sh, first release: --fp16, no --use-flash-attn, dropout as by default, "
+        "--no-overlap-p2p-communication",
+    ),
+    FrameworkFacts(
+        name="Megatron-LM of 2021 and 2022", pattern=r"megatron-lm.*202[0-2]", runtime="megatron-lm@2021", grads="half", overlap_grad_reduce=False,
+        overlap_param_gather=False, flash_attention=False, sequence_parallel=False, dropout=0.1, vocab=50257,
+        vocab_source="GPT-2's tokenizer, padded to 51,200 (Narayanan et al. 2021, section 5.1)", vocab_multiple=128,
+        source=f"{_MEGATRON_ARGUMENTS} v2.5: accumulate_allreduce_grads_in_fp32 is set for bf16 only; megatron/model/distributed.py reduces after the last backward pass",
+    ),
+    FrameworkFacts(
+        name="Megatron-core", pattern=r"(megatron(?!-style)|nemo)", runtime="megatron-core", vocab_multiple=128,
+        source=f"{_MEGATRON_ARGUMENTS} core_r0.8: gradients in fp32 for bf16, --overlap-grad-reduce and --overlap-param-gather with the distributed optimizer",
+    ),
+    FrameworkFacts(
+        name="AA-Scaling", pattern=r"(aa-scaling|aleph)", runtime="megatron-lm@2021", overlap_grad_reduce=False, overlap_param_gather=False, sequence_parallel=False,
+        vocab_multiple=1, source="Hagemann et al. 2023 (arXiv 2311.05610), section 3: tensor, pipeline (1F1B) and data parallelism with ZeRO-1 as in Megatron-LM and DeepSpeed, in bf16",
+    ),
+    FrameworkFacts(
+        name="torchtitan", pattern=r"torchtitan", runtime="torchtitan", micro_batches_per_stage=1,
+        source="pytorch/torchtitan docs/fsdp.md (fp32 reduction, bf16 parameters), torchtitan/config_manager.py of 12/2024: pipeline micro-batches default to the number of stages",
+    ),
+    FrameworkFacts(
+        name="llm-foundry", pattern=r"(llm-foundry|composer|mosaic)", runtime="pytorch", sequence_parallel=False,
+        source="mosaicml/llm-foundry scripts/train/benchmarking/README.md: FSDP, mixed_precision DEFAULT (reduces in fp32), limit_all_gathers; torch's FSDP prefetches one block",
+    ),
+    FrameworkFacts(
+        name="PyTorch FSDP", pattern=r"(fsdp|pytorch|ddp|accelerate|hugging|transformers|lightning|meta internal)", runtime="pytorch", sequence_parallel=False,
+        source="torch.distributed.fsdp: gathers one block ahead, reduces behind the backward pass",
+    ),
+    FrameworkFacts(
+        name="DeepSpeed", pattern=r"(deepspeed|zero)", runtime="deepspeed", grads="half", bf16_grads="half", sequence_parallel=False,
+        source="microsoft/DeepSpeed docs/_pages/config-json.md: overlap_comm, gradients in the model's format unless data_types.grad_accum_dtype says otherwise",
+    ),
+)  # fmt: skip
+"""In the order in which they are tried."""
+
+
+def facts_of(framework: str) -> FrameworkFacts:
+    """The facts of a row's framework.
+
+    Raises:
+        InputError: no framework of that name is known, or its runs cannot be expressed.
+    """
+    text = framework.lower()
+    found = next((facts for facts in FRAMEWORKS_KNOWN if re.search(facts.pattern, text)), None)
+    if found is None:
+        known = ", ".join(facts.name for facts in FRAMEWORKS_KNOWN)
+        raise InputError(source="row", key="framework", value=framework, rule=f"no facts of this framework are known; known are {known}")
+    if found.not_simulated:
+        raise InputError(source="row", key="framework", value=framework, rule=found.not_simulated)
+    return found
