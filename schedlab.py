@@ -12,7 +12,6 @@ import click
 
 from hardware_models.calibration import calibrate as run_calibration
 from hardware_models.catalogue import list_hardware, load_hardware, this_profile_path
-from hardware_models.errors import InputError
 from hardware_models.files import whole_file
 from hardware_models.network.cluster_file import find_cluster, list_clusters, load_cluster
 from hardware_models.profile import DeviceProfile
@@ -46,9 +45,7 @@ from validation.command_line import (
     stderr,
     with_progress,
 )
-from validation.kernel_check import check_kernels
 from validation.reports import (
-    kernel_check_table,
     parallel_table,
     pipeline_table,
     replay_table,
@@ -59,6 +56,7 @@ from validation.reports import (
     workload_table,
 )
 from validation.study_commands import what_if
+from validation.validate_files import validate_files
 
 __all__ = [
     "EXIT_INFEASIBLE",
@@ -363,29 +361,15 @@ def pipeline(
 
 
 @main.command()
-@click.option(
-    "--kernels",
-    "kernels_path",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="CSV of kernel, copy or collective timings.",
-)
+@click.option("--table", type=click.Path(path_type=Path), help="CSV of published training runs.")
+@click.option("--kernels", type=click.Path(path_type=Path), help="CSV of kernel, copy or collective timings.")
 @click.option(
     "--hardware-dir", type=click.Path(path_type=Path), help="Folder of device folders that are taken before the catalogue's."
 )
 @reported
-def validate(kernels_path: Path, hardware_dir: Path | None) -> dict[str, Any]:
-    """Prices every row of a file of published timings, and reports the errors."""
-    if hardware_dir is not None and not hardware_dir.is_dir():
-        raise InputError(
-            source="--hardware-dir",
-            key="",
-            value=str(hardware_dir),
-            rule="a folder of device folders",
-            remedy="correct the path",
-        )
-    check = check_kernels(kernels_path, hardware_dir=hardware_dir)
-    return check.to_json() | {"_table": kernel_check_table(check)}
+def validate(**files: Path | None) -> dict[str, Any]:
+    """Compares a file of published runs or timings, row by row, with what is predicted."""
+    return with_progress(lambda report: validate_files(**files, report=report))
 
 
 main.add_command(what_if)

@@ -21,7 +21,11 @@ _NODES = {
 }  # fmt: skip
 """Node of a device where a row says nothing else; devices without one in the catalogue take the nearest generation's."""
 _PCIE_NODE = "a100-pcie-no-bridge"
-_NAMED = (("selene", "a100-sxm-80gb", "selene"), ("jean zay", "v100-sxm2-32gb", "jean-zay-v100"), ("dgx-2", "v100-sxm2-32gb", "dgx2-v100"))
+_NAMED = (
+    ("selene", "a100-sxm-80gb", "selene"),
+    ("jean zay", "v100-sxm2-32gb", "jean-zay-v100"),
+    ("dgx-2", "v100-sxm2-32gb", "dgx2-v100"),
+)
 """Words of an interconnect, device and cluster of the catalogue."""
 _FAMILIES = (
     ("omni-path", "omni-path-{}"), ("omnipath", "omni-path-{}"), ("slingshot", "slingshot-11"), ("efa", "efa-{}g"), ("roce", "roce-{}g"), ("rdma", "roce-{}g"),

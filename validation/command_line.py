@@ -6,7 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import click
 from rich.console import Console
@@ -35,6 +35,7 @@ class _Times(click.ParamType):  # type: ignore[type-arg]  # generic since click 
 
 TIMES = _Times()
 Command = Callable[..., dict[str, Any]]
+Result = TypeVar("Result")
 stderr = Console(stderr=True)
 
 
@@ -80,7 +81,7 @@ hardware_option = click.option(
 )
 
 
-def with_progress(work: Callable[[Callable[[str, float], None]], Any]) -> Any:
+def with_progress(work: Callable[[Callable[[str, float], None]], Result]) -> Result:
     """Runs work that reports (what, fraction done), with a bar on stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
     with Progress(*columns, console=stderr, transient=True) as bar:

@@ -26,6 +26,7 @@ NORMAL_Z = 1.2816
 WITHOUT_TABLES = 0.15
 """Spread where no table was compared yet: the largest mean error that the project aims at on any table, rounded up."""
 _ANY = "any"
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +87,7 @@ def spread_of(residuals: Sequence[Residual]) -> float:
     weights = np.array([1.0 / sizes[one.table] for one in residuals])
     order = np.argsort(magnitudes)
     reached = np.cumsum(weights[order]) / weights.sum()
-    quantile = float(magnitudes[order][min(int(np.searchsorted(reached, QUANTILE)), len(order) - 1)])
+    quantile = float(magnitudes[order][min(int(np.searchsorted(reached, QUANTILE - _ROUNDING)), len(order) - 1)])
     kernel = float(np.median([one.kernel_error for one in residuals]))
     return sqrt(max(0.0, (quantile / NORMAL_Z) ** 2 - kernel**2))
 
@@ -100,7 +101,9 @@ def spreads_of(residuals: Sequence[Residual]) -> dict[str, dict[str, float]]:
         if not others:
             continue
         kinds = sorted({one.evidence for one in others})
-        found[left_out] = {_ANY: spread_of(others)} | {kind: spread_of([one for one in others if one.evidence == kind]) for kind in kinds}
+        found[left_out] = {_ANY: spread_of(others)} | {
+            kind: spread_of([one for one in others if one.evidence == kind]) for kind in kinds
+        }
     return found
 
 

@@ -30,7 +30,10 @@ def summary_of(errors: Sequence[float]) -> ErrorSummary | None:
         return None
     magnitudes = np.abs(errors)
     return ErrorSummary(
-        mape=float(magnitudes.mean()), median_ape=float(np.median(magnitudes)), max_ape=float(magnitudes.max()), bias=float(np.mean(errors))
+        mape=float(magnitudes.mean()),
+        median_ape=float(np.median(magnitudes)),
+        max_ape=float(magnitudes.max()),
+        bias=float(np.mean(errors)),
     )
 
 

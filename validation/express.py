@@ -6,10 +6,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import cast
+from typing import Literal, cast
 
 from hardware_models.aliases import device_named
-from hardware_models.errors import InputError
 from hardware_models.network.cluster import Cluster
 from simulator.plan import SCHEDULES, Batch, Memory, Parallel, Pipeline, Plan, Precision, Runtime
 from simulator.plan_sections import SCHEDULES_TWO_CHUNKS, ComputePrecision
@@ -19,12 +18,27 @@ from validation.framework_facts import FrameworkFacts, facts_of
 from validation.model_of_row import model_of
 from validation.published_row import PublishedRow
 
-_PRECISIONS = {"half": "fp16", "float16": "fp16", "bfloat16": "bf16", "float32": "fp32", "mxfp8": "fp8", "float8": "fp8", "nvfp4": "fp4", "mxfp4": "fp4"}
+_PRECISIONS = {
+    "half": "fp16",
+    "float16": "fp16",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+    "mxfp8": "fp8",
+    "float8": "fp8",
+    "nvfp4": "fp4",
+    "mxfp4": "fp4",
+}
 _MOST_CHUNKS_ASSUMED = 3
 """Chunks of a rank in an interleaved order of which a row does not say: as Megatron's larger runs had (arXiv 2205.05198, table 3)."""
 _TWO_BYTES = frozenset({"fp16", "bf16", "fp8", "fp4"})
 _SHARDED_AFTER_FORWARD = re.compile(r"shard_grad_op|not resharded|zero-?2", re.IGNORECASE)
-_OFFLOADS = (("optimizer", "optimizer_offload"), ("activation", "activation_offload"), ("param", "weight_offload"), ("weight", "weight_offload"), ("grad", "grad_offload"))
+_OFFLOADS = (
+    ("optimizer", "optimizer_offload"),
+    ("activation", "activation_offload"),
+    ("param", "weight_offload"),
+    ("weight", "weight_offload"),
+    ("grad", "grad_offload"),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +143,7 @@ def plan_of(row: PublishedRow, facts: FrameworkFacts, *, layers: int, has_expert
         precision=Precision(compute=compute, grads=_grads(facts, compute)),
         runtime=Runtime(
             framework=facts.runtime, flash_attention=_flash_attention(row, facts, assumed), overlap_grad_reduce=_overlaps(row, stated=facts.overlap_grad_reduce),
-            overlap_param_gather=_overlaps(row, stated=facts.overlap_param_gather),
+            overlap_param_gather=_overlaps(row, stated=facts.overlap_param_gather), compile=_compiles(row),
         ),
     )  # fmt: skip
 
@@ -193,13 +207,15 @@ def _batch(row: PublishedRow, facts: FrameworkFacts, *, dp: int, pp: int, assume
 
 def _precision(row: PublishedRow) -> ComputePrecision:
     text = row.text("precision").lower() or "bf16"
-    found = _PRECISIONS.get(text, next((name for name in ("fp8", "fp4", "bf16", "fp16", "tf32", "fp32", "int8") if text.startswith(name)), None))
+    found = _PRECISIONS.get(
+        text, next((name for name in ("fp8", "fp4", "bf16", "fp16", "tf32", "fp32", "int8") if text.startswith(name)), None)
+    )
     if found is None:
         raise row.cells.error("precision", text, "known formats are fp32, tf32, bf16, fp16, fp8, fp4, int8")
     return cast("ComputePrecision", found)
 
 
-def _grads(facts: FrameworkFacts, compute: str) -> str:
+def _grads(facts: FrameworkFacts, compute: str) -> Literal["fp32", "bf16"]:
     """``bf16`` stands for any two-byte format."""
     kept = facts.bf16_grads if compute in {"bf16", "fp8"} else facts.grads
     return "bf16" if kept == "half" and compute in _TWO_BYTES else "fp32"
@@ -231,6 +247,13 @@ def _overlaps(row: PublishedRow, *, stated: bool) -> bool:
     return stated and not re.search(r"no overlap|without overlap|disables? all [\w/ ]*overlap", words)
 
 
+def _compiles(row: PublishedRow) -> bool:
+    words = f"{row.text('framework')} {row.text('notes')}".lower()
+    return "torch.compile" in words and not re.search(
+        r"torch\.compile\s*=\s*no|no torch\.compile|without torch\.compile", words
+    )
+
+
 def _memory(row: PublishedRow) -> Memory:
     """Sharding, recompute and offload."""
     words = row.text("zero_or_fsdp")
@@ -258,7 +281,9 @@ def _offload(row: PublishedRow) -> dict[str, object]:
         return {}
     found: dict[str, object] = {name: 1.0 for word, name in _OFFLOADS if word in text}
     if not found:
-        raise row.cells.error("offload", text, "words that name what is offloaded: optimizer, activations, parameters, gradients")
+        raise row.cells.error(
+            "offload", text, "words that name what is offloaded: optimizer, activations, parameters, gradients"
+        )
     if "nvme" in text:
         found["offload_target"] = "nvme"
     return found

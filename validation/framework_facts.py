@@ -116,7 +116,9 @@ def facts_of(framework: str) -> FrameworkFacts:
     found = next((facts for facts in FRAMEWORKS_KNOWN if re.search(facts.pattern, text)), None)
     if found is None:
         known = ", ".join(facts.name for facts in FRAMEWORKS_KNOWN)
-        raise InputError(source="row", key="framework", value=framework, rule=f"no facts of this framework are known; known are {known}")
+        raise InputError(
+            source="row", key="framework", value=framework, rule=f"no facts of this framework are known; known are {known}"
+        )
     if found.not_simulated:
         raise InputError(source="row", key="framework", value=framework, rule=found.not_simulated)
     return found

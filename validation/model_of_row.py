@@ -95,7 +95,9 @@ def family_of(model: str) -> Family:
     found = next((family for family in FAMILIES if re.search(family.pattern, model.lower())), None)
     if found is None:
         rule = "no family of models is known by this name, so norm, activation and positions are not known"
-        raise InputError(source="row", key="model", value=model, rule=rule, remedy="name GPT, Llama, Mixtral, Qwen, DeepSeek-V3 or MPT")
+        raise InputError(
+            source="row", key="model", value=model, rule=rule, remedy="name GPT, Llama, Mixtral, Qwen, DeepSeek-V3 or MPT"
+        )
     if found.not_simulated:
         raise InputError(source="row", key="model", value=model, rule=found.not_simulated)
     return found
@@ -118,7 +120,9 @@ def _heads_for(hidden: int, tp: int) -> int:
     """Heads of a width next to `HEAD_WIDTH` that divide what they must."""
     fitting = [heads for heads in range(tp, hidden // 8 + 1, tp) if hidden % heads == 0]
     if not fitting:
-        raise InputError(source="row", key="hidden", value=hidden, rule=f"no number of heads divides hidden and is divided by tp = {tp}")
+        raise InputError(
+            source="row", key="hidden", value=hidden, rule=f"no number of heads divides hidden and is divided by tp = {tp}"
+        )
     return min(fitting, key=lambda heads: abs(hidden / heads - HEAD_WIDTH))
 
 
@@ -131,7 +135,9 @@ def _widths(row: PublishedRow, hidden: int) -> tuple[int, int]:
     return numbers[0], numbers[-1]
 
 
-def _with_experts(config: TransformerConfig, row: PublishedRow, family: Family, *, num_experts: int, width: int) -> TransformerConfig:
+def _with_experts(
+    config: TransformerConfig, row: PublishedRow, family: Family, *, num_experts: int, width: int
+) -> TransformerConfig:
     preset = PRESETS.get(family.like)
     stated = re.search(r"dense_layers\s*=\s*(\d+)", row.text("notes"))
     experts = Experts(

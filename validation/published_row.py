@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Literal
 
 from hardware_models.csv_table import Cells, required_format, rows_of
-from hardware_models.errors import InputError
 from hardware_models.units import GB, GIB
 
-NEEDED_COLUMNS = frozenset({"row_id", "framework", "model", "gpu", "n_gpus", "tp", "pp", "dp", "global_batch", "step_time_s", "status"})
+NEEDED_COLUMNS = frozenset(
+    {"row_id", "framework", "model", "gpu", "n_gpus", "tp", "pp", "dp", "global_batch", "step_time_s", "status"}
+)
 """Columns by which a table of training runs is known; those that it lacks beyond them count as blank."""
 MemoryBasis = Literal["allocated", "reserved", "nvidia-smi"]
 _RESERVED_BESIDE = re.compile(r"max_reserved\s+GiB=\s*[\d.]+", re.IGNORECASE)
@@ -96,7 +97,8 @@ def read_published(path: Path) -> tuple[PublishedRow, ...]:
     """
     required_format(path, [(NEEDED_COLUMNS, "training runs")])
     return tuple(
-        PublishedRow(cells=cells, row_id=(cells.values.get("row_id") or "").strip() or f"{path.stem}:{cells.line}") for cells in rows_of(path)
+        PublishedRow(cells=cells, row_id=(cells.values.get("row_id") or "").strip() or f"{path.stem}:{cells.line}")
+        for cells in rows_of(path)
     )
 
 

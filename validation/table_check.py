@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from hardware_models.catalogue import load_hardware
 from hardware_models.errors import InfeasibleError, InputError
-from hardware_models.profile import DeviceProfile
+from simulator.model_source import ModelSource
 from simulator.parallel.simulate_parallel import ParallelSimulation
-from simulator.parallel.simulate_source import simulate_config
+from simulator.parallel.simulate_source import simulate_source
 from simulator.plan import Plan
 from validation.discrepancy import Discrepancy, Residual, half_width, probability_above, read_discrepancy
-from validation.error_summary import ErrorSummary, balanced_accuracy, mean_rank_correlation, mean_regret, rank_correlation, summary_of
+from validation.error_summary import (
+    ErrorSummary,
+    balanced_accuracy,
+    mean_rank_correlation,
+    mean_regret,
+    rank_correlation,
+    summary_of,
+)
 from validation.express import Expressed, express
 from validation.published_row import Measured, PublishedRow, measured_of, read_published
 
@@ -134,7 +139,9 @@ class TableCheck:
     def residuals(self) -> tuple[list[Residual], list[Residual]]:
         """Errors of step times and of peaks, for `validation.discrepancy`."""
         times = [
-            Residual(table=self.path.stem, evidence=row.evidence, error=row.step_time.error, kernel_error=row.kernel_error) for row in self.timed if row.step_time.error is not None
+            Residual(table=self.path.stem, evidence=row.evidence, error=row.step_time.error, kernel_error=row.kernel_error)
+            for row in self.timed
+            if row.step_time.error is not None
         ]
         peaks = [
             Residual(table=self.path.stem, evidence=row.evidence, error=row.peak_memory.error, kernel_error=0.0)
@@ -181,7 +188,7 @@ def check_row(row: PublishedRow, siblings: Sequence[PublishedRow], discrepancy: 
     memory_spread = discrepancy.memory_spread(table, evidence)
     memory_half = half_width(memory_spread, 0.0)
     peak = peak_on_basis(simulation, measured)
-    needed = max(simulation.to_json_reserved()) + simulation.device.context_bytes
+    needed = max(simulation.peak_memory_bytes) + simulation.device.context_bytes
     step_s = simulation.step_time_s
     return RowCheck(
         row_id=row.row_id, group=(expressed.config.name, expressed.cluster.device, expressed.plan.num_gpus), tokens=simulation.tokens, status_measured=measured.status,
@@ -205,17 +212,13 @@ def predicted_run(expressed: Expressed) -> tuple[ParallelSimulation, tuple[str, 
 
 
 def _simulated(expressed: Expressed, plan: Plan) -> ParallelSimulation:
-    return simulate_config(expressed.config, plan, expressed.cluster, _profile(expressed.cluster.device), seq_len=expressed.seq_len)
-
-
-@lru_cache(maxsize=64)
-def _profile(device: str) -> DeviceProfile:
-    return load_hardware(device)
+    source = ModelSource(name=expressed.config.name, config=expressed.config, seq_len=expressed.seq_len)
+    return simulate_source(source, plan, expressed.cluster)
 
 
 def peak_on_basis(simulation: ParallelSimulation, measured: Measured) -> float:
     """The largest peak over pipeline ranks, counted as the source counts: allocated, reserved, or reserved and the context (nvidia-smi)."""
     if measured.memory_basis == "allocated":
         return float(max(simulation.peak_memory_bytes))
-    reserved = float(max(simulation.peak_reserved_bytes))
+    reserved = float(max(simulation.peak_memory_bytes))
     return reserved + simulation.device.context_bytes if measured.memory_basis == "nvidia-smi" else reserved

@@ -1,0 +1,69 @@
+"""Spreads beyond the prices of kernels, and what follows from them."""
+
+from __future__ import annotations
+
+from math import sqrt
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from validation.discrepancy import (
+    NORMAL_Z,
+    WITHOUT_TABLES,
+    Residual,
+    half_width,
+    probability_above,
+    read_discrepancy,
+    spread_of,
+    spreads_of,
+)
+
+
+def residual(table: str, error: float, *, kernel_error: float = 0.0, evidence: str = "published") -> Residual:
+    return Residual(table=table, evidence=evidence, error=error, kernel_error=kernel_error)
+
+
+def test_half_width_by_hand() -> None:
+    assert half_width(0.03, 0.04) == pytest.approx(NORMAL_Z * 0.05)
+    assert half_width(0.0, 0.0) == 0.0
+
+
+def test_probability_of_exceeding_a_limit() -> None:
+    assert probability_above(80.0, 80.0, 0.1) == pytest.approx(0.5)
+    assert probability_above(80.0, 72.0, 0.1) == pytest.approx(0.8413447)
+    assert (probability_above(80.0, 79.0, 0.0), probability_above(78.0, 79.0, 0.0)) == (1.0, 0.0)
+
+
+@given(st.floats(1.0, 100.0), st.floats(1.0, 100.0), st.floats(0.01, 0.5))
+def test_more_bytes_are_never_less_likely_to_be_too_many(bytes_used: float, more: float, spread: float) -> None:
+    assert probability_above(bytes_used + more, 80.0, spread) >= probability_above(bytes_used, 80.0, spread)
+
+
+def test_the_spread_is_that_of_the_quantile_without_what_prices_explain() -> None:
+    errors = [0.01 * n for n in range(1, 11)]
+    assert spread_of([residual("a", error) for error in errors]) == pytest.approx(0.08 / NORMAL_Z)
+    explained = spread_of([residual("a", error, kernel_error=0.05) for error in errors])
+    assert explained == pytest.approx(sqrt((0.08 / NORMAL_Z) ** 2 - 0.05**2))
+    assert spread_of([residual("a", 0.01, kernel_error=0.05)]) == 0.0
+
+
+def test_tables_count_alike_however_long_they_are() -> None:
+    many = [residual("long", 0.01) for _ in range(100)] + [residual("short", 0.5)]
+    assert spread_of(many) == pytest.approx(0.5 / NORMAL_Z)
+
+
+def test_a_table_does_not_widen_its_own_intervals() -> None:
+    spreads = spreads_of([residual("good", 0.01), residual("bad", 0.4)])
+    assert spreads["bad"]["any"] == pytest.approx(0.01 / NORMAL_Z)
+    assert spreads["good"]["any"] == pytest.approx(0.4 / NORMAL_Z)
+
+
+def test_spreads_are_looked_up_by_table_and_evidence(tmp_path: Path) -> None:
+    path = tmp_path / "discrepancy.toml"
+    path.write_text("[time.any]\nany = 0.1\npublished = 0.05\n[time.mine]\nany = 0.2\n", encoding="utf-8")
+    found = read_discrepancy(path)
+    assert found.time_spread("other", "published") == 0.05
+    assert found.time_spread("mine", "published") == 0.2
+    assert found.memory_spread("mine", "published") == WITHOUT_TABLES
