@@ -43,6 +43,11 @@ class ResidentTensors:
     """Parameters, then buffers and what else stays, as one."""
     batch: tuple[int, ...]
     optimizer_states: tuple[int, ...]
+    """Made at the end of the first step."""
+    moved: tuple[int, ...] = ()
+    """Made first of all, and freed once ``parameters`` are there: what was copied into these."""
+    masters: tuple[int, ...] = ()
+    """Made after ``parameters``, before the first step."""
 
 
 def resident_tensors(
@@ -87,8 +92,32 @@ def reserved_peaks(
         ``out_of_memory_at`` counts the calls of the whole run.
     """
     step, at_update = step_events(profile, update_s=update_s)
+    return repeated_peaks(step, at_update, resident, settings=settings, capacity_bytes=capacity_bytes)
+
+
+def repeated_peaks(
+    step: Sequence[AllocationEvent],
+    at_update: int,
+    resident: ResidentTensors,
+    *,
+    settings: AllocatorSettings = DEFAULT_SETTINGS,
+    capacity_bytes: int | None = None,
+) -> AllocatorPeaks:
+    """The same for a step given as calls of the allocator.
+
+    Args:
+        step: all that it allocates is freed in it.
+        at_update: index of the first call after the optimizer began.
+        resident: as in `reserved_peaks`, as are the settings and the capacity.
+        settings: the allocator's.
+        capacity_bytes: of the device.
+    """
     allocator = CachingAllocator(settings, capacity_bytes=capacity_bytes)
-    static = (*_allocations("parameter", resident.parameters), *_allocations("batch", resident.batch))
+    static = (
+        *_allocations("moved", resident.moved), *_allocations("parameter", resident.parameters),
+        *(AllocationEvent(action="free", name=("moved", n)) for n in range(len(resident.moved))),
+        *_allocations("master", resident.masters), *_allocations("batch", resident.batch),
+    )  # fmt: skip
     states = _allocations("state", resident.optimizer_states)
     count = 0
     for index in range(MOST_STEPS):
@@ -114,17 +143,13 @@ def step_events(profile: MemoryProfile, *, update_s: float) -> tuple[tuple[Alloc
     the youngest of others (backward passes run in reverse). A fall that no single tensor explains frees several that sum to it; where
     none do, the youngest that fit, and the rest of the fall waits for the class's next one. At the end everything is free.
     """
-    tensors = _Tensors()
+    tensors = TensorReader()
     changes = np.diff(profile.alive_bytes, axis=0)
     at_update: int | None = None
     for row, memory_class in np.argwhere(changes).tolist():
         if at_update is None and profile.time_s[row + 1] > update_s:
             at_update = len(tensors.events)
-        delta = int(changes[row, memory_class])
-        if delta > 0:
-            tensors.allocate(memory_class, delta)
-        else:
-            tensors.free(memory_class, -delta)
+        tensors.change(memory_class, int(changes[row, memory_class]))
     end = len(tensors.events) if at_update is None else at_update
     for memory_class in list(tensors.alive):
         tensors.free_all(memory_class)
@@ -145,7 +170,7 @@ def _sum_to(tensors: Sequence[tuple[int, int]], total: int) -> tuple[int, ...] |
     return None
 
 
-class _Tensors:
+class TensorReader:
     """Live tensors of each class, while changes of bytes are read as tensors that come and go."""
 
     def __init__(self) -> None:
@@ -157,7 +182,15 @@ class _Tensors:
         self.owed: dict[int, int] = defaultdict(int)
         self.count = 0
 
+    def change(self, memory_class: int, delta_bytes: int) -> None:
+        """Reads one rise or fall of a class."""
+        if delta_bytes > 0:
+            self.allocate(memory_class, delta_bytes)
+        elif delta_bytes < 0:
+            self.free(memory_class, -delta_bytes)
+
     def allocate(self, memory_class: int, size: int) -> None:
+        """A tensor comes."""
         name = self.count
         self.count += 1
         self.alive[memory_class][name] = size
@@ -165,6 +198,7 @@ class _Tensors:
         self.events.append(AllocationEvent(action="allocate", name=name, size_bytes=size))
 
     def free(self, memory_class: int, size: int) -> None:
+        """Tensors of so many bytes go."""
         same = self.by_size[memory_class, size]
         if same:
             self._release(memory_class, same[0] if memory_class == MemoryClass.TRANSIENT else same[-1])
@@ -182,6 +216,7 @@ class _Tensors:
         self.owed[memory_class] = owed
 
     def free_all(self, memory_class: int) -> None:
+        """All tensors of a class go."""
         for name in list(self.alive[memory_class]):
             self._release(memory_class, name)
 

@@ -25,7 +25,8 @@ OPERATORS: Mapping[str, Operators] = MappingProxyType(
 **Source**: Megatron-core 0.14: ``--transformer-impl transformer_engine`` (norms, rotary positions), ``bias_swiglu_fusion`` and ``apply_rope_fusion`` are on unless switched off;
 its attention makes query, key and value by one product (``linear_qkv``), its grouped experts (``TEGroupedMLP``) apply the router's weights in the activation. Megatron-LM of 2021: one such product, cross entropy over the vocabulary in place (``mpu/cross_entropy.py``).
 """
-_PRODUCTS = frozenset({"gemm", "batched_gemm"})
+PRODUCTS = frozenset({"gemm", "batched_gemm"})
+"""Classes of kernels that read a matrix of parameters, `bmm` excepted."""
 _OWN_PRODUCTS = frozenset({"head", "embedding", "transform"})
 """Blocks whose products are the framework's own, not Transformer Engine's."""
 _HOPPER = 9.0
@@ -68,7 +69,7 @@ def kept_bytes(blocks: Iterable[Block], plan: Plan, device: DeviceProfile, *, dt
         for block in blocks
         if block.name not in _OWN_PRODUCTS
         for kernel in block.options[0].forward.kernels
-        if kernel.kernel_class in _PRODUCTS and kernel.op != "bmm"
+        if kernel.kernel_class in PRODUCTS and kernel.op != "bmm"
     }
     return library + _LIBRARY_BYTES[recent] + sum(rows * columns for rows, columns in shapes) * DTYPE_BYTES[dtype]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from hardware_models.caching_allocator import AllocatorPeaks
 from hardware_models.kernel import Kernel
 from hardware_models.network.cluster import Cluster
 from hardware_models.pricing import Price, price, price_together
@@ -14,6 +15,7 @@ from hardware_models.profile import DeviceProfile
 from hardware_models.units import DTYPE_BYTES
 from simulator.exposed_time import exposed_times
 from simulator.lower import PassPrices
+from simulator.parallel.allocations import rank_peaks, rank_resident, stage_tensors
 from simulator.parallel.communication import Behind, Communication
 from simulator.parallel.compiled_kernels import compiled_workload
 from simulator.parallel.experts import expert_elements
@@ -38,6 +40,7 @@ from simulator.plan import Plan
 from simulator.precision import PRODUCTS_IN, STORED_AS, price_in
 from simulator.presets import TransformerConfig, build_workload
 from simulator.program import Program
+from simulator.reserved_memory import reserved_peaks
 from simulator.run_record import RunRecord, outcome_of
 from simulator.simulate import ENGINES, INTERVAL_Z
 from simulator.timeline import MemoryProfile, Timeline
@@ -72,6 +75,8 @@ class ParallelSimulation:
     peak_flops_per_s: float
     peak_host_bytes: int
     """Most bytes that the step keeps on the host of one node (on its drives, where they are the target)."""
+    allocators: tuple[AllocatorPeaks, ...] = ()
+    """Per pipeline rank, what a run of such steps does to CUDA's caching allocator; empty where that was not asked for."""
 
     @property
     def step_time_s(self) -> float:
@@ -84,15 +89,26 @@ class ParallelSimulation:
         return tuple(profile.peak_bytes for profile in self.profiles)
 
     @property
+    def peak_reserved_bytes(self) -> tuple[int, ...]:
+        """What the allocator holds, per pipeline rank; the bytes of live tensors where it was not replayed."""
+        if not self.allocators:
+            return self.peak_memory_bytes
+        return tuple(
+            max(live, one.peak_reserved_bytes) for live, one in zip(self.peak_memory_bytes, self.allocators, strict=True)
+        )
+
+    @property
     def fits(self) -> bool:
-        """Live bytes and context within the device, and within the budget if there is one; offloaded ones within the node's memory or drives."""
+        """Reserved bytes and context within the device, live ones within the budget if there is one; offloaded ones within the node's memory or drives."""
         most = max(self.peak_memory_bytes)
         budget = self.plan.memory.budget_bytes
         host = self.cluster.host
         room = host.nvme_bytes if self.plan.memory.offload_target == "nvme" else host.dram_bytes
         if self.peak_host_bytes > room:
             return False
-        return most + self.device.context_bytes <= self.device.memory_bytes and (budget is None or most <= budget)
+        return max(self.peak_reserved_bytes) + self.device.context_bytes <= self.device.memory_bytes and (
+            budget is None or most <= budget
+        )
 
     @property
     def breakdown_s(self) -> dict[str, float]:
@@ -115,14 +131,15 @@ class ParallelSimulation:
             "step_time_s": step_s, "step_time_interval_s": [max(0.0, step_s - half), step_s + half], "tokens_per_s_per_gpu": self.tokens / step_s / gpus,
             "model_flops_per_s_per_gpu": self.model_flops / step_s / gpus, "mfu": self.model_flops / step_s / gpus / self.peak_flops_per_s,
             "hfu": self.hardware_flops / step_s / gpus / self.peak_flops_per_s, "peak_memory_bytes": list(self.peak_memory_bytes),
-            "peak_reserved_bytes": list(self.peak_memory_bytes), "peak_host_bytes": self.peak_host_bytes, "peak_memory_breakdown": self.profiles[worst].peak_breakdown_bytes,
+            "peak_reserved_bytes": list(self.peak_reserved_bytes), "peak_host_bytes": self.peak_host_bytes, "peak_memory_breakdown": self.profiles[worst].peak_breakdown_bytes,
             "fits": self.fits, "time_breakdown_s": breakdown, "bottleneck": max(breakdown, key=lambda name: breakdown[name]),
             "num_events": self.program.num_instructions + len(self.program.memory_bytes), "evidence": list(self.price.evidence),
         }  # fmt: skip
 
 
 def simulate_parallel(
-    config: TransformerConfig, plan: Plan, cluster: Cluster, device: DeviceProfile, order: Order, *, seq_len: int, engine: str = "compiled"
+    config: TransformerConfig, plan: Plan, cluster: Cluster, device: DeviceProfile, order: Order, *, seq_len: int, engine: str = "compiled",
+    reserved: bool = False,
 ) -> ParallelSimulation:  # fmt: skip
     """One training step of a transformer on a cluster.
 
@@ -134,13 +151,14 @@ def simulate_parallel(
         order: of the plan's schedule.
         seq_len: tokens per sample.
         engine: one of `simulate.ENGINES`.
+        reserved: whether to replay the caching allocator (tens of milliseconds a rank).
 
-    **Not modelled**: the host's dispatch, fragmentation of the allocator, the data loader, gradient clipping.
+    **Not modelled**: the host's dispatch, the data loader, gradient clipping.
 
     Raises:
         InputError: a degree, stage or dtype that breaks a rule.
     """
-    return _Assembly(config, plan, cluster, device, order, seq_len).simulate(engine)
+    return _Assembly(config, plan, cluster, device, order, seq_len).simulate(engine, reserved=reserved)
 
 
 def step_parts(
@@ -226,11 +244,25 @@ class _Assembly:
         elements = [self._stage_elements(stage) for stage in self.stages]
         return offload_of(self.plan, self.cluster, self.order, self.chunks, elements, width=DTYPE_BYTES[self.dtype])
 
-    def simulate(self, engine: str) -> ParallelSimulation:
+    def simulate(self, engine: str, *, reserved: bool) -> ParallelSimulation:
         parts = self.parts()
         program = lower_step(parts, self._resident(), slowdown_of(overlap_of(self.device, self.cluster)))
         host_bytes = parts.offload.resident_bytes if parts.offload else ()
-        return self._result(program, ENGINES[engine](program), parts.costs, host_bytes)
+        result = self._result(program, ENGINES[engine](program), parts.costs, host_bytes)
+        return replace(result, allocators=self._allocators(result)) if reserved and self.device.kind != "cpu" else result
+
+    def _allocators(self, result: ParallelSimulation) -> tuple[AllocatorPeaks, ...]:
+        """Replays of the allocator: tensor by tensor, or rise by rise where chunks of tensors travel to the host."""
+        blocks = [[block for stage in stages for block in self.stages[stage].blocks] for stages in self.order.stages_of_rank]
+        resident = [
+            rank_resident(own, sizes, self.plan, dtype=self.dtype)
+            for own, sizes in zip(blocks, result.program.resident_bytes, strict=True)
+        ]
+        if any(self.chunks):
+            end_s = result.step_time_s
+            return tuple(reserved_peaks(*own, update_s=end_s) for own in zip(result.profiles, resident, strict=True))
+        tensors = [stage_tensors(stage, own, self.prices) for stage, own in zip(self.stages, self.operations, strict=True)]
+        return rank_peaks(self.order, lambda action: tensors[action.stage], resident, weight_share=WEIGHT_SHARE)
 
     def _result(
         self, program: Program, record: RunRecord, costs: Sequence[StageCost], host_bytes: Sequence[float]

@@ -17,7 +17,7 @@ from simulator.precision import STORED_AS
 
 
 def simulate_source(
-    source: ModelSource, plan: Plan, cluster: Cluster, *, gpus: int | None = None, folder: Path | None = None, engine: str = "compiled",
+    source: ModelSource, plan: Plan, cluster: Cluster, *, gpus: int | None = None, folder: Path | None = None, engine: str = "compiled", reserved: bool = True,
     device: DeviceProfile | None = None,
 ) -> ParallelSimulation:  # fmt: skip
     """A plan's prediction on a cluster.
@@ -29,6 +29,7 @@ def simulate_source(
         gpus: what the plan's degrees must give; None: whatever they give.
         folder: where relative files of the plan begin.
         engine: one of `simulate.ENGINES`.
+        reserved: whether to replay the caching allocator of each rank; else reserved bytes are the live ones.
         device: in place of the catalogue's profile of the cluster's devices.
 
     Raises:
@@ -60,4 +61,5 @@ def simulate_source(
         order_of(resolved, folder=folder),
         seq_len=seq_len,
         engine=engine,
+        reserved=reserved,
     )

@@ -167,6 +167,23 @@ def _lowered(stage: Stage, operations: Sequence[Operation], prices: PassPrices) 
     return builder, _first_recompute(operations, turn, {operation.block for operation in operations[:turn]})
 
 
+def pass_changes(
+    stage: Stage, operations: Sequence[Operation], prices: PassPrices
+) -> tuple[tuple[tuple[MemoryClass, int], ...], tuple[tuple[MemoryClass, int], ...]]:
+    """Bytes that come (positive) and go in a micro-batch's forward and backward pass through a stage, in order; arguments and gradients as in `stage_cost`."""
+    builder, turn = _lowered(stage, operations, prices)
+    changes = [
+        tuple(
+            (memory_class, delta_bytes)
+            for own in builder.memory[first:end]
+            for _, delta_bytes, memory_class in own
+            if memory_class is not MemoryClass.GRADIENTS
+        )
+        for first, end in ((0, turn), (turn, len(builder.memory)))
+    ]
+    return changes[0], changes[1]
+
+
 def chunk_costs(stage: Stage, operations: Sequence[Operation], prices: PassPrices, *, most: int) -> tuple[ChunkCost, ...]:
     """The stage's passes in at most ``most`` chunks, in forward order: their costs add up to those of `stage_cost`.
 

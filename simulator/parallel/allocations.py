@@ -1,0 +1,203 @@
+"""Reserved memory of each pipeline rank: its passes, tensor by tensor, through the model of CUDA's caching allocator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from hardware_models.caching_allocator import DEFAULT_SETTINGS, AllocationEvent, AllocatorPeaks, AllocatorSettings
+from hardware_models.units import DTYPE_BYTES
+from simulator.lower import PassPrices
+from simulator.parallel.framework import PRODUCTS
+from simulator.parallel.memory import MASTER_BYTES, STATE_BYTES
+from simulator.parallel.recompute import MEGATRON
+from simulator.parallel.stages import Stage, pass_changes
+from simulator.pipeline.action import Action, Order, actions_of
+from simulator.plan import Plan
+from simulator.program import MemoryClass
+from simulator.reserved_memory import ResidentTensors, TensorReader, repeated_peaks
+from simulator.sequence import Operation
+from simulator.workload import Block
+
+SETTLED = 2
+"""Micro-batches beyond those in flight at once after which a pipeline's allocations repeat."""
+GEMM_SIZES = 3
+"""Sizes of a product; a grouped one has its groups before them."""
+_STATIC = (MemoryClass.FRAMEWORK, MemoryClass.PARAMETERS, MemoryClass.GRADIENTS)
+
+Call = tuple[int, int]
+"""A tensor's number within its micro-batch and its bytes; 0 bytes: it goes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTensors:
+    """What a micro-batch allocates and frees on a stage."""
+
+    forward: tuple[Call, ...]
+    backward: tuple[Call, ...]
+    """Frees all that is left."""
+
+
+def stage_tensors(stage: Stage, operations: Sequence[Operation], prices: PassPrices) -> StageTensors:
+    """The tensors behind the bytes of a stage's passes; arguments as in `stage_cost`.
+
+    **Model**: rises and falls read as tensors by the rule of `simulator.reserved_memory`.
+    """
+    forward, backward = pass_changes(stage, operations, prices)
+    reader = TensorReader()
+    for change in forward:
+        reader.change(*change)
+    turn = len(reader.events)
+    for change in backward:
+        reader.change(*change)
+    for memory_class in list(reader.alive):
+        reader.free_all(memory_class)
+    calls = [(int(str(event.name)), event.size_bytes if event.action == "allocate" else 0) for event in reader.events]
+    return StageTensors(forward=tuple(calls[:turn]), backward=tuple(calls[turn:]))
+
+
+def rank_events(
+    order: Order, rank: int, tensors_of: Callable[[Action], StageTensors], *, weight_share: float
+) -> tuple[AllocationEvent, ...]:
+    """A rank's step as calls of the allocator.
+
+    **Model**: passes one after the other. Once as many micro-batches as are in flight at once, and `SETTLED` more, have come and gone, what a step allocates
+    repeats: later micro-batches are left out. Where the weights' gradient is a pass of its own, it frees the tensors that the input's gradient leaves to it.
+
+    **Not modelled**: buffers of communication; tensors that wait for other streams.
+
+    Args:
+        order: of the pipeline.
+        rank: of it.
+        tensors_of: of a pass's stage and micro-batch.
+        weight_share: part of what the forward pass kept that only weights' gradients need.
+    """
+    actions = tuple(actions_of(order.ranks[rank]))
+    replayed = _first_micro_batches(actions)
+    events: list[AllocationEvent] = []
+    left: dict[tuple[int, int], tuple[int, ...]] = {}
+    for action in actions:
+        key = (action.stage, action.micro_batch)
+        if action.micro_batch not in replayed:
+            continue
+        if action.kind == "W":
+            events += [AllocationEvent(action="free", name=(*key, name)) for name in left.pop(key, ())]
+            continue
+        tensors = tensors_of(action)
+        calls = tensors.forward if action.kind == "F" else tensors.backward
+        if action.kind == "B":
+            left[key] = _left_for_weights(tensors, weight_share)
+        waiting = set(left.get(key, ()))
+        for name, size in calls:
+            if size:
+                part = max(1, size // order.microbatch_parts)
+                events.append(AllocationEvent(action="allocate", name=(*key, name), size_bytes=part))
+            elif name not in waiting:
+                events.append(AllocationEvent(action="free", name=(*key, name)))
+    return tuple(events)
+
+
+def _first_micro_batches(actions: Sequence[Action]) -> frozenset[int]:
+    """Micro-batches that a rank begins first, as many as settle its memory."""
+    begun: dict[int, None] = {}
+    alive: set[tuple[int, int]] = set()
+    most = 0
+    for action in actions:
+        if action.kind == "F":
+            begun.setdefault(action.micro_batch)
+            alive.add((action.stage, action.micro_batch))
+        elif action.kind in {"BW", "W"}:
+            alive.discard((action.stage, action.micro_batch))
+        most = max(most, len({micro_batch for _, micro_batch in alive}))
+    return frozenset(list(begun)[: most + SETTLED])
+
+
+def _left_for_weights(tensors: StageTensors, share: float) -> tuple[int, ...]:
+    """Tensors of the forward pass, last freed first, that make up the share of what it keeps."""
+    kept = dict(tensors.forward)
+    for name, size in tensors.forward:
+        if not size:
+            kept.pop(name)
+    room, found = share * sum(kept.values()), []
+    for name, size in reversed(tensors.backward):
+        if not size and 0 < kept.get(name, 0) <= room:
+            room -= kept[name]
+            found.append(name)
+    return tuple(found)
+
+
+def rank_peaks(
+    order: Order,
+    tensors_of: Callable[[Action], StageTensors],
+    resident: Sequence[ResidentTensors],
+    *,
+    weight_share: float,
+    settings: AllocatorSettings = DEFAULT_SETTINGS,
+) -> tuple[AllocatorPeaks, ...]:
+    """What the allocator reserves on each rank over a run of steps.
+
+    Args:
+        order: of the pipeline.
+        tensors_of: of a pass's stage and micro-batch.
+        resident: per rank, what lives through the step.
+        weight_share: as in `rank_events`.
+        settings: the allocator's.
+    """
+    steps = (rank_events(order, rank, tensors_of, weight_share=weight_share) for rank in range(order.num_ranks))
+    return tuple(repeated_peaks(step, len(step), own, settings=settings) for step, own in zip(steps, resident, strict=True))
+
+
+def rank_resident(blocks: Sequence[Block], resident_bytes: Sequence[int], plan: Plan, *, dtype: str) -> ResidentTensors:
+    """The tensors behind the bytes that live on a rank through a step.
+
+    **Model**: gradients and parameters are one buffer each, states one tensor a parameter. Megatron makes parameters one by one and moves them into their buffer, which
+    leaves their memory in the cache; its master copies and moments are those of a contiguous part of that buffer.
+
+    **Source**: ``_ParamAndGradBuffer`` (megatron/core/distributed/param_and_grad_buffer.py, 0.14), ``DistributedOptimizer`` (megatron/core/optimizer/distrib_optimizer.py).
+
+    Args:
+        blocks: of the rank.
+        resident_bytes: by `MemoryClass`.
+        plan: its framework and optimizer.
+        dtype: of parameters.
+    """
+    elements, width = _weights(blocks), DTYPE_BYTES[dtype]
+    state_bytes = resident_bytes[MemoryClass.OPTIMIZER_STATES]
+    moments = STATE_BYTES[plan.precision.optimizer]
+    master = MASTER_BYTES if width < MASTER_BYTES else 0
+    shard = _first(elements, state_bytes // max(1, master + moments))
+    fixed = tuple(resident_bytes[one] for one in _STATIC if resident_bytes[one])
+    masters = tuple(master * one for one in shard if master)
+    halves = tuple(moments * one // 2 for one in shard for _ in range(2) if moments)
+    return ResidentTensors(
+        parameters=fixed, batch=tuple(size for size in (resident_bytes[MemoryClass.BATCH],) if size), optimizer_states=halves, masters=masters,
+        moved=tuple(width * one for one in elements) if plan.runtime.framework in MEGATRON else (),
+    )  # fmt: skip
+
+
+def _weights(blocks: Sequence[Block]) -> tuple[int, ...]:
+    """Elements of each matrix of some blocks, and of what else a block has, in order."""
+    found: list[int] = []
+    for block in blocks:
+        products = [
+            kernel for kernel in block.options[0].forward.kernels if kernel.kernel_class in PRODUCTS and kernel.op != "bmm"
+        ]
+        own = [
+            rows * columns
+            for kernel in products
+            for rows, columns in [kernel.shape[-2:]] * (kernel.shape[0] if len(kernel.shape) > GEMM_SIZES else 1)
+        ]
+        rest = block.parameter_elements - sum(own)
+        found += [*own, rest] if rest > 0 else own if rest == 0 else [block.parameter_elements]
+    return tuple(one for one in found if one)
+
+
+def _first(elements: Sequence[int], total: int) -> tuple[int, ...]:
+    """The tensors, the last one cut, that make up so many elements."""
+    found: list[int] = []
+    for one in elements:
+        if total <= 0:
+            break
+        found.append(min(one, total))
+        total -= one
+    return (*found, total) if total > 0 else tuple(found)
