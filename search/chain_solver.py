@@ -81,17 +81,17 @@ def chain_arrays(problem: ChainProblem) -> ChainArrays:
     )
 
 
-def _stacked_bytes(chain: ChainArrays) -> Ints:
+def stacked_bytes_of(chain: ChainArrays) -> Ints:
     """Sizes [stages, options + 1] of which at most one per row is held beneath a sub-chain: boundary i + 1, or what i saves."""
     return np.concatenate((chain.boundary_bytes[1:, None], chain.saved_bytes), axis=1)
 
 
-def _rounding_bytes(stacked_bytes: Ints, slot_bytes: int) -> int:
+def rounding_bytes(stacked_bytes: Ints, slot_bytes: int) -> int:
     """Most bytes by which a schedule's memory can be overstated, the limit's own rounding among them."""
     return int((-stacked_bytes % slot_bytes).max(axis=1).sum()) + slot_bytes
 
 
-def _choose_slot_bytes(stacked_bytes: Ints, available_bytes: int, num_slots: int) -> int:
+def choose_slot_bytes(stacked_bytes: Ints, available_bytes: int, num_slots: int) -> int:
     """Slot size between available / num_slots and twice that which overstates memory least.
 
     Chains repeat few sizes; a slot that divides those hardly rounds.
@@ -106,12 +106,21 @@ def _choose_slot_bytes(stacked_bytes: Ints, available_bytes: int, num_slots: int
     return int(ordered[np.argmin(losses)])
 
 
-def _operations(
-    problem: ChainProblem, chain: ChainArrays, slot_bytes: int, need: Ints, times: Floats, slots: int
+def operations_behind(
+    problem: ChainProblem, chain: ChainArrays, slot_bytes: int, need: Ints, times: Floats, entry: tuple[int, int, int]
 ) -> tuple[Operation, ...]:
-    """The sequence behind the entry of the whole chain with ``slots``."""
+    """The sequence behind an entry of a table of `search.chain_kernels.least_times`.
+
+    Args:
+        problem: the chain.
+        chain: its arrays.
+        slot_bytes: size of a slot.
+        need: slots that each state needs.
+        times: seconds of each state and number of slots.
+        entry: first stage, last stage, slots.
+    """
     operations: list[Operation] = []
-    pending: list[Operation | tuple[int, int, int]] = [(0, problem.num_stages - 1, slots)]
+    pending: list[Operation | tuple[int, int, int]] = [entry]
     while pending:
         item = pending.pop()
         if isinstance(item, Operation):
@@ -140,9 +149,9 @@ class _Grid:
     ) -> None:
         self.problem, self.chain, self.max_limit_bytes = problem, chain, max_limit_bytes
         self._num_slots, self._refinements = num_slots, refinements
-        stacked, available = _stacked_bytes(chain), max_limit_bytes - problem.boundary_bytes[0]
-        self.slot_bytes = _choose_slot_bytes(stacked, available, num_slots)
-        self._rounding_bytes = _rounding_bytes(stacked, self.slot_bytes)
+        stacked, available = stacked_bytes_of(chain), max_limit_bytes - problem.boundary_bytes[0]
+        self.slot_bytes = choose_slot_bytes(stacked, available, num_slots)
+        self._rounding_bytes = rounding_bytes(stacked, self.slot_bytes)
         self._slots = available // self.slot_bytes
         self._need, _ = least_memory(chain, self.slot_bytes)
         self.least_limit_bytes = problem.boundary_bytes[0] + int(self._need[problem.num_stages - 1]) * self.slot_bytes
@@ -168,7 +177,8 @@ class _Grid:
         """
         if limit_bytes >= self.least_limit_bytes:
             slots = (min(limit_bytes, self.max_limit_bytes) - self.problem.boundary_bytes[0]) // self.slot_bytes
-            yield _operations(self.problem, self.chain, self.slot_bytes, self._need, self._times, slots)
+            entry = (0, self.problem.num_stages - 1, slots)
+            yield operations_behind(self.problem, self.chain, self.slot_bytes, self._need, self._times, entry)
         if limit_bytes <= self.least_limit_bytes + self._rounding_bytes and self._finer is not None:
             yield from self._finer.answers(min(limit_bytes, self._finer.max_limit_bytes))
 
@@ -248,7 +258,8 @@ class ChainTable:
     @cached_property
     def _least_memory_solution(self) -> ChainSolution:
         available = self.minimum_limit_bytes - self.problem.boundary_bytes[0]
-        operations = _operations(self.problem, self._chain, 1, self._exact_need, self._exact_s[:, None], available)
+        entry = (0, self.problem.num_stages - 1, available)
+        operations = operations_behind(self.problem, self._chain, 1, self._exact_need, self._exact_s[:, None], entry)
         time_s, peak_bytes = evaluate(self.problem, operations)
         return ChainSolution(time_s=time_s, peak_bytes=peak_bytes, operations=operations)
 

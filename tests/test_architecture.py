@@ -21,6 +21,7 @@ ROOMS = {
     "simpy": ("simulator/engine_simpy.py",),
     "optuna": ("search/*",),
     "matplotlib": ("*figures.py",),
+    "scipy": ("search/solvers/*",),
     "numba": ("*_kernels.py",),
     "torch": ("simulator/tracing/*", "simulator/models/*", "hardware_models/microbench*.py", "validation/*"),
 }
