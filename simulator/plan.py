@@ -216,11 +216,12 @@ def check_parallel(plan: Plan, *, compute: Collection[str]) -> None:
         "memory.recompute": (memory.recompute, BLOCK_RECOMPUTES),
         "memory.block": (memory.block, ((),)),
         "precision.compute": (plan.precision.compute, tuple(compute)), "precision.comm": (plan.precision.comm, ("same", "bf16")),
-        "runtime.cuda_graphs": (runtime.cuda_graphs, (False,)), "runtime.overlap_tp": (runtime.overlap_tp, (False,)),
+        "runtime.cuda_graphs": (runtime.cuda_graphs, (False,)),
         "runtime.optimizer_sync": (runtime.optimizer_sync, ("pre",)),
     }  # fmt: skip
     _check_compiled_parallel(runtime)
     _check_sharding(plan)
+    _check_overlap_tp(plan)
     _check_offload_parallel(memory)
     _check_gradients_parallel(plan)
     for key, (value, simulated) in limits.items():
@@ -236,6 +237,28 @@ def _check_compiled_parallel(runtime: Runtime) -> None:
     if runtime.compile and runtime.framework.startswith("megatron"):
         rule = f"{runtime.framework} compiles no layers (it brings fused kernels of its own)"
         raise plan_refusal("runtime.compile", runtime.compile, rule, "leave it at False, or take another runtime.framework")
+
+
+def _check_overlap_tp(plan: Plan) -> None:
+    """Refuses overlapped tensor parallelism where nothing is gathered beside products."""
+    runtime, split = plan.runtime, plan.parallel
+    if not runtime.overlap_tp:
+        return
+    rule, remedy = "", "leave it at False"
+    if split.tp == 1 or not split.sequence_parallel:
+        rule, remedy = (
+            "pieces of the stream are gathered and scattered with tp > 1 and sequence_parallel only",
+            "set both, or leave it at False",
+        )
+    elif runtime.framework in {"megatron-lm@2021", "deepspeed"}:
+        rule = f"{runtime.framework} waits for its collectives"
+    elif not runtime.framework.startswith("megatron") and not runtime.compile:
+        rule, remedy = (
+            "torch finds products beside collectives in compiled layers only",
+            "set runtime.compile = true, or leave it at False",
+        )
+    if rule:
+        raise plan_refusal("runtime.overlap_tp", runtime.overlap_tp, rule, remedy)
 
 
 def _check_sharding(plan: Plan) -> None:

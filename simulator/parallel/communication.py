@@ -10,6 +10,7 @@ from hardware_models.network.collectives import collective_seconds
 from hardware_models.network.overlap import OverlapFactors
 from hardware_models.units import DTYPE_BYTES
 from simulator.parallel.mesh import Mesh
+from simulator.parallel.overlapped_products import HalfProducts, TensorOverlap, together_seconds
 from simulator.parallel.stages import Stage
 from simulator.plan import Plan
 from simulator.presets import TransformerConfig
@@ -58,6 +59,15 @@ class StageCommunication:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """What collectives of tensor parallelism are cut into pieces beside."""
+
+    overlap: TensorOverlap
+    products: Mapping[str, HalfProducts]
+    """By name of the block; a block that is not here overlaps nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Behind:
     """What the collective of an input's gradient hides behind."""
 
@@ -68,10 +78,7 @@ class Behind:
     def exposed_s(self, name: str, collective_s: float) -> float:
         """Seconds by which product and collective together are longer than the product alone: both are slower until one has ended."""
         product_s = self.product_s.get(name, 0.0)
-        slow_product, slow_collective = self.factors.compute_under_collectives, self.factors.collectives_under_compute
-        together_s = min(collective_s * slow_collective, product_s * slow_product)
-        left_s = max(0.0, collective_s - together_s / slow_collective) + max(0.0, product_s - together_s / slow_product)
-        return together_s + left_s - product_s
+        return together_seconds(product_s, collective_s, self.factors) - product_s
 
 
 class Communication:
@@ -84,14 +91,17 @@ class Communication:
     Megatron-core makes the input's gradient first and sums it over tp while it makes the weights' gradient (`Behind`; on unless
     ``--no-async-tensor-model-parallel-allreduce`` is given).
 
-    **Not modelled**: ``overlap_tp``; the second all-gather that sequence parallelism needs for weight gradients (it is overlapped); padding of capacity; imbalance of
+    With ``overlap_tp`` collectives travel in pieces beside the products at both ends of a half (`overlapped_products`).
+
+    **Not modelled**: the second all-gather that sequence parallelism needs for weight gradients (it is overlapped); padding of capacity; imbalance of
     experts.
     """
 
     def __init__(
-        self, plan: Plan, mesh: Mesh, config: TransformerConfig, *, dtype: str, seq_len: int, behind: Behind | None = None
-    ) -> None:
-        self.plan, self.mesh, self.config, self.behind = plan, mesh, config, behind
+        self, plan: Plan, mesh: Mesh, config: TransformerConfig, *, dtype: str, seq_len: int, behind: Behind | None = None,
+        beside: Beside | None = None,
+    ) -> None:  # fmt: skip
+        self.plan, self.mesh, self.config, self.behind, self.beside = plan, mesh, config, behind, beside
         self.element_bytes = DTYPE_BYTES[dtype]
         self.tokens = (plan.batch.micro_batch or 1) * seq_len // plan.parallel.cp
 
@@ -132,7 +142,7 @@ class Communication:
         tp_s = cp_s = ep_s = 0.0
         stream = self.tokens * self.config.hidden * self.element_bytes
         if block.name in _TP_BLOCKS:
-            tp_s = self._gradient_collective(block.name, stream) if backward else self._stream_collective(stream)
+            tp_s = self._gradient_collective(block.name, stream) if backward else self._stream_collective(block.name, stream)
         elif block.name == "embedding":
             tp_s = self._embedding(stream, backward=backward)
         elif block.name == "head":
@@ -144,16 +154,26 @@ class Communication:
             ep_s = _EXPERT_EXCHANGES * self.seconds("ep", "all_to_all", routed)
         return Exposed(tp_s=tp_s, cp_s=cp_s, ep_s=ep_s)
 
-    def _stream_collective(self, stream: float) -> float:
-        if self.plan.parallel.sequence_parallel:
-            return self.seconds("tp", "all_gather", stream) + self.seconds("tp", "reduce_scatter", stream)
-        return self.seconds("tp", "all_reduce", stream)
+    def _stream_collective(self, name: str, stream: float) -> float:
+        if not self.plan.parallel.sequence_parallel:
+            return self.seconds("tp", "all_reduce", stream)
+        gather_s, scatter_s = self.seconds("tp", "all_gather", stream), self.seconds("tp", "reduce_scatter", stream)
+        products = self.beside.products.get(name) if self.beside else None
+        if self.beside is None or products is None:
+            return gather_s + scatter_s
+        overlap = self.beside.overlap
+        return overlap.gathered_s(products.columns, gather_s) + overlap.scattered_s([products.row], scatter_s)
 
     def _gradient_collective(self, name: str, stream: float) -> float:
         """The gathered gradient that enters a half, and the sum over tp of the one that leaves it."""
         parallel = self.plan.parallel.sequence_parallel
         gather_s = self.seconds("tp", "all_gather", stream) if parallel else 0.0
         summed_s = self.seconds("tp", "reduce_scatter" if parallel else "all_reduce", stream)
+        products = self.beside.products.get(name) if self.beside else None
+        if self.beside is not None and products is not None:
+            gather_s = self.beside.overlap.gathered_s([products.row_gradient], gather_s)
+            if self.behind is None:
+                return gather_s + self.beside.overlap.scattered_s(products.column_gradients, summed_s)
         return gather_s + (summed_s if self.behind is None else self.behind.exposed_s(name, summed_s))
 
     def _embedding(self, stream: float, *, backward: bool) -> float:

@@ -16,7 +16,7 @@ from hardware_models.units import DTYPE_BYTES
 from simulator.exposed_time import exposed_times
 from simulator.lower import PassPrices
 from simulator.parallel.allocations import rank_peaks, rank_resident, stage_tensors
-from simulator.parallel.communication import Behind, Communication
+from simulator.parallel.communication import Behind, Beside, Communication
 from simulator.parallel.compiled_kernels import compiled_workload
 from simulator.parallel.experts import expert_elements
 from simulator.parallel.framework import FUSED_ACCUMULATION, kept_bytes, operators_of
@@ -32,6 +32,7 @@ from simulator.parallel.offload import Offload
 from simulator.parallel.offload_memory import host_peaks, node_peak
 from simulator.parallel.offload_plan import offload_of, weights_away
 from simulator.parallel.optimizer_step import optimizer_seconds
+from simulator.parallel.overlapped_products import TensorOverlap, half_products
 from simulator.parallel.parameter_gathers import Unit, gathered_elements, prefetched_units, unit_seconds, units_of
 from simulator.parallel.recompute import fit_framework, stage_operations
 from simulator.parallel.stages import ChunkCost, Stage, StageCost, chunk_costs, stage_cost, stages_of
@@ -184,7 +185,8 @@ class _Assembly:
         )
         self.dtype = STORED_AS[plan.precision.compute]
         self.mesh: Mesh = mesh_of(plan, cluster)
-        self.prices = PassPrices(price_in(plan.precision.compute, device))
+        self.price = price_in(plan.precision.compute, device)
+        self.prices = PassPrices(self.price)
         own = self._workload(tp=plan.parallel.tp, cp=plan.parallel.cp, ep=plan.parallel.ep)
         fitted = fit_framework(own, plan, config, dtype=self.dtype, seq_len=seq_len)
         self.workload: Workload = compiled_workload(fitted) if plan.runtime.compile else fitted
@@ -193,7 +195,9 @@ class _Assembly:
         self.chunks: tuple[tuple[ChunkCost, ...], ...] = (
             self._chunks() if plan.memory.activation_offload or plan.memory.weight_offload else ((),) * len(self.stages)
         )
-        self.communication = Communication(plan, self.mesh, config, dtype=self.dtype, seq_len=seq_len, behind=self._behind())
+        self.communication = Communication(
+            plan, self.mesh, config, dtype=self.dtype, seq_len=seq_len, behind=self._behind(), beside=self._beside()
+        )
 
     def _chunks(self) -> tuple[tuple[ChunkCost, ...], ...]:
         """Passes of each stage as offloaded bytes travel beside them."""
@@ -206,10 +210,27 @@ class _Assembly:
         """What sums over tensor parallel ranks hide behind; Megatron-LM of 2021 waited for them."""
         if self.plan.runtime.framework not in FUSED_ACCUMULATION:
             return None
-        tokens = (self.plan.batch.micro_batch or 1) * self.seq_len // self.plan.parallel.cp
-        products = {block.name: column_products(block, self.config.hidden, tokens) for block in self.workload.blocks}
-        seconds = {name: float(price(kernels, self.device).sum()) for name, kernels in products.items() if kernels}
+        products = {block.name: column_products(block, self.config.hidden, self._tokens) for block in self.workload.blocks}
+        seconds = {name: float(self.price(kernels).sum()) for name, kernels in products.items() if kernels}
         return Behind(product_s=seconds, factors=overlap_of(self.device, self.cluster))
+
+    @property
+    def _tokens(self) -> int:
+        """Of a micro-batch on a context-parallel rank."""
+        return (self.plan.batch.micro_batch or 1) * self.seq_len // self.plan.parallel.cp
+
+    def _beside(self) -> Beside | None:
+        """What collectives of tensor parallelism travel beside, where the plan overlaps them."""
+        if not self.plan.runtime.overlap_tp:
+            return None
+        found = {
+            block.name: half_products(block, hidden=self.config.hidden, tokens=self._tokens) for block in self.workload.blocks
+        }
+        overlap = TensorOverlap(
+            price=self.price, factors=overlap_of(self.device, self.cluster), ranks=self.plan.parallel.tp,
+            chunked_scatter=self.plan.runtime.framework in FUSED_ACCUMULATION,
+        )  # fmt: skip
+        return Beside(overlap=overlap, products={name: products for name, products in found.items() if products})
 
     def _workload(self, *, tp: int, cp: int, ep: int) -> Workload:
         return build_workload(
