@@ -215,7 +215,7 @@ def check_parallel(plan: Plan, *, compute: Collection[str]) -> None:
     limits: dict[str, tuple[object, tuple[object, ...]]] = {
         "memory.recompute": (memory.recompute, BLOCK_RECOMPUTES),
         "memory.block": (memory.block, ((),)),
-        "precision.compute": (plan.precision.compute, tuple(compute)), "precision.comm": (plan.precision.comm, ("same", "bf16")),
+        "precision.compute": (plan.precision.compute, tuple(compute)),
         "runtime.cuda_graphs": (runtime.cuda_graphs, (False,)),
         "runtime.optimizer_sync": (runtime.optimizer_sync, ("pre",)),
     }  # fmt: skip

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hardware_models.network.cluster import CommGroup
 from hardware_models.network.collectives import collective_seconds
 from hardware_models.units import DTYPE_BYTES
 from simulator.parallel.communication import Communication
 from simulator.parallel.memory import GRADIENT_BYTES
 from simulator.parallel.mesh import Mesh
 from simulator.parallel.parameter_gathers import Gathers, Unit, gathers_of, prefetched_units
+from simulator.parallel.wire_format import WireFormat, two_steps
 from simulator.plan import Plan
-from simulator.precision import STORED_AS
 
 BUCKET_BYTES = 40_000_000 * 4
 """Gradients of a bucket unless the plan says: Megatron-core's 40 million elements, in float32."""
@@ -58,7 +59,9 @@ class GradientSync:
     """ZeRO 3: gradients are scattered after each backward pass."""
 
 
-def gradient_sync(plan: Plan, communication: Communication, load: StageLoad, *, distance: int, dtype: str) -> GradientSync:
+def gradient_sync(
+    plan: Plan, communication: Communication, load: StageLoad, wire: WireFormat, *, distance: int, dtype: str
+) -> GradientSync:
     """What data parallelism does for a stage.
 
     **Model**: gradients of all buckets, and once a step parameters, over the ranks that hold the same ones; experts over their own fewer copies. Where ``dp_shard``
@@ -71,6 +74,7 @@ def gradient_sync(plan: Plan, communication: Communication, load: StageLoad, *, 
         plan: degrees, ZeRO stage, buckets, what overlaps.
         communication: prices collectives over the replicas.
         load: what the stage holds and computes.
+        wire: the plan's format of gradients and parameters on their way.
         distance: of two pipeline ranks that hold the stage, in orders of two directions; 0 in others.
         dtype: of the parameters.
 
@@ -79,57 +83,86 @@ def gradient_sync(plan: Plan, communication: Communication, load: StageLoad, *, 
     alone = plan.parallel.dp * plan.parallel.cp == 1 and not distance
     if alone and not plan.memory.optimizer_offload:
         return GradientSync(chunks=1, reduce_s=0.0, gather_s=0.0)
-    reduce_bytes = load.elements * _gradient_bytes(plan)
     bucket = plan.runtime.bucket_bytes or BUCKET_BYTES
-    chunks = max(1, min(MOST_CHUNKS, round(reduce_bytes / bucket))) if plan.runtime.overlap_grad_reduce else 1
+    grads = GRADIENT_BYTES[plan.precision.grads]
+    buckets = round(wire.sent_bytes(load.elements, grads) / bucket)
+    chunks = max(1, min(MOST_CHUNKS, buckets)) if plan.runtime.overlap_grad_reduce else 1
     if alone:
         return GradientSync(chunks=chunks, reduce_s=0.0, gather_s=0.0)
-    replicas = _Replicas(plan, communication, distance)
     parts = load.expert_elements / load.elements if load.elements else 0.0
+    replicas = _Replicas(plan, communication, wire, distance=distance, width=DTYPE_BYTES[dtype], parts=parts)
     overlaps, ahead = plan.runtime.overlap_grad_reduce, plan.runtime.overlap_param_gather
     if plan.memory.zero_stage < PARAMETERS_SHARDED:
-        reduce_s = chunks * replicas.reduce_s(reduce_bytes / chunks, parts)
-        gather_s = replicas.gather_s(load.elements * DTYPE_BYTES[dtype], parts) if plan.memory.zero_stage else 0.0
+        reduce_s = chunks * replicas.reduce_s(load.elements / chunks)
+        gather_s = replicas.gather_s(load.elements) if plan.memory.zero_stage else 0.0
         return GradientSync(
             chunks=chunks, reduce_s=reduce_s, gather_s=gather_s, gather_overlaps=ahead and gather_s > 0.0, reduce_overlaps=overlaps
         )  # fmt: skip
-    gathers_s = [replicas.gather_s(unit.elements * DTYPE_BYTES[dtype], parts) for unit in load.units]
-    reduce_s = sum(replicas.reduce_s(unit.elements * _gradient_bytes(plan), parts) for unit in load.units)
+    gathers_s = [replicas.gather_s(unit.elements) for unit in load.units]
     prefetch = prefetched_units(load.units, plan.runtime) if ahead else 0
     return GradientSync(
-        chunks=min(MOST_CHUNKS, max(1, len(load.units))) if overlaps else 1, reduce_s=reduce_s, gather_s=0.0, every_micro_batch=True,
-        forward_gathers=gathers_of(load.forward_s, gathers_s, prefetch),
+        chunks=min(MOST_CHUNKS, max(1, len(load.units))) if overlaps else 1, reduce_s=sum(replicas.reduce_s(unit.elements) for unit in load.units),
+        gather_s=0.0, every_micro_batch=True, forward_gathers=gathers_of(load.forward_s, gathers_s, prefetch),
         backward_gathers=gathers_of(load.backward_s[::-1], gathers_s[::-1], prefetch),
     )  # fmt: skip
 
 
 class _Replicas:
-    """Collectives among the ranks that hold a stage's parameters; ``parts`` is the part of the bytes that belongs to experts."""
+    """Collectives among the ranks that hold a stage's parameters; ``parts`` of these are experts', ``width`` is a parameter's size."""
 
-    def __init__(self, plan: Plan, communication: Communication, distance: int) -> None:
-        self.plan, self.over, self.mesh, self.distance = plan, communication.over, communication.mesh, distance
-        self.shards = plan.parallel.shard_ranks if plan.memory.zero_stage else 1
+    def __init__(
+        self, plan: Plan, communication: Communication, wire: WireFormat, *, distance: int, width: int, parts: float
+    ) -> None:
+        self.wire, self.over, self.mesh, self.distance = wire, communication.over, communication.mesh, distance
+        self.width, self.grads, self.parts = width, GRADIENT_BYTES[plan.precision.grads], parts
+        self.sharded = plan.memory.zero_stage > 0
+        self.shards = plan.parallel.shard_ranks if self.sharded else 1
         self.whole = self.shards == plan.parallel.dp * plan.parallel.cp
 
-    def reduce_s(self, size_bytes: float, parts: float) -> float:
+    def reduce_s(self, elements: float) -> float:
         """Of gradients: summed, each rank keeping what ZeRO leaves it."""
-        dense = self._reduce_dense_s(size_bytes * (1.0 - parts))
-        collective = "reduce_scatter" if self.plan.memory.zero_stage else "all_reduce"
-        return dense + (self.over(collective, size_bytes * parts, self.mesh.expert_group(self.distance)) if parts else 0.0)
+        experts = self._summed_s(elements * self.parts, self.mesh.expert_group(self.distance)) if self.parts else 0.0
+        dense = elements * (1.0 - self.parts)
+        if not self.sharded or self.whole:
+            return experts + self._summed_s(dense, self.mesh.gradient_group(self.distance))
+        inside_s = self._scattered_s(dense, self.mesh.shard_group(self.shards))
+        return experts + inside_s + self._all_reduced_s(dense / self.shards, self.mesh.copy_group(self.shards, self.distance))
 
-    def _reduce_dense_s(self, size_bytes: float) -> float:
-        if self.plan.memory.zero_stage == 0:
-            return self.over("all_reduce", size_bytes, self.mesh.gradient_group(self.distance))
-        if self.whole:
-            return self.over("reduce_scatter", size_bytes, self.mesh.gradient_group(self.distance))
-        inside_s = self.over("reduce_scatter", size_bytes, self.mesh.shard_group(self.shards))
-        return inside_s + self.over("all_reduce", size_bytes / self.shards, self.mesh.copy_group(self.shards, self.distance))
-
-    def gather_s(self, size_bytes: float, parts: float) -> float:
+    def gather_s(self, elements: float) -> float:
         """Of parameters."""
         group = self.mesh.gradient_group(self.distance) if self.whole else self.mesh.shard_group(self.shards)
-        own_s = self.over("all_gather", size_bytes * (1.0 - parts), group)
-        return own_s + (self.over("all_gather", size_bytes * parts, self.mesh.expert_group(self.distance)) if parts else 0.0)
+        experts = (
+            self._gathered_s(elements * self.parts, self.mesh.expert_group(self.distance), self.width) if self.parts else 0.0
+        )
+        return experts + self._gathered_s(elements * (1.0 - self.parts), group, self.width)
+
+    def _summed_s(self, elements: float, group: CommGroup) -> float:
+        return self._scattered_s(elements, group) if self.sharded else self._all_reduced_s(elements, group)
+
+    def _scattered_s(self, elements: float, group: CommGroup) -> float:
+        if group.num_ranks == 1:
+            return 0.0
+        if not self.wire.quantizes:
+            return self.over("reduce_scatter", self.wire.sent_bytes(elements, self.grads), group)
+        seconds = 0.0
+        for step in two_steps(group):
+            seconds += self.over("all_to_all", self.wire.sent_bytes(elements, self.grads), step)
+            seconds += self.wire.change_s(elements, read_bytes=self.grads, written_bytes=1.0)
+            seconds += self.wire.change_s(elements, read_bytes=1.0, written_bytes=self.grads / step.num_ranks)
+            elements /= step.num_ranks
+        return seconds
+
+    def _all_reduced_s(self, elements: float, group: CommGroup) -> float:
+        if not self.wire.quantizes:
+            return self.over("all_reduce", self.wire.sent_bytes(elements, self.grads), group)
+        return self._scattered_s(elements, group) + self._gathered_s(elements, group, self.grads)
+
+    def _gathered_s(self, elements: float, group: CommGroup, width: int) -> float:
+        if group.num_ranks == 1:
+            return 0.0
+        own_s = self.over("all_gather", self.wire.sent_bytes(elements, width), group)
+        sent_s = self.wire.change_s(elements / group.num_ranks, read_bytes=width, written_bytes=1.0)
+        return own_s + sent_s + self.wire.change_s(elements, read_bytes=1.0, written_bytes=width)
 
 
 def tied_seconds(plan: Plan, mesh: Mesh, elements: int) -> float:
@@ -138,10 +171,3 @@ def tied_seconds(plan: Plan, mesh: Mesh, elements: int) -> float:
         return 0.0
     size = float(elements * GRADIENT_BYTES[plan.precision.grads])
     return collective_seconds("all_reduce", size, mesh.neighbours("pp"), mesh.cluster)
-
-
-def _gradient_bytes(plan: Plan) -> int:
-    """Bytes of one gradient on the wire."""
-    if plan.precision.comm == "same":
-        return GRADIENT_BYTES[plan.precision.grads]
-    return DTYPE_BYTES[STORED_AS.get(plan.precision.comm, "int8")]

@@ -36,6 +36,7 @@ from simulator.parallel.overlapped_products import TensorOverlap, half_products
 from simulator.parallel.parameter_gathers import Unit, gathered_elements, prefetched_units, unit_seconds, units_of
 from simulator.parallel.recompute import fit_framework, stage_operations
 from simulator.parallel.stages import ChunkCost, Stage, StageCost, chunk_costs, stage_cost, stages_of
+from simulator.parallel.wire_format import WireFormat
 from simulator.pipeline.action import Order
 from simulator.plan import Plan
 from simulator.precision import PRODUCTS_IN, STORED_AS, price_in
@@ -319,7 +320,8 @@ class _Assembly:
             elements=self._stage_elements(stage), expert_elements=expert_elements(stage, self.config, plan.parallel), units=units,
             forward_s=forward_s, backward_s=backward_s,
         )  # fmt: skip
-        return gradient_sync(plan, self.communication, load, distance=holders[-1] - holders[0], dtype=self.dtype)
+        wire = WireFormat(comm=plan.precision.comm, price=self.price)
+        return gradient_sync(plan, self.communication, load, wire, distance=holders[-1] - holders[0], dtype=self.dtype)
 
     def _units(self, stage: Stage) -> tuple[Unit, ...]:
         """What ZeRO 3 gathers at once."""

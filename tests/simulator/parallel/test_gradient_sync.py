@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from hardware_models.catalogue import load_hardware
 from hardware_models.errors import InputError
 from hardware_models.network.cluster import CommGroup
 from hardware_models.network.collectives import collective_seconds
@@ -13,7 +14,9 @@ from simulator.parallel.communication import Communication
 from simulator.parallel.gradient_sync import GradientSync, StageLoad, gradient_sync
 from simulator.parallel.mesh import mesh_of
 from simulator.parallel.parameter_gathers import Unit
+from simulator.parallel.wire_format import WireFormat
 from simulator.plan import Plan, check_parallel
+from simulator.precision import price_in
 from tests.simulator.parallel.step_cases import SEQ_LEN, cluster_of, plan_of, simulated, small_config
 
 ELEMENTS = 64_000_000
@@ -31,7 +34,9 @@ def plan(*, dp: int = 32, dp_shard: int | None = None, zero_stage: int = 1, ep: 
 
 def synced(own: Plan, load: StageLoad = LOAD) -> GradientSync:
     communication = Communication(own, mesh_of(own, cluster_of(own)), small_config(), dtype="bfloat16", seq_len=SEQ_LEN)
-    return gradient_sync(own, communication, load, distance=0, dtype="bfloat16")
+    device = load_hardware(cluster_of(own).device)
+    wire = WireFormat(comm=own.precision.comm, price=price_in("bf16", device))
+    return gradient_sync(own, communication, load, wire, distance=0, dtype="bfloat16")
 
 
 def seconds(collective: str, size_bytes: float, group: dict[str, int]) -> float:
@@ -104,3 +109,46 @@ def test_prefetching_holds_more_and_is_no_slower() -> None:
 def test_sharding_keys_without_sharding_are_refused(own: Plan, message: str) -> None:
     with pytest.raises(InputError, match=message):
         check_parallel(own, compute=("bf16",))
+
+
+def sent_as(own: Plan, comm: str) -> Plan:
+    return replace(own, precision=replace(own.precision, comm=comm))  # type: ignore[arg-type]
+
+
+def test_quantised_gradients_are_exchanged_in_two_steps() -> None:
+    """A byte and 1/64 of scales an element: all of them among 8 ranks of a node, an eighth across 4 nodes.
+
+    Before each exchange 4 bytes are read and 1 written, behind it 1 is read and a part of 4 written.
+    """
+    own = sent_as(plan(), "int8")
+    device = load_hardware(cluster_of(own).device)
+    wire = WireFormat(comm="int8", price=price_in("bf16", device))
+    expected, elements = 0.0, float(ELEMENTS)
+    for group, ranks in ((NODE, 8), (ACROSS, 4)):
+        expected += seconds("all_to_all", elements * (1 + 1 / 64), group)
+        expected += wire.change_s(elements, read_bytes=4, written_bytes=1) + wire.change_s(
+            elements, read_bytes=1, written_bytes=4 / ranks
+        )
+        elements /= ranks
+    assert wire.change_s(ELEMENTS, read_bytes=4, written_bytes=1) > 5.0 * ELEMENTS / device.memory_bandwidth_bytes_per_s
+    assert synced(own).reduce_s == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 3])
+def test_eight_bits_save_less_than_their_share(zero_stage: int) -> None:
+    """Between nodes a quarter of the bytes of float32 gradients; casts and scales take some of it back."""
+    full, half, eighth = (synced(sent_as(plan(zero_stage=zero_stage), comm)).reduce_s for comm in ("same", "bf16", "fp8"))
+    assert half < full
+    assert full / 4 < eighth < full
+
+
+def test_quantised_parameters_are_gathered_in_half_the_bytes() -> None:
+    full, eighth = (synced(sent_as(plan(), comm)).gather_s for comm in ("same", "int8"))
+    assert full / 2 < eighth < full
+
+
+def test_bfloat16_halves_gradients_and_leaves_parameters() -> None:
+    full, half = (synced(sent_as(plan(zero_stage=1), comm)) for comm in ("same", "bf16"))
+    expected = seconds("reduce_scatter", 2.0 * ELEMENTS, {"num_ranks": 32, "ranks_per_node": 8})
+    assert half.reduce_s == pytest.approx(expected, rel=1e-12)
+    assert half.gather_s == full.gather_s
