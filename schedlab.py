@@ -23,8 +23,8 @@ from simulator.chrome_trace import write_chrome_trace
 from simulator.figures import memory_figure, save_figure, timeline_figure
 from simulator.model_source import ModelSource, model_source
 from simulator.models import MODELS
-from simulator.parallel.simulate_parallel import ParallelSimulation
 from simulator.parallel.simulate_source import simulate_source
+from simulator.parallel.simulation import ParallelSimulation
 from simulator.pipeline.catalogue import OrderRequest
 from simulator.pipeline.play_order import WEIGHT_SHARE
 from simulator.pipeline.report import pipeline_grid, pipeline_report, play_request, times_in_ms

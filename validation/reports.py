@@ -10,7 +10,7 @@ from rich.table import Table
 
 from hardware_models.units import GIB, MS_PER_S, format_bytes
 from search.plan_search import SearchResult
-from simulator.parallel.simulate_parallel import ParallelSimulation
+from simulator.parallel.simulation import ParallelSimulation
 from simulator.pipeline.order_text import order_texts
 from simulator.pipeline.play_order import PlayedOrder
 from simulator.simulate import Simulation

@@ -9,8 +9,8 @@ from typing import Any
 
 from hardware_models.errors import InfeasibleError, InputError
 from simulator.model_source import ModelSource
-from simulator.parallel.simulate_parallel import ParallelSimulation
 from simulator.parallel.simulate_source import simulate_source
+from simulator.parallel.simulation import ParallelSimulation
 from simulator.plan import Plan
 from validation.discrepancy import Discrepancy, Residual, half_width, probability_above, read_discrepancy
 from validation.error_summary import (

@@ -11,8 +11,10 @@ from hardware_models.network.cluster import Cluster
 from hardware_models.profile import DeviceProfile
 from simulator.model_source import DEFAULT_SEQ_LEN, ModelSource
 from simulator.parallel.orders import order_of
-from simulator.parallel.simulate_parallel import ParallelSimulation, simulate_parallel
-from simulator.plan import Plan, check_gpus, check_model, check_parallel, resolve_batch
+from simulator.parallel.simulate_parallel import simulate_parallel
+from simulator.parallel.simulation import ParallelSimulation
+from simulator.plan import Plan, check_gpus, check_model, resolve_batch
+from simulator.plan_parallel import check_parallel
 from simulator.precision import STORED_AS
 
 

@@ -13,7 +13,8 @@ from hardware_models.network.cluster_file import load_cluster
 from hardware_models.network.collectives import price_collectives
 from simulator import engine_compiled, engine_simpy
 from simulator.parallel.orders import order_of
-from simulator.parallel.simulate_parallel import ParallelSimulation, simulate_parallel
+from simulator.parallel.simulate_parallel import simulate_parallel
+from simulator.parallel.simulation import ParallelSimulation
 from simulator.plan import Batch, Memory, Parallel, Pipeline, Plan, Precision, Runtime
 from simulator.presets import preset
 from simulator.program import Program

@@ -11,7 +11,7 @@ import numpy as np
 from simulator.parallel.gradient_sync import GradientSync
 from simulator.parallel.lower_step import StepParts, lower_step
 from simulator.parallel.offload import HostPath, HostUpdate, Offload
-from simulator.parallel.simulate_parallel import ParallelSimulation
+from simulator.parallel.simulation import ParallelSimulation
 from simulator.parallel.stages import ChunkCost, PassCost, StageCost
 from simulator.pipeline.action import Order
 from simulator.plan import Plan

@@ -13,7 +13,8 @@ from simulator.parallel.communication import Exposed, StageCommunication
 from simulator.parallel.gradient_sync import GradientSync
 from simulator.parallel.lower_step import StepParts, lower_step
 from simulator.parallel.orders import order_of
-from simulator.parallel.simulate_parallel import ParallelSimulation, simulate_parallel
+from simulator.parallel.simulate_parallel import simulate_parallel
+from simulator.parallel.simulation import ParallelSimulation
 from simulator.parallel.stages import PassCost, StageCost
 from simulator.pipeline.action import Order
 from simulator.plan import Batch, Memory, Parallel, Pipeline, Plan, Precision, Runtime

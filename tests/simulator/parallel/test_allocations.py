@@ -12,7 +12,8 @@ from hardware_models.catalogue import load_hardware
 from hardware_models.units import MIB
 from simulator.parallel.allocations import StageTensors, rank_events, rank_peaks, rank_resident
 from simulator.parallel.orders import order_of
-from simulator.parallel.simulate_parallel import ParallelSimulation, simulate_parallel
+from simulator.parallel.simulate_parallel import simulate_parallel
+from simulator.parallel.simulation import ParallelSimulation
 from simulator.pipeline.action import Order
 from simulator.plan import Plan
 from simulator.presets import build_workload

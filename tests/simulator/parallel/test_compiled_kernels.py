@@ -9,7 +9,7 @@ import pytest
 from hardware_models.errors import InputError
 from hardware_models.kernel import Kernel
 from simulator.parallel.compiled_kernels import compiled_pass, compiled_workload
-from simulator.plan import check_parallel
+from simulator.plan_parallel import check_parallel
 from simulator.presets import build_workload
 from simulator.workload import MemoryEvent, Pass, Workload
 from tests.simulator.parallel.step_cases import SEQ_LEN, plan_of, simulated, small_config

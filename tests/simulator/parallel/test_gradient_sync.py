@@ -15,7 +15,8 @@ from simulator.parallel.gradient_sync import GradientSync, StageLoad, gradient_s
 from simulator.parallel.mesh import mesh_of
 from simulator.parallel.parameter_gathers import Unit
 from simulator.parallel.wire_format import WireFormat
-from simulator.plan import Plan, check_parallel
+from simulator.plan import Plan
+from simulator.plan_parallel import check_parallel
 from simulator.precision import price_in
 from tests.simulator.parallel.step_cases import SEQ_LEN, cluster_of, plan_of, simulated, small_config
 

@@ -23,7 +23,8 @@ from simulator.parallel.recompute import stage_operations
 from simulator.parallel.stages import chunk_costs, stage_cost, stages_of
 from simulator.pipeline.one_way import gpipe, interleaved, one_f_one_b
 from simulator.pipeline.zero_bubble import zb_h1
-from simulator.plan import Plan, check_parallel
+from simulator.plan import Plan
+from simulator.plan_parallel import check_parallel
 from simulator.precision import STORED_AS
 from simulator.presets import build_workload
 from simulator.program import MemoryClass, Program, Stream, no_slowdown

@@ -16,7 +16,8 @@ from simulator.parallel.offload import HostUpdate
 from simulator.parallel.offload_plan import host_update
 from simulator.parallel.offload_step import DOWN, UP
 from simulator.pipeline.one_way import interleaved, one_f_one_b
-from simulator.plan import Plan, Precision, check_parallel
+from simulator.plan import Plan, Precision
+from simulator.plan_parallel import check_parallel
 from simulator.precision import STORED_AS
 from simulator.program import MemoryClass, Program
 from tests.simulator.parallel.offload_cases import STAGE_S, offloading, path_of, program_of, run, with_memory

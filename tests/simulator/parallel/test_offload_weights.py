@@ -15,7 +15,7 @@ from simulator.parallel.offload import host_path
 from simulator.parallel.offload_step import FETCH, RETURN, UP
 from simulator.pipeline.one_way import gpipe, one_f_one_b
 from simulator.pipeline.zero_bubble import zb_h1
-from simulator.plan import check_parallel
+from simulator.plan_parallel import check_parallel
 from simulator.precision import STORED_AS
 from simulator.program import MemoryClass, Program
 from tests.simulator.parallel.offload_cases import (

@@ -15,7 +15,8 @@ from hardware_models.errors import InputError
 from hardware_models.kernel import Kernel
 from hardware_models.network.overlap import OverlapFactors
 from simulator.parallel.overlapped_products import CHUNKS, TensorOverlap, half_products, piece_of, together_seconds
-from simulator.plan import Plan, check_parallel
+from simulator.plan import Plan
+from simulator.plan_parallel import check_parallel
 from simulator.presets import build_workload, preset
 from simulator.workload import Block
 from tests.simulator.parallel.step_cases import plan_of, simulated, small_config

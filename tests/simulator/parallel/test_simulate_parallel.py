@@ -14,8 +14,8 @@ from simulator import engine_compiled, engine_simpy
 from simulator.exposed_time import exposed_times
 from simulator.model_source import ModelSource
 from simulator.parallel.orders import order_of
-from simulator.parallel.simulate_parallel import ParallelSimulation
 from simulator.parallel.simulate_source import simulate_source
+from simulator.parallel.simulation import ParallelSimulation
 from simulator.pipeline.action import actions_of
 from simulator.pipeline.order_text import order_csv
 from simulator.plan import Memory, Parallel, Pipeline, Plan, Precision, Runtime

@@ -1,0 +1,120 @@
+"""Which plans are simulated over several devices: every key that is not, or means nothing beside the others, is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from simulator.plan import SCHEDULES_TWO_WAYS, Plan
+from simulator.plan_sections import BLOCK_RECOMPUTES, OFFLOADS, Memory, Runtime, plan_refusal
+
+
+def check_parallel(plan: Plan, *, compute: Collection[str]) -> None:
+    """Refuses what cannot be simulated yet on several devices, so that no key is accepted and then ignored.
+
+    Args:
+        plan: to simulate.
+        compute: number formats that workloads are made in.
+
+    Raises:
+        InputError: names the first key that is not simulated.
+    """
+    memory, runtime = plan.memory, plan.runtime
+    limits: dict[str, tuple[object, tuple[object, ...]]] = {
+        "memory.recompute": (memory.recompute, BLOCK_RECOMPUTES),
+        "memory.block": (memory.block, ((),)),
+        "precision.compute": (plan.precision.compute, tuple(compute)),
+        "runtime.cuda_graphs": (runtime.cuda_graphs, (False,)),
+        "runtime.optimizer_sync": (runtime.optimizer_sync, ("pre",)),
+    }  # fmt: skip
+    _check_compiled_parallel(runtime)
+    _check_sharding(plan)
+    _check_overlap_tp(plan)
+    _check_offload_parallel(memory)
+    _check_gradients_parallel(plan)
+    for key, (value, simulated) in limits.items():
+        if value not in simulated:
+            shown = " or ".join(str(one) for one in simulated if one not in {None, ()})
+            raise plan_refusal(
+                key, value, "not simulated yet on several devices", f"leave it at {shown}" if shown else "leave it out"
+            )
+
+
+def _check_compiled_parallel(runtime: Runtime) -> None:
+    """Refuses compiled layers where the trainer has none."""
+    if runtime.compile and runtime.framework.startswith("megatron"):
+        rule = f"{runtime.framework} compiles no layers (it brings fused kernels of its own)"
+        raise plan_refusal("runtime.compile", runtime.compile, rule, "leave it at False, or take another runtime.framework")
+
+
+def _check_overlap_tp(plan: Plan) -> None:
+    """Refuses overlapped tensor parallelism where nothing is gathered beside products."""
+    runtime, split = plan.runtime, plan.parallel
+    if not runtime.overlap_tp:
+        return
+    rule, remedy = "", "leave it at False"
+    if split.tp == 1 or not split.sequence_parallel:
+        rule, remedy = (
+            "pieces of the stream are gathered and scattered with tp > 1 and sequence_parallel only",
+            "set both, or leave it at False",
+        )
+    elif runtime.framework in {"megatron-lm@2021", "deepspeed"}:
+        rule = f"{runtime.framework} waits for its collectives"
+    elif not runtime.framework.startswith("megatron") and not runtime.compile:
+        rule, remedy = (
+            "torch finds products beside collectives in compiled layers only",
+            "set runtime.compile = true, or leave it at False",
+        )
+    if rule:
+        raise plan_refusal("runtime.overlap_tp", runtime.overlap_tp, rule, remedy)
+
+
+def _check_sharding(plan: Plan) -> None:
+    """Refuses keys of sharding where nothing is sharded."""
+    stage, split = plan.memory.zero_stage, plan.parallel
+    if split.shard_ranks != split.cp * split.dp and not stage:
+        rule = "nothing is sharded at zero_stage = 0"
+        raise plan_refusal("parallel.dp_shard", split.dp_shard, rule, "set memory.zero_stage, or leave dp_shard out")
+    if plan.runtime.prefetch_blocks is not None and stage < 3:  # noqa: PLR2004 - ZeRO's third stage
+        rule = f"parameters are gathered ahead of use at zero_stage = 3 only, but got {stage}"
+        raise plan_refusal(
+            "runtime.prefetch_blocks", plan.runtime.prefetch_blocks, rule, "set memory.zero_stage = 3, or leave it out"
+        )
+
+
+def _check_offload_parallel(memory: Memory) -> None:
+    """Refuses what offloading on several devices does not simulate."""
+    for name in OFFLOADS:
+        if getattr(memory, name) == "optimal":
+            rule = "which bytes are best offloaded is not solved yet on several devices"
+            raise plan_refusal(f"memory.{name}", "optimal", rule, "give a fraction between 0 and 1")
+    if memory.delayed_update and not memory.optimizer_offload:
+        rule = "only an update on the host is delayed, but optimizer_offload = 0"
+        raise plan_refusal(
+            "memory.delayed_update", memory.delayed_update, rule, "set memory.optimizer_offload, or leave it at False"
+        )
+    if memory.offload_target == "nvme" and memory.optimizer_offload:
+        rule = "optimizer states on drives are not simulated yet on several devices"
+        raise plan_refusal("memory.offload_target", "nvme", rule, "leave it at host, or memory.optimizer_offload at 0")
+    if memory.offload_target == "nvme" and not (memory.activation_offload or memory.weight_offload):
+        rule = "drives hold what activation_offload and weight_offload send there, but both are 0"
+        raise plan_refusal("memory.offload_target", "nvme", rule, "set one of them, or leave it at host")
+    if memory.weight_offload and memory.zero_stage:
+        rule = f"weight_offload with sharded states is not simulated yet, but got zero_stage = {memory.zero_stage}"
+        raise plan_refusal("memory.weight_offload", memory.weight_offload, rule, "leave one of them at 0")
+
+
+def _check_gradients_parallel(plan: Plan) -> None:
+    """Refuses gradients on the host where the step still needs them on the device."""
+    memory = plan.memory
+    if not memory.grad_offload:
+        return
+    part, updated = float(memory.grad_offload), float(memory.optimizer_offload)
+    if part > updated:
+        rule = f"grad_offload <= optimizer_offload must hold: the device updates the rest, but got {part} > {updated}"
+        raise plan_refusal("memory.grad_offload", part, rule)
+    copies = plan.parallel.dp * plan.parallel.cp
+    if (copies > 1 and memory.zero_stage < 3) or plan.pipeline.schedule in SCHEDULES_TWO_WAYS:  # noqa: PLR2004 - ZeRO's third stage
+        rule = "gradients that replicas reduce once a step stay on the device until then"
+        raise plan_refusal(
+            "memory.grad_offload", part, rule, "take memory.zero_stage = 3 without two-directional schedules, or leave it at 0"
+        )
