@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from simulator.plan import SCHEDULES_TWO_WAYS, Plan
-from simulator.plan_sections import BLOCK_RECOMPUTES, OFFLOADS, Memory, Runtime, plan_refusal
+from simulator.plan_sections import OFFLOADS, Memory, Runtime, plan_refusal
 
 
 def check_parallel(plan: Plan, *, compute: Collection[str]) -> None:
@@ -20,7 +20,6 @@ def check_parallel(plan: Plan, *, compute: Collection[str]) -> None:
     """
     memory, runtime = plan.memory, plan.runtime
     limits: dict[str, tuple[object, tuple[object, ...]]] = {
-        "memory.recompute": (memory.recompute, BLOCK_RECOMPUTES),
         "memory.block": (memory.block, ((),)),
         "precision.compute": (plan.precision.compute, tuple(compute)),
         "runtime.cuda_graphs": (runtime.cuda_graphs, (False,)),

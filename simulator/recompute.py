@@ -53,13 +53,23 @@ def _from_choices(choices: list[str], workload: Workload) -> tuple[Operation, ..
     return checkpoint_blocks(len(names), checkpointed, names)
 
 
-def _from_file(value: str, workload: Workload, folder: Path) -> tuple[Operation, ...]:
+def read_sequence(value: str, folder: Path) -> tuple[Operation, ...]:
+    """The operations of a ``file:SEQ``.
+
+    Raises:
+        InputError: no such file, or a line that is none of the four forms.
+    """
     path = folder / value.removeprefix(FILE_PREFIX)
     if not path.is_file():
         raise plan_refusal(
             "memory.recompute", value, f"no such file: {path}", "write one operation a line: F_ck 0, F_all 1:all, B 1"
         )
-    operations = parse_sequence(path.read_text(encoding="utf-8"), source=str(path))
+    return parse_sequence(path.read_text(encoding="utf-8"), source=str(path))
+
+
+def _from_file(value: str, workload: Workload, folder: Path) -> tuple[Operation, ...]:
+    path = folder / value.removeprefix(FILE_PREFIX)
+    operations = read_sequence(value, folder)
     check_sequence(operations, len(workload.blocks), source=str(path))
     for number, operation in enumerate(operations, start=1):
         known = [option.name for option in workload.blocks[operation.block].options]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from simulator.parallel.framework import FUSED_ACCUMULATION, operators_of, with_spare_gradient
 from simulator.parallel.fused_kernels import accumulating, fuse_kernels, without
 from simulator.parallel.stages import LAYER_ENDS, Stage
-from simulator.plan import Plan
+from simulator.plan import FILE_PREFIX, Plan
+from simulator.plan_sections import plan_refusal
 from simulator.presets import TransformerConfig
 from simulator.presets.attention import attention_half
 from simulator.presets.passes import Section, block_of
 from simulator.presets.setting import Setting
 from simulator.presets.tape import Storage, Tape
 from simulator.recompute import operations_of
-from simulator.sequence import Operation
+from simulator.sequence import Operation, check_sequence
 from simulator.workload import Block, BlockOption, Pass, Workload
 
 MEGATRON = ("megatron-lm@2021", "megatron-core")
@@ -70,7 +72,9 @@ def fit_framework(workload: Workload, plan: Plan, config: TransformerConfig, *, 
 
 def _fitted(block: Block, plan: Plan, config: TransformerConfig, *, dtype: str, seq_len: int) -> Block:
     options = block.options[:1]
-    if block.name == "attention" and plan.memory.recompute == "selective":
+    if block.name == "attention" and (
+        plan.memory.recompute in {"selective", "optimal"} or plan.memory.recompute.startswith(FILE_PREFIX)
+    ):
         options = _core_attention(plan, config, dtype=dtype, seq_len=seq_len).options
     if plan.runtime.framework in FUSED_ACCUMULATION:
         options = tuple(accumulating(option, block.parameter_elements) for option in options)
@@ -129,6 +133,56 @@ def stage_operations(plan: Plan, stage: Stage) -> tuple[Operation, ...]:
             forward += taped
             backward = [*back, *backward]
     return (*forward, *backward)
+
+
+def stage_sequences(sequence: Sequence[Operation], stages: Sequence[Stage], *, source: str) -> list[tuple[Operation, ...]]:
+    """Each stage's own part of a sequence over the whole model's blocks (`stage_sequence`).
+
+    Raises:
+        InputError: as `stage_sequence`, and where a block is beyond the model's last.
+    """
+    count = sum(len(stage.blocks) for stage in stages)
+    for number, operation in enumerate(sequence, start=1):
+        if operation.block >= count:
+            raise plan_refusal(
+                "memory.recompute", f"{source}: operation {number}: {operation}", f"0 <= block < {count} must hold"
+            )
+    return [stage_sequence(sequence, stage, source=source) for stage in stages]
+
+
+def stage_sequence(sequence: Sequence[Operation], stage: Stage, *, source: str) -> tuple[Operation, ...]:
+    """A stage's own part of a sequence over the whole model's blocks, blocks counted from the stage's first.
+
+    **Model**: operations of other stages are left out, whichever way they are mixed. What a stage has received stays until its first block runs for the last time, as if
+    its first run had kept it.
+
+    Args:
+        sequence: with the model's indices.
+        stage: of the model.
+        source: begins every message.
+
+    Raises:
+        InputError: the part is no legal sequence of the stage's blocks, or names an option that a block does not have.
+    """
+    end = stage.first + len(stage.blocks)
+    own = [
+        operation._replace(block=operation.block - stage.first)
+        for operation in sequence
+        if stage.first <= operation.block < end
+    ]
+    runs = [place for place, operation in enumerate(own) if operation.block == 0 and operation.kind != "B"]
+    for place in runs[:-1] if stage.receives else ():
+        own[place] = Operation("F_ck", 0)
+    named = f"{source}, stage {stage.index} (blocks {stage.first} to {end - 1})"
+    check_sequence(own, len(stage.blocks), source=named)
+    for operation in own:
+        known = [option.name for option in stage.blocks[operation.block].options]
+        if operation.kind == "F_all" and operation.option not in known:
+            shown = operation._replace(block=operation.block + stage.first)
+            raise plan_refusal(
+                "memory.recompute", f"{named}: {shown}", f"block {shown.block} has the options {', '.join(known)}"
+            )
+    return tuple(own)
 
 
 def _layer_runs(blocks: tuple[Block, ...]) -> list[tuple[int, int, bool]]:

@@ -31,7 +31,7 @@ from simulator.parallel.offload_plan import offload_of, weights_away
 from simulator.parallel.optimizer_step import optimizer_seconds
 from simulator.parallel.overlapped_products import TensorOverlap, half_products
 from simulator.parallel.parameter_gathers import Unit, gathered_elements, prefetched_units, unit_seconds, units_of
-from simulator.parallel.recompute import fit_framework, stage_operations
+from simulator.parallel.recompute import fit_framework, stage_operations, stage_sequences
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.parallel.stages import ChunkCost, Stage, StageCost, chunk_costs, stage_cost, stages_of
 from simulator.parallel.wire_format import WireFormat
@@ -42,6 +42,7 @@ from simulator.presets import TransformerConfig, build_workload
 from simulator.program import Program
 from simulator.reserved_memory import reserved_peaks
 from simulator.run_record import RunRecord, outcome_of
+from simulator.sequence import Operation
 from simulator.simulate import ENGINES
 from simulator.workload import Workload
 
@@ -53,7 +54,7 @@ STAGING_CHUNKS = 8
 
 def simulate_parallel(
     config: TransformerConfig, plan: Plan, cluster: Cluster, device: DeviceProfile, order: Order, *, seq_len: int, engine: str = "compiled",
-    reserved: bool = False,
+    reserved: bool = False, sequence: Sequence[Operation] | None = None,
 ) -> ParallelSimulation:  # fmt: skip
     """One training step of a transformer on a cluster.
 
@@ -66,13 +67,14 @@ def simulate_parallel(
         seq_len: tokens per sample.
         engine: one of `simulate.ENGINES`.
         reserved: whether to replay the caching allocator (tens of milliseconds a rank).
+        sequence: in which each stage runs its blocks, indices of the whole model (`stage_sequence`), in place of what ``memory.recompute`` says.
 
     **Not modelled**: the host's dispatch, the data loader, gradient clipping.
 
     Raises:
         InputError: a degree, stage or dtype that breaks a rule.
     """
-    return _Assembly(config, plan, cluster, device, order, seq_len).simulate(engine, reserved=reserved)
+    return _Assembly(config, plan, cluster, device, order, seq_len, sequence).simulate(engine, reserved=reserved)
 
 
 def step_parts(
@@ -86,7 +88,14 @@ class _Assembly:
     """What `simulate_parallel` puts together."""
 
     def __init__(
-        self, config: TransformerConfig, plan: Plan, cluster: Cluster, device: DeviceProfile, order: Order, seq_len: int
+        self,
+        config: TransformerConfig,
+        plan: Plan,
+        cluster: Cluster,
+        device: DeviceProfile,
+        order: Order,
+        seq_len: int,
+        sequence: Sequence[Operation] | None = None,
     ) -> None:
         self.config, self.plan, self.cluster, self.device, self.order, self.seq_len = (
             config,
@@ -104,7 +113,10 @@ class _Assembly:
         fitted = fit_framework(own, plan, config, dtype=self.dtype, seq_len=seq_len)
         self.workload: Workload = compiled_workload(fitted) if plan.runtime.compile else fitted
         self.stages: tuple[Stage, ...] = stages_of(self.workload, plan)
-        self.operations = [stage_operations(plan, stage) for stage in self.stages]
+        self.operations = (
+            [stage_operations(plan, stage) for stage in self.stages] if sequence is None
+            else stage_sequences(sequence, self.stages, source=plan.memory.recompute)
+        )  # fmt: skip
         self.chunks: tuple[tuple[ChunkCost, ...], ...] = (
             self._chunks() if plan.memory.activation_offload or plan.memory.weight_offload else ((),) * len(self.stages)
         )

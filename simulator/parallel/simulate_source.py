@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hardware_models.catalogue import load_hardware
@@ -13,14 +14,18 @@ from simulator.model_source import DEFAULT_SEQ_LEN, ModelSource
 from simulator.parallel.orders import order_of
 from simulator.parallel.simulate_parallel import simulate_parallel
 from simulator.parallel.simulation import ParallelSimulation
-from simulator.plan import Plan, check_gpus, check_model, resolve_batch
+from simulator.pipeline.action import Order
+from simulator.plan import FILE_PREFIX, Plan, check_gpus, check_model, resolve_batch
 from simulator.plan_parallel import check_parallel
 from simulator.precision import STORED_AS
+from simulator.presets import TransformerConfig
+from simulator.recompute import read_sequence
+from simulator.sequence import Operation
 
 
 def simulate_source(
     source: ModelSource, plan: Plan, cluster: Cluster, *, gpus: int | None = None, folder: Path | None = None, engine: str = "compiled", reserved: bool = True,
-    device: DeviceProfile | None = None,
+    device: DeviceProfile | None = None, sequence: Sequence[Operation] | None = None,
 ) -> ParallelSimulation:  # fmt: skip
     """A plan's prediction on a cluster.
 
@@ -33,10 +38,35 @@ def simulate_source(
         engine: one of `simulate.ENGINES`.
         reserved: whether to replay the caching allocator of each rank; else reserved bytes are the live ones.
         device: in place of the catalogue's profile of the cluster's devices.
+        sequence: what ``recompute = "optimal"`` stands for, blocks counted over the whole model; a ``file:SEQ`` is read here.
 
     Raises:
         InputError: names the rule that the plan breaks.
     """
+    case = parallel_case(source, plan, cluster, gpus=gpus, folder=folder, device=device)
+    if plan.memory.recompute.startswith(FILE_PREFIX):
+        sequence = read_sequence(plan.memory.recompute, folder or Path())
+    return simulate_parallel(
+        case.config, case.plan, case.cluster, case.device, case.order, seq_len=case.seq_len, engine=engine, reserved=reserved, sequence=sequence
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelCase:
+    """What `simulate_parallel` takes, checked and resolved."""
+
+    config: TransformerConfig
+    plan: Plan
+    cluster: Cluster
+    device: DeviceProfile
+    order: Order
+    seq_len: int
+
+
+def parallel_case(
+    source: ModelSource, plan: Plan, cluster: Cluster, *, gpus: int | None = None, folder: Path | None = None, device: DeviceProfile | None = None
+) -> ParallelCase:  # fmt: skip
+    """The case of a model, a plan and a cluster; arguments and errors as in `simulate_source`."""
     config = source.config
     if config is None:
         raise InputError(
@@ -55,13 +85,6 @@ def simulate_source(
     if plan.batch.micro_batch is None and plan.parallel.pp > 1:
         resolved = replace(resolved, batch=replace(resolved.batch, micro_batch=1))
     sized = cluster.with_gpus(plan.num_gpus)
-    return simulate_parallel(
-        config,
-        resolved,
-        sized,
-        device or load_hardware(sized.device),
-        order_of(resolved, folder=folder),
-        seq_len=seq_len,
-        engine=engine,
-        reserved=reserved,
-    )
+    return ParallelCase(
+        config=config, plan=resolved, cluster=sized, device=device or load_hardware(sized.device), order=order_of(resolved, folder=folder), seq_len=seq_len
+    )  # fmt: skip

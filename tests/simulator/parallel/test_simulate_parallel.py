@@ -203,7 +203,7 @@ def test_every_schedule_runs_by_name(schedule: str) -> None:
     [
         ({"memory": Memory(activation_offload="optimal")}, r"memory\.activation_offload.*optimal"),
         ({"memory": Memory(delayed_update=True)}, r"memory\.delayed_update"),
-        ({"memory": Memory(recompute="optimal")}, r"memory\.recompute.*optimal"),
+        ({"memory": Memory(recompute="optimal")}, r"memory\.recompute.*optimal.*what the search finds"),
         ({"precision": Precision(compute="fp4")}, r"precision\.compute.*fp4"),
         ({"runtime": Runtime(compile=True, framework="megatron-core")}, r"runtime\.compile"),
         ({"runtime": Runtime(overlap_tp=True)}, r"runtime\.overlap_tp"),
