@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from itertools import groupby
 
 import numpy as np
 from numpy.typing import NDArray
 
+from simulator.memory_kernels import AT_BOUNDARY, boundary_kernel, by_device, moments_kernel
 from simulator.program import Kind, MemoryClass, Program, Stream
 from simulator.timeline import MemoryProfile, Span, Timeline
 
@@ -41,6 +41,11 @@ class RunRecord:
         """Whether every instruction ended."""
         return bool((self.end_count >= 0).all())
 
+    @property
+    def makespan_s(self) -> float:
+        """Seconds from the start of the step to the last end; 0 without instructions."""
+        return float(self.end_s.max(initial=0.0))
+
 
 def outcome_of(program: Program, record: RunRecord) -> tuple[Timeline, tuple[MemoryProfile, ...]]:
     """Spans of all instructions, and bytes over time of each device, by device.
@@ -49,9 +54,18 @@ def outcome_of(program: Program, record: RunRecord) -> tuple[Timeline, tuple[Mem
         DeadlockError: instructions wait for each other.
         MemoryBalanceError: more bytes of a class are freed than are alive.
     """
+    check_complete(program, record)
+    return timeline_of(program, record), profiles_of(program, record)
+
+
+def check_complete(program: Program, record: RunRecord) -> None:
+    """Refuses a record in which instructions wait for each other.
+
+    Raises:
+        DeadlockError: shows which.
+    """
     if not record.complete:
         raise DeadlockError(_grid(program, record))
-    return _timeline(program, record), _profiles(program, record)
 
 
 def queues_of(program: Program) -> dict[tuple[int, Stream], list[int]]:
@@ -68,7 +82,8 @@ def dependencies_of(program: Program, n: int) -> list[int]:
     return indices
 
 
-def _timeline(program: Program, record: RunRecord) -> Timeline:
+def timeline_of(program: Program, record: RunRecord) -> Timeline:
+    """Spans of all instructions of a complete record."""
     spans = (
         Span(
             device=int(program.device[n]),
@@ -85,74 +100,41 @@ def _timeline(program: Program, record: RunRecord) -> Timeline:
     return Timeline(spans=tuple(sorted(spans, key=lambda span: (span.start_s, span.device, span.stream))))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _MemoryMoment:
-    """Memory events of one instruction at one instant."""
+def profiles_of(program: Program, record: RunRecord) -> tuple[MemoryProfile, ...]:
+    """Bytes over time of each device, by device, of a complete record.
 
-    order: tuple[float, int, int, int]
-    """Time, place within the instant (the module's list), count of the end or start, instruction."""
-    events: tuple[int, ...]
-
-    @property
-    def time_s(self) -> float:
-        return self.order[0]
-
-    @property
-    def instruction(self) -> int:
-        return self.order[-1]
-
-
-def _moment_s(start_s: float, end_s: float, duration_s: float, offset_s: float) -> float:
-    """When a memory event happens: its offset, stretched as the instruction was; at the end where it is the whole duration."""
-    if offset_s <= 0.0:
-        return start_s
-    if offset_s >= duration_s:
-        return end_s
-    alone_end_s = start_s + duration_s
-    return start_s + offset_s if end_s == alone_end_s else start_s + offset_s * ((end_s - start_s) / duration_s)
+    Raises:
+        MemoryBalanceError: more bytes of a class are freed than are alive.
+    """
+    time_s, place, owner = moments_kernel(
+        record.start_s, record.end_s, program.duration_s, program.memory_offsets, program.memory_time_s, program.memory_bytes
+    )
+    order = boundary_kernel(program.memory_offsets, time_s, place, record.start_s, record.start_count, record.end_count)
+    if len(order) < len(time_s):  # stable: equal times and places keep the order of starts and ends, or of instructions
+        order = np.concatenate([order, np.flatnonzero(place != AT_BOUNDARY)])
+        order = order[np.lexsort((place[order], time_s[order]))]
+    offsets, events = by_device(order, program.device[owner].astype(np.int64), program.num_devices)
+    return tuple(
+        _profile(program, device, events[offsets[device] : offsets[device + 1]], time_s, owner)
+        for device in range(program.num_devices)
+    )
 
 
-def _memory_moments(program: Program, record: RunRecord, n: int) -> list[_MemoryMoment]:
-    start_s, end_s = float(record.start_s[n]), float(record.end_s[n])
-    first, past = program.memory_offsets[n], program.memory_offsets[n + 1]
-    moments: list[_MemoryMoment] = []
-    for time_s, found in groupby(
-        range(first, past),
-        key=lambda event: _moment_s(start_s, end_s, float(program.duration_s[n]), float(program.memory_time_s[event])),
-    ):
-        events = tuple(found)
-        if time_s == start_s:
-            order = (time_s, 1, int(record.start_count[n]), n)
-        elif time_s == end_s:
-            order = (time_s, 1, int(record.end_count[n]), n)
-        else:
-            order = (time_s, 0 if program.memory_bytes[events[0]] < 0 else 2, 0, n)
-        moments.append(_MemoryMoment(order=order, events=events))
-    return moments
+def _profile(
+    program: Program, device: int, events: NDArray[np.int64], time_s: NDArray[np.float64], owner: NDArray[np.int64]
+) -> MemoryProfile:
+    alive_bytes = np.zeros((len(events) + 1, len(MemoryClass)), dtype=np.int64)
+    alive_bytes[0] = program.resident_bytes[device]
+    alive_bytes[np.arange(1, len(events) + 1), program.memory_class[events]] = program.memory_bytes[events]
+    np.cumsum(alive_bytes, axis=0, out=alive_bytes)
+    _check_balance(program, device, alive_bytes, owner[events])
+    return MemoryProfile(device=device, time_s=np.concatenate([[0.0], time_s[events]]), alive_bytes=alive_bytes)
 
 
-def _profiles(program: Program, record: RunRecord) -> tuple[MemoryProfile, ...]:
-    moments: list[list[_MemoryMoment]] = [[] for _ in range(program.num_devices)]
-    for n in range(program.num_instructions):
-        moments[program.device[n]].extend(_memory_moments(program, record, n))
-    return tuple(_profile(program, device, sorted(found, key=lambda one: one.order)) for device, found in enumerate(moments))
-
-
-def _profile(program: Program, device: int, moments: list[_MemoryMoment]) -> MemoryProfile:
-    events = [event for moment in moments for event in moment.events]
-    change_bytes = np.zeros((len(events) + 1, len(MemoryClass)), dtype=np.int64)
-    change_bytes[0] = program.resident_bytes[device]
-    change_bytes[np.arange(1, len(events) + 1), program.memory_class[events]] = program.memory_bytes[events]
-    alive_bytes = change_bytes.cumsum(axis=0)
-    _check_balance(program, device, alive_bytes, [moment.instruction for moment in moments for _ in moment.events])
-    time_s = np.array([0.0, *(moment.time_s for moment in moments for _ in moment.events)])
-    return MemoryProfile(device=device, time_s=time_s, alive_bytes=alive_bytes)
-
-
-def _check_balance(program: Program, device: int, alive_bytes: NDArray[np.int64], instructions: list[int]) -> None:
-    rows, classes = np.nonzero(alive_bytes < 0)
-    if len(rows):
-        n = instructions[rows[0] - 1]
+def _check_balance(program: Program, device: int, alive_bytes: NDArray[np.int64], owner: NDArray[np.int64]) -> None:
+    if (alive_bytes < 0).any():
+        rows, classes = np.nonzero(alive_bytes < 0)
+        n = int(owner[rows[0] - 1])
         name, left = MemoryClass(classes[0]).name.lower(), alive_bytes[rows[0], classes[0]]
         rule = f"bytes of every class >= 0 must hold, but {name} falls to {left}"
         msg = f"device {device}: {rule} in instruction {n} ({program.label(n)})"

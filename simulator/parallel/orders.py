@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 
 from simulator.pipeline.action import Order
@@ -32,9 +33,21 @@ def order_of(plan: Plan, times: RankTimes = EQUAL_TIMES, *, folder: Path | None 
         schedule=schedule, num_ranks=parallel.pp, num_microbatches=plan.num_microbatches, virtual_stages=parallel.virtual_stages,
         memory_limit=pipeline.memory_limit, chimera_mode=pipeline.chimera_mode, times=times,
     )  # fmt: skip
-    order = make_order(request)
-    check_order(order)
+    order = _from_file(request) if schedule.startswith(FILE_PREFIX) else _generated(request)
     if order.num_stages != plan.num_stages:
         rule = f"the order has pp * virtual_stages == {plan.num_stages} stages, but got {order.num_stages}"
         raise plan_refusal("pipeline.schedule", plan.pipeline.schedule, rule)
     return order
+
+
+def _from_file(request: OrderRequest) -> Order:
+    """An order that can run; a file may change between two calls."""
+    order = make_order(request)
+    check_order(order)
+    return order
+
+
+@lru_cache(maxsize=256)
+def _generated(request: OrderRequest) -> Order:
+    """An order that can run: generators are pure, and plans that a search compares ask for few orders."""
+    return _from_file(request)

@@ -41,7 +41,7 @@ from simulator.precision import PRODUCTS_IN, STORED_AS, price_in
 from simulator.presets import TransformerConfig, build_workload
 from simulator.program import Program
 from simulator.reserved_memory import reserved_peaks
-from simulator.run_record import RunRecord, outcome_of
+from simulator.run_record import RunRecord, check_complete, profiles_of
 from simulator.sequence import Operation
 from simulator.simulate import ENGINES
 from simulator.workload import Workload
@@ -214,7 +214,7 @@ class _Assembly:
         self, program: Program, record: RunRecord, costs: Sequence[StageCost], host_bytes: Sequence[float]
     ) -> ParallelSimulation:
         plan, whole = self.plan, self._workload(tp=1, cp=1, ep=1)
-        timeline, profiles = outcome_of(program, record)
+        check_complete(program, record)
         steps = plan.num_microbatches * plan.parallel.dp
         again = sum(cost.recomputed_flops for cost in costs)
         split = plan.parallel.tp * plan.parallel.cp
@@ -225,7 +225,7 @@ class _Assembly:
             for kernel in _kernels(block.options[0].forward, block.options[0].backward)
         ]
         return ParallelSimulation(
-            plan=plan, cluster=self.cluster, device=self.device, order=self.order, program=program, record=record, timeline=timeline, profiles=profiles,
+            plan=plan, cluster=self.cluster, device=self.device, order=self.order, program=program, record=record, profiles=profiles_of(program, record),
             price=price_together(kernels, self.device), tokens=whole.tokens * steps, model_flops=whole.model_flops * steps,
             peak_host_bytes=node_peak(host_peaks(program, record, host_bytes), self.mesh),
             hardware_flops=(whole.model_flops + again * split) * steps, peak_flops_per_s=self.device.peak(PRODUCTS_IN.get(plan.precision.compute, self.dtype)),

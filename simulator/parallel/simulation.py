@@ -14,7 +14,7 @@ from simulator.exposed_time import exposed_times
 from simulator.pipeline.action import Order
 from simulator.plan import Plan
 from simulator.program import Program
-from simulator.run_record import RunRecord
+from simulator.run_record import RunRecord, timeline_of
 from simulator.simulate import INTERVAL_Z
 from simulator.timeline import MemoryProfile, Timeline
 
@@ -29,7 +29,6 @@ class ParallelSimulation:
     order: Order
     program: Program
     record: RunRecord
-    timeline: Timeline
     profiles: tuple[MemoryProfile, ...]
     price: Price
     """All kernels of one micro-batch on all stages."""
@@ -48,7 +47,12 @@ class ParallelSimulation:
     @property
     def step_time_s(self) -> float:
         """From the step's start to its last end."""
-        return self.timeline.makespan_s
+        return self.record.makespan_s
+
+    @property
+    def timeline(self) -> Timeline:
+        """Spans of all instructions, made anew with each call: a search asks for none."""
+        return timeline_of(self.program, self.record)
 
     @property
     def peak_memory_bytes(self) -> tuple[int, ...]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from itertools import chain
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
+
+_Derived = TypeVar("_Derived")
 
 ActionKind = Literal["F", "B", "W", "BW"]
 """F forward, B gradient of the input, W gradient of the weights, BW both at once (full backward)."""
@@ -75,6 +77,15 @@ class Order:
     """Parts that the caller's micro-batch is cut into: actions count parts, each taking that fraction of time and memory."""
     weight_versions: int = 1
     """Versions of its weights that a rank holds (2 where a step begins before the last one's gradients are applied)."""
+    derived: dict[str, Any] = field(init=False, compare=False, repr=False, default_factory=dict)
+    """What has been derived from the passes, by name: one order serves thousands of plans (`once`)."""
+
+    def once(self, name: str, derive: Callable[[], _Derived]) -> _Derived:
+        """What ``derive`` makes of the order, made on the first call under a name."""
+        if name not in self.derived:
+            self.derived[name] = derive()
+        found: _Derived = self.derived[name]
+        return found
 
     @property
     def num_ranks(self) -> int:
@@ -89,13 +100,20 @@ class Order:
     @property
     def stages_of_rank(self) -> tuple[tuple[int, ...], ...]:
         """Per rank, the stages that it holds, ascending."""
-        return tuple(tuple(sorted({action.stage for action in actions_of(cells)})) for cells in self.ranks)
+        return self.once(
+            "stages", lambda: tuple(tuple(sorted({action.stage for action in actions_of(cells)})) for cells in self.ranks)
+        )
 
     @property
     def ranks_of_stage(self) -> tuple[tuple[int, ...], ...]:
         """Per stage, the ranks that hold it, ascending."""
         held = self.stages_of_rank
-        return tuple(tuple(rank for rank, stages in enumerate(held) if stage in stages) for stage in range(self.num_stages))
+        return self.once(
+            "ranks",
+            lambda: tuple(
+                tuple(rank for rank, stages in enumerate(held) if stage in stages) for stage in range(self.num_stages)
+            ),
+        )
 
     @property
     def chunks_of_rank(self) -> tuple[float, ...]:

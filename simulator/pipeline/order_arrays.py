@@ -40,7 +40,11 @@ class OrderArrays(NamedTuple):
 
 
 def order_arrays(order: Order) -> OrderArrays:
-    """The arrays of an order whose stages and micro-batches lie within its counts."""
+    """The arrays of an order whose stages and micro-batches lie within its counts, made once an order."""
+    return order.once("arrays", lambda: _made(order))
+
+
+def _made(order: Order) -> OrderArrays:
     first_cell = np.cumsum([0, *map(len, order.ranks)])
     first_part = np.cumsum([0, *(len(cell.parts) for cells in order.ranks for cell in cells)])
     actions = [action for cells in order.ranks for action in actions_of(cells)]

@@ -83,7 +83,7 @@ def test_a_dependency_may_have_a_higher_index() -> None:
 
 
 def test_an_empty_program_is_its_resident_bytes() -> None:
-    timeline, (profile,) = run(program_of([], [(5, 4, 3, 2, 1, 0)]))
+    timeline, (profile,) = run(program_of([], [(5, 4, 3, 2, 1, 0, 0)]))
     assert timeline.makespan_s == 0.0
     assert (profile.time_s.tolist(), profile.peak_bytes, profile.peak_breakdown_bytes["gradients"]) == ([0.0], 15, 4)
 

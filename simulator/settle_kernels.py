@@ -1,0 +1,153 @@
+"""Compiled: speeds of what runs, settled where something began or ended. What they mean is written in `engine_simpy`, what the arrays hold in `engine_kernels`."""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from hardware_models.network.sharing_kernels import fill
+from simulator.heap_kernels import sift
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+Bytes = NDArray[np.int8]
+Flags = NDArray[np.bool_]
+
+WORKING, MOVING = 1, 2
+"""States of what a stream runs: it works (or is a transfer in its latency), or it moves bytes."""
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def disturbing(slowdown: Floats) -> Flags:
+    """Streams (of any device) that slow another one or are slowed."""
+    found = np.zeros(len(slowdown), dtype=np.bool_)
+    for one in range(len(slowdown)):
+        for other in range(len(slowdown)):
+            if slowdown[one, other] > 1.0:
+                found[one] = found[other] = True
+    return found
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def share_beside(stream: int, busy: int, slowdown: Floats) -> float:
+    """Share of full speed that a stream has beside those whose bits are set."""
+    worst = 1.0
+    for other in range(len(slowdown)):
+        if other != stream and busy >> other & 1:
+            worst = max(worst, slowdown[stream, other])
+    return 1.0 / worst
+
+
+@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
+def settle_device(first: int, busy: int, slowdown: Floats, shares: Floats, share: Floats, changed: Integers) -> int:
+    """How many of a device's streams have another share of full speed than before, because of what else runs there.
+
+    Args:
+        first: the device's first stream.
+        busy: a bit for each stream that runs something.
+        slowdown: as in `program.Program`.
+        shares: of each stream beside each set of busy ones, 0 where not yet known.
+        share: by stream; overwritten.
+        changed: its first values become the streams whose share is another now.
+    """
+    found, stream = 0, 0
+    while busy >> stream:
+        if busy >> stream & 1:
+            if shares[stream, busy] == 0.0:
+                shares[stream, busy] = share_beside(stream, busy, slowdown)
+            if share[first + stream] != shares[stream, busy]:
+                share[first + stream] = shares[stream, busy]
+                changed[found] = first + stream
+                found += 1
+        stream += 1
+    return found
+
+
+@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
+def go_on(
+    queue: int, rate: float, now: float, speed: Floats, left: Floats, since_s: Floats, num_running: int, ends: Floats, names: Integers, running: Integers,
+    place_of: Integers,
+) -> None:  # fmt: skip
+    """From now on a stream's instruction goes at this speed, if that is another."""
+    if rate != speed[queue]:
+        left[queue] = max(0.0, left[queue] - speed[queue] * (now - since_s[queue]))
+        since_s[queue] = now
+        speed[queue] = rate
+        ends[place_of[queue]] = now + left[queue] / rate if rate > 0.0 else np.inf
+        sift(place_of[queue], num_running, ends, names, running, place_of)
+
+
+@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
+def rate_alone(row: int, limit: float, users: Integers, route_offsets: Integers, routes: Integers, link_rate: Floats) -> float:
+    """What `fill` gives a transfer that shares none of its links; -1 where another uses one, too. ``users`` counts both."""
+    rate = limit
+    for position in range(route_offsets[row], route_offsets[row + 1]):
+        rate = min(rate, link_rate[routes[position]] if users[routes[position]] == 1 else -1.0)
+    return rate
+
+
+@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
+def touch(row: int, touched: Flags, route_offsets: Integers, routes: Integers) -> None:
+    """Marks the links of a transfer."""
+    for position in range(route_offsets[row], route_offsets[row + 1]):
+        touched[routes[position]] = True
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def settle_shared(
+    now: float, touched: Flags, number: Integers, state: Bytes, share: Floats, speed: Floats, left: Floats, since_s: Floats, row: Integers,
+    limit: Floats, route_offsets: Integers, routes: Integers, link_rate: Floats, num_running: int, ends: Floats, names: Integers, running: Integers,
+    place_of: Integers,
+) -> None:  # fmt: skip
+    """New rates of all transfers that share ``touched`` links, directly or through others; no link is touched afterwards.
+
+    Args:
+        number: room for one number a link, all -1; left so.
+    """
+    moving = state[running[:num_running]] == MOVING
+    queues, flows = running[:num_running][moving], names[:num_running][moving]
+    order = np.argsort(flows)
+    queues, rows = queues[order], row[flows[order]]
+    inside = _reached(rows, touched, route_offsets, routes)
+    queues, rows = queues[inside], rows[inside]
+    touched[:] = False
+    rates = _shared_rates(rows, limit[rows] * share[queues], number, route_offsets, routes, link_rate)
+    for i in range(len(queues)):
+        go_on(queues[i], rates[i], now, speed, left, since_s, num_running, ends, names, running, place_of)
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _reached(rows: Integers, touched: Flags, route_offsets: Integers, routes: Integers) -> Flags:
+    """Which of the moving transfers share touched links, directly or through others; ``touched`` grows to all their links."""
+    inside = np.zeros(len(rows), dtype=np.bool_)
+    grows = True
+    while grows:
+        grows = False
+        for i in range(len(rows)):
+            for position in range(route_offsets[rows[i]], route_offsets[rows[i] + 1]):
+                if not inside[i] and touched[routes[position]]:
+                    inside[i] = grows = True
+                    touch(rows[i], touched, route_offsets, routes)
+    return inside
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _shared_rates(
+    rows: Integers, limits: Floats, number: Integers, route_offsets: Integers, routes: Integers, link_rate: Floats
+) -> Floats:
+    """Max-min fair rates of transfers that share links with no others: links are numbered anew, so that `fill` sees these only."""
+    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+    offsets[1:] = np.cumsum(route_offsets[rows + 1] - route_offsets[rows])
+    links, capacity, known = np.empty(offsets[-1], dtype=np.int64), np.empty(offsets[-1]), 0
+    for i in range(len(rows)):
+        for k in range(offsets[i + 1] - offsets[i]):
+            link = routes[route_offsets[rows[i]] + k]
+            if number[link] < 0:
+                number[link], capacity[known] = known, link_rate[link]
+                known += 1
+            links[offsets[i] + k] = number[link]
+    for i in range(len(rows)):
+        number[routes[route_offsets[rows[i]] : route_offsets[rows[i] + 1]]] = -1
+    rates: Floats = fill(offsets, links, capacity[:known], np.ones(len(rows)), limits)
+    return rates
