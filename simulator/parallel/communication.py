@@ -9,7 +9,7 @@ from hardware_models.network.cluster import CommGroup
 from hardware_models.network.collectives import collective_seconds
 from hardware_models.network.overlap import OverlapFactors
 from hardware_models.units import DTYPE_BYTES
-from simulator.parallel.mesh import Mesh
+from simulator.parallel.mesh import Mesh, two_steps
 from simulator.parallel.overlapped_products import HalfProducts, TensorOverlap, together_seconds
 from simulator.parallel.stages import Stage
 from simulator.plan import Plan
@@ -26,6 +26,10 @@ _ALL_TO_ALLS = 4
 """Of attention under all-to-all context parallelism: query, key, value, result (Jacobs et al. 2023, DeepSpeed Ulysses)."""
 _EXPERT_EXCHANGES = 2
 """Dispatch and combine."""
+_ATTENTION_BACKWARD = 2.5
+"""Time of attention's backward pass over its forward pass: five products instead of two (Dao 2023, FlashAttention-2, section 3)."""
+_HIERARCHICAL = ("deepspeed",)
+"""Frameworks that exchange tokens inside nodes first and then across where that is faster (Rajbhandari et al. 2022, DeepSpeed-MoE, arXiv 2201.05596, section 5.2)."""
 _RING_BACKWARD = 2
 """Keys and values, and their gradients, go round in the backward pass (Liu et al. 2023, Ring Attention)."""
 
@@ -93,16 +97,19 @@ class Communication:
 
     With ``overlap_tp`` collectives travel in pieces beside the products at both ends of a half (`overlapped_products`).
 
-    **Not modelled**: the second all-gather that sequence parallelism needs for weight gradients (it is overlapped); padding of capacity; imbalance of
-    experts.
+    A ring of context parallelism passes keys and values on while their block of attention computes (`together_seconds`); the last block waits for nothing. Each rank holds an early and a
+    late piece of the sequence, so that causal blocks take equal times (zig-zag; Brandon et al. 2023, arXiv 2311.09431; Megatron-core and torch do so).
+    Experts exchange the tokens of the busiest rank (`Experts.load`).
+
+    **Not modelled**: the second all-gather that sequence parallelism needs for weight gradients (it is overlapped); tokens that go once to a node for several of its experts.
     """
 
     def __init__(
-        self, plan: Plan, mesh: Mesh, config: TransformerConfig, *, dtype: str, seq_len: int, behind: Behind | None = None,
+        self, plan: Plan, mesh: Mesh, config: TransformerConfig, *, dtype: str, seq_len: int, factors: OverlapFactors, behind: Behind | None = None,
         beside: Beside | None = None,
     ) -> None:  # fmt: skip
         self.plan, self.mesh, self.config, self.behind, self.beside = plan, mesh, config, behind, beside
-        self.element_bytes = DTYPE_BYTES[dtype]
+        self.element_bytes, self.factors = DTYPE_BYTES[dtype], factors
         self.tokens = (plan.batch.micro_batch or 1) * seq_len // plan.parallel.cp
 
     def seconds(self, axis: str, collective: str, size_bytes: float) -> float:
@@ -150,8 +157,8 @@ class Communication:
         if block.name == "attention":
             cp_s = self._context(attention_s, backward=backward)
         if block.name == "experts" and self.config.experts is not None:
-            routed = stream * self.config.experts.top_k / self.plan.parallel.tp
-            ep_s = _EXPERT_EXCHANGES * self.seconds("ep", "all_to_all", routed)
+            experts, split = self.config.experts, self.plan.parallel
+            ep_s = _EXPERT_EXCHANGES * self.routed_seconds(stream * experts.top_k / split.tp * experts.load(split.ep))
         return Exposed(tp_s=tp_s, cp_s=cp_s, ep_s=ep_s)
 
     def _stream_collective(self, name: str, stream: float) -> float:
@@ -190,6 +197,14 @@ class Communication:
         gather = self.seconds("tp", "all_gather", stream) if parallel else 0.0
         return gather + _LOSS_REDUCTIONS * self.seconds("tp", "all_reduce", float(self.tokens * _LOSS_BYTES))
 
+    def routed_seconds(self, size_bytes: float) -> float:
+        """One exchange of tokens among experts, of the busiest rank's bytes."""
+        group = self.mesh.group("ep")
+        flat_s = self.over("all_to_all", size_bytes, group)
+        if self.plan.runtime.framework not in _HIERARCHICAL:
+            return flat_s
+        return min(flat_s, sum(self.over("all_to_all", size_bytes, step) for step in two_steps(group)))
+
     def _context(self, attention_s: float, *, backward: bool) -> float:
         cp = self.plan.parallel.cp
         if cp == 1:
@@ -204,5 +219,5 @@ class Communication:
             return sum(self.seconds("cp", "all_to_all", size) for size in sizes)
         rounds = _RING_BACKWARD if backward else 1
         step_s = collective_seconds("send_recv", keys * rounds, self.mesh.neighbours("cp"), self.mesh.cluster)
-        hidden_s = attention_s * (2.5 if backward else 1.0) / cp
-        return (cp - 1) * max(0.0, step_s - hidden_s)
+        block_s = attention_s * (_ATTENTION_BACKWARD if backward else 1.0) / cp
+        return (cp - 1) * (together_seconds(block_s, step_s, self.factors) - block_s)

@@ -9,9 +9,9 @@ from hardware_models.network.collectives import collective_seconds
 from hardware_models.units import DTYPE_BYTES
 from simulator.parallel.communication import Communication
 from simulator.parallel.memory import GRADIENT_BYTES
-from simulator.parallel.mesh import Mesh
+from simulator.parallel.mesh import Mesh, two_steps
 from simulator.parallel.parameter_gathers import Gathers, Unit, gathers_of, prefetched_units
-from simulator.parallel.wire_format import WireFormat, two_steps
+from simulator.parallel.wire_format import WireFormat
 from simulator.plan import Plan
 
 BUCKET_BYTES = 40_000_000 * 4

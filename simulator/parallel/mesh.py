@@ -121,3 +121,14 @@ def mesh_of(plan: Plan, cluster: Cluster) -> Mesh:
     degrees = tuple((name, getattr(plan.parallel, name)) for name in order if name != "ep")
     last = max(order.index("cp"), order.index("dp"))
     return Mesh(cluster=cluster, degrees=degrees, ep=plan.parallel.ep, ep_outermost=order.index("ep") > last)
+
+
+def two_steps(group: CommGroup) -> tuple[CommGroup, ...]:
+    """The groups of a hierarchical exchange: ranks of one node, then those of equal place in all nodes; one group where nodes hold unequal parts, one rank, or all ranks."""
+    inside, nodes = group.ranks_per_node, group.num_nodes
+    if inside == 1 or nodes == 1 or inside * nodes != group.num_ranks:
+        return (group,)
+    return (
+        CommGroup(num_ranks=inside, ranks_per_node=inside, concurrent_groups=group.concurrent_groups),
+        CommGroup(num_ranks=nodes, ranks_per_node=1, concurrent_groups=group.concurrent_groups * inside),
+    )

@@ -121,7 +121,14 @@ class _Assembly:
             self._chunks() if plan.memory.activation_offload or plan.memory.weight_offload else ((),) * len(self.stages)
         )
         self.communication = Communication(
-            plan, self.mesh, config, dtype=self.dtype, seq_len=seq_len, behind=self._behind(), beside=self._beside()
+            plan,
+            self.mesh,
+            config,
+            dtype=self.dtype,
+            seq_len=seq_len,
+            factors=overlap_of(device, cluster),
+            behind=self._behind(),
+            beside=self._beside(),
         )
 
     def _chunks(self) -> tuple[tuple[ChunkCost, ...], ...]:
@@ -157,12 +164,18 @@ class _Assembly:
         )  # fmt: skip
         return Beside(overlap=overlap, products={name: products for name, products in found.items() if products})
 
-    def _workload(self, *, tp: int, cp: int, ep: int) -> Workload:
+    def _workload(self, *, tp: int, cp: int, ep: int, config: TransformerConfig | None = None) -> Workload:
         return build_workload(
-            self.config, micro_batch=self.plan.batch.micro_batch or 1, seq_len=self.seq_len, dtype=self.dtype, tp=tp, cp=cp, ep=ep,
+            config or self.config, micro_batch=self.plan.batch.micro_batch or 1, seq_len=self.seq_len, dtype=self.dtype, tp=tp, cp=cp, ep=ep,
             sequence_parallel=self.plan.parallel.sequence_parallel and tp > 1, flash_attention=self.plan.runtime.flash_attention,
             operators=operators_of(self.plan),
         )  # fmt: skip
+
+    def _whole_workload(self) -> Workload:
+        """Of the model on one device, as model FLOPs count it: without padding of experts."""
+        experts = self.config.experts
+        config = self.config if experts is None else replace(self.config, experts=experts.uniform)
+        return self._workload(tp=1, cp=1, ep=1, config=config)
 
     def parts(self) -> StepParts:
         operations = self.operations
@@ -213,7 +226,7 @@ class _Assembly:
     def _result(
         self, program: Program, record: RunRecord, costs: Sequence[StageCost], host_bytes: Sequence[float]
     ) -> ParallelSimulation:
-        plan, whole = self.plan, self._workload(tp=1, cp=1, ep=1)
+        plan, whole = self.plan, self._whole_workload()
         check_complete(program, record)
         steps = plan.num_microbatches * plan.parallel.dp
         again = sum(cost.recomputed_flops for cost in costs)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from hardware_models.kernel import Kernel
-from hardware_models.network.cluster import CommGroup
 from simulator.lower import Price
 
 WIRE_DTYPES: Mapping[str, str] = MappingProxyType({"bf16": "bfloat16", "fp8": "float8_e4m3fn", "int8": "int8"})
@@ -23,7 +22,7 @@ class WireFormat:
     """A format of one byte an element with a scale per block, or none.
 
     **Model**: NCCL cannot add such numbers, so that a scatter is an all-to-all of the parts, which each rank turns back and adds up: inside a node, then of what is left across nodes
-    (`two_steps`). A sum over all ranks is that and an all-gather of the result in the same format. Sender and receiver run one memory-bound kernel each, on the stream of the collective.
+    (`mesh.two_steps`). A sum over all ranks is that and an all-gather of the result in the same format. Sender and receiver run one memory-bound kernel each, on the stream of the collective.
 
     **Source**: Wang et al. 2023, "ZeRO++" (arXiv 2306.10209), sections 3.1 (weights) and 3.3 (gradients).
 
@@ -54,14 +53,3 @@ class WireFormat:
             written_bytes=max(1, round(elements * written_bytes)),
         )  # fmt: skip
         return float(self.price([kernel])[0])
-
-
-def two_steps(group: CommGroup) -> tuple[CommGroup, ...]:
-    """The groups of a hierarchical exchange: ranks of one node, then those of equal place in all nodes; one group where nodes hold unequal parts, one rank, or all ranks."""
-    inside, nodes = group.ranks_per_node, group.num_nodes
-    if inside == 1 or nodes == 1 or inside * nodes != group.num_ranks:
-        return (group,)
-    return (
-        CommGroup(num_ranks=inside, ranks_per_node=inside, concurrent_groups=group.concurrent_groups),
-        CommGroup(num_ranks=nodes, ranks_per_node=1, concurrent_groups=group.concurrent_groups * inside),
-    )

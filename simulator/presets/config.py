@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from hardware_models.errors import InputError
@@ -26,6 +26,19 @@ class Experts:
     dense_first_layers: int = 0
     """Layers at the front that keep the plain network."""
     router: Literal["softmax", "sigmoid"] = "softmax"
+    imbalance: float = 1.0
+    """Tokens of the busiest rank of an expert parallel group over their mean; 1 is uniform routing. A layer waits for that rank."""
+    capacity_factor: float = 0.0
+    """Rows that each expert computes over the mean number of tokens: fewer tokens are padded to it, more are dropped. 0: as many as are routed."""
+
+    def load(self, ep: int) -> float:
+        """Rows that the busiest of ``ep`` ranks computes over the mean number of tokens."""
+        return self.capacity_factor or (min(self.imbalance, float(ep)) if ep > 1 else 1.0)
+
+    @property
+    def uniform(self) -> Experts:
+        """The same without imbalance and padding: what model FLOPs count."""
+        return replace(self, imbalance=1.0, capacity_factor=0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +113,12 @@ class TransformerConfig:
             self._check("kv_heads", self.heads % self.kv_heads == 0, rule)
         if self.experts is not None:
             rule = f"top_k <= num_experts must hold, but got {self.experts.top_k} > {self.experts.num_experts}"
+            more = f"1 <= imbalance <= num_experts must hold, but got {self.experts.imbalance}"
+            self._check("experts.imbalance", 1.0 <= self.experts.imbalance <= self.experts.num_experts, more)
+            padded = f"capacity_factor is 0 (none) or at least 1, but got {self.experts.capacity_factor}"
+            self._check(
+                "experts.capacity_factor", self.experts.capacity_factor == 0.0 or self.experts.capacity_factor >= 1.0, padded
+            )
             self._check("experts.top_k", 1 <= self.experts.top_k <= self.experts.num_experts, rule)
 
     def _check(self, key: str, holds: bool, rule: str) -> None:

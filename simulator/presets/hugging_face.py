@@ -106,6 +106,8 @@ def _experts(keys: _Keys) -> Experts | None:
         num_experts=keys.integer("num_local_experts"),
         top_k=keys.integer("num_experts_per_tok"),
         ffn=keys.integer("intermediate_size"),
+        imbalance=keys.number("moe_imbalance", 1.0),
+        capacity_factor=keys.number("moe_capacity_factor", 0.0),
     )
 
 
@@ -134,6 +136,8 @@ def load_config(path: str | Path, *, name: str = "") -> TransformerConfig:
     Raises:
         InputError: no such file, no JSON object, a missing key or one of the wrong type.
         UnknownNameError: a ``model_type`` or activation that is not generated; lists those that are.
+
+    Keys of ours beside Hugging Face's, for mixtures of experts: ``moe_imbalance`` and ``moe_capacity_factor`` (`Experts`).
 
     Not modelled: sliding windows (attention is counted in full), scaled rotary positions (same work).
     """

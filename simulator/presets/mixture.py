@@ -1,7 +1,7 @@
 """Mixture of experts: router, sorted tokens, grouped products, weighted sum.
 
 Follows ``transformers``' ``grouped_mm`` implementation of experts, whose shapes are static. Routing is uniform: every expert
-receives as many tokens as every other.
+receives as many tokens as every other, unless the configuration states an imbalance or a capacity (`Experts`): then the rows are those of the busiest rank.
 
 Not modelled: under the sigmoid router (DeepSeek-V3), the selection of groups of experts before the experts, and the router's
 matrix in float32.
@@ -99,7 +99,8 @@ def _experts(tape: Tape, setting: Setting, x: Value, weights: Value, indices: Va
                 pointwise("histc", local, FLOAT))  # fmt: skip
     tape.record("histc", kernels=counting, inputs=(order,), outputs=(counts,))
     offsets = _indices(tape, "cumsum", (counts,), (local,), reduction("cumsum", 1, local, FLOAT), dtype=OFFSET_DTYPE)
-    chosen = _exchanged(tape, setting, chosen)
+    computed = setting.expert_rows(rows)
+    chosen = _exchanged(tape, setting, chosen, computed)
     width = experts.ffn // setting.tp
     up_weight = tape.parameter("experts.gate_up", (local, hidden, 2 * width), setting.dtype)
     both, down_weight = (
@@ -107,12 +108,12 @@ def _experts(tape: Tape, setting: Setting, x: Value, weights: Value, indices: Va
         tape.parameter("experts.down", (local, width, hidden), setting.dtype),
     )
     if setting.operators.routed:
-        inner = gated_activation(tape, both, weights=_exchanged(tape, setting, gates))
-        weighted = _exchanged(tape, setting, grouped_product(tape, inner, down_weight, offsets))
+        inner = gated_activation(tape, both, weights=_exchanged(tape, setting, gates, computed))
+        weighted = _exchanged(tape, setting, grouped_product(tape, inner, down_weight, offsets), rows)
     else:
         gate, up = split(tape, both, (width, width))
         out = grouped_product(tape, multiply(tape, silu(tape, gate), up), down_weight, offsets)
-        weighted = multiply(tape, _exchanged(tape, setting, out), gates)
+        weighted = multiply(tape, _exchanged(tape, setting, out, rows), gates)
     inverse_kernels = pointwise("index_put_", rows, INDEX_DTYPE)
     inverse = _indices(tape, "index_put_", (order,), (rows,), inverse_kernels)
     back = _take(tape, weighted, inverse, (rows, hidden))
@@ -150,10 +151,16 @@ def _take(tape: Tape, x: Value, indices: Value, shape: tuple[int, ...]) -> Value
     return out
 
 
-def _exchanged(tape: Tape, setting: Setting, x: Value) -> Value:
-    """Rows after an all-to-all over the expert parallel group: as many as before, under uniform routing."""
+def _exchanged(tape: Tape, setting: Setting, x: Value, rows: int) -> Value:
+    """So many rows after an all-to-all over the expert parallel group; on one rank a copy where experts' rows are padded, else the rows themselves."""
+    shape = (rows, *x.shape[1:])
     if setting.ep == 1:
-        return x
-    out = tape.new("all_to_all", x.shape, x.dtype)
+        if rows == x.shape[0]:
+            return x
+        out = tape.new("constant_pad_nd", shape, x.dtype)
+        tape.record("constant_pad_nd", kernels=(copy("constant_pad_nd", out.elements, x.dtype),), inputs=(x,), outputs=(out,),
+                    gradients=(Gradient(targets=(x,), kernels=(copy("slice", x.elements, x.dtype),)),))  # fmt: skip
+        return out
+    out = tape.new("all_to_all", shape, x.dtype)
     tape.record("all_to_all", kernels=(), inputs=(x,), outputs=(out,), gradients=(Gradient(targets=(x,), collective=True),))
     return out

@@ -105,6 +105,11 @@ class Setting:
         """Key-value heads of this rank; replicated where there are fewer than ranks."""
         return max(1, self.config.num_kv_heads // self.tp)
 
+    def expert_rows(self, rows: int) -> int:
+        """Rows that the busiest rank's experts compute where ``rows`` come in on average."""
+        experts = self.config.experts
+        return rows if experts is None else max(1, round(rows * experts.load(self.ep)))
+
     @property
     def vocab(self) -> int:
         """Rows of the embedding on this rank: rounded up, as Megatron pads the vocabulary."""

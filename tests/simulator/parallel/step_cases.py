@@ -8,6 +8,7 @@ from dataclasses import replace
 from hardware_models.catalogue import load_hardware
 from hardware_models.network.cluster import Cluster
 from hardware_models.network.cluster_file import load_cluster
+from hardware_models.network.overlap import OverlapFactors
 from simulator import engine_compiled
 from simulator.parallel.communication import Exposed, StageCommunication
 from simulator.parallel.gradient_sync import GradientSync
@@ -30,6 +31,9 @@ FAST_BYTES_PER_S = 1e30
 NO_SYNC = GradientSync(chunks=1, reduce_s=0.0, gather_s=0.0)
 NOTHING = StageCommunication(forward=Exposed(), backward=Exposed(), message_bytes=1.0)
 SEQ_LEN = 512
+NO_SLOWDOWN = OverlapFactors(
+    compute_under_collectives=1.0, compute_under_copies=1.0, collectives_under_compute=1.0, evidence="measured", source="a test"
+)
 
 
 def equal_cost() -> StageCost:

@@ -15,15 +15,24 @@ from simulator.parallel.stages import stages_of
 from simulator.plan import Plan
 from simulator.presets import TransformerConfig, build_workload, preset
 from simulator.workload import Block
-from tests.simulator.parallel.step_cases import SEQ_LEN, cluster_of, plan_of, small_config
+from tests.simulator.parallel.step_cases import NO_SLOWDOWN, SEQ_LEN, cluster_of, plan_of, small_config
 
 HIDDEN, BF16 = 1024, 2
 STREAM = SEQ_LEN * HIDDEN * BF16
 """Bytes of one sample's residual stream."""
+FACTORS = OverlapFactors(
+    compute_under_collectives=1.2,
+    compute_under_copies=1.0,
+    collectives_under_compute=1.5,
+    evidence="published",
+    source="a test",
+)
 
 
 def communication(plan: Plan, config: TransformerConfig | None = None) -> Communication:
-    return Communication(plan, mesh_of(plan, cluster_of(plan)), config or small_config(), dtype="bfloat16", seq_len=SEQ_LEN)
+    return Communication(
+        plan, mesh_of(plan, cluster_of(plan)), config or small_config(), dtype="bfloat16", seq_len=SEQ_LEN, factors=NO_SLOWDOWN
+    )
 
 
 def blocks(plan: Plan, config: TransformerConfig | None = None) -> dict[str, Block]:
@@ -103,16 +112,52 @@ def test_all_to_all_context_parallelism_moves_query_key_value_and_result() -> No
     assert exposed(plan, "attention").cp_s == pytest.approx(4 * one_s, rel=1e-12)
 
 
-def test_experts_dispatch_and_combine() -> None:
-    """Top 2 of 8 experts: each token's stream goes out twice and comes back twice."""
+def routed_config(*, imbalance: float = 1.0, capacity_factor: float = 0.0) -> TransformerConfig:
+    """Two layers of eight experts, two a token."""
     base = preset("mixtral-8x7b")
     assert base.experts is not None
-    config = replace(
-        base, layers=2, hidden=HIDDEN, heads=16, kv_heads=16, ffn=2048, vocab=4096, experts=replace(base.experts, ffn=2048)
-    )
+    experts = replace(base.experts, ffn=2048, imbalance=imbalance, capacity_factor=capacity_factor)
+    return replace(base, layers=2, hidden=HIDDEN, heads=16, kv_heads=16, ffn=2048, vocab=4096, experts=experts)
+
+
+def test_experts_dispatch_and_combine() -> None:
+    """Top 2 of 8 experts: each token's stream goes out twice and comes back twice."""
     plan = plan_of(dp=8, ep=8)
     one_s = seconds(plan, "all_to_all", 2 * STREAM, num_ranks=8, ranks_per_node=8)
-    assert exposed(plan, "experts", config=config) == Exposed(ep_s=pytest.approx(2 * one_s, rel=1e-12))  # type: ignore[arg-type]
+    assert exposed(plan, "experts", config=routed_config()) == Exposed(ep_s=pytest.approx(2 * one_s, rel=1e-12))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("imbalance", "capacity_factor", "load"), [(1.5, 0.0, 1.5), (8.0, 0.0, 8.0), (1.5, 1.25, 1.25), (1.0, 2.0, 2.0)]
+)
+def test_experts_wait_for_the_busiest_rank(imbalance: float, capacity_factor: float, load: float) -> None:
+    plan, config = plan_of(dp=8, ep=8), routed_config(imbalance=imbalance, capacity_factor=capacity_factor)
+    one_s = seconds(plan, "all_to_all", 2 * STREAM * load, num_ranks=8, ranks_per_node=8)
+    assert exposed(plan, "experts", config=config).ep_s == pytest.approx(2 * one_s, rel=1e-12)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e9])
+def test_deepspeed_exchanges_inside_nodes_first_where_that_is_faster(size: float) -> None:
+    """Over four nodes 31 messages become 7 and 3; the same bytes travel twice."""
+    steps = ({"num_ranks": 8, "ranks_per_node": 8}, {"num_ranks": 4, "ranks_per_node": 1, "concurrent_groups": 8})
+    for framework in ("deepspeed", "megatron-core"):
+        plan = plan_of(dp=32, ep=32, framework=framework)
+        flat_s = seconds(plan, "all_to_all", size, num_ranks=32, ranks_per_node=8)
+        twice_s = sum(seconds(plan, "all_to_all", size, **step) for step in steps)
+        expected = min(flat_s, twice_s) if framework == "deepspeed" else flat_s
+        assert communication(plan).routed_seconds(size) == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_ring_and_attention_slow_each_other() -> None:
+    """A block and a transfer of the same length: both at 1/1.2 and 1/1.5 until the block has ended."""
+    plan = plan_of(cp=4)
+    own = communication(plan)
+    message = 2 * SEQ_LEN // 4 * HIDDEN * BF16
+    step_s = seconds(plan, "send_recv", message, num_ranks=2, ranks_per_node=2)
+    own.factors = FACTORS
+    block = blocks(plan)["attention"]
+    together_s = 1.2 * step_s + (step_s - 1.2 * step_s / 1.5)
+    assert own.block(block, 4 * step_s).cp_s == pytest.approx(3 * (together_s - step_s), rel=1e-9)
 
 
 def of_stage(plan: Plan, index: int) -> StageCommunication:
@@ -159,15 +204,6 @@ def test_gradients_are_reduced_over_context_parallel_ranks_too() -> None:
     assert own.over("all_reduce", 1e8, own.mesh.gradient_group()) == expected > 0
     alone = communication(plan_of(tp=8))
     assert alone.over("all_reduce", 1e8, alone.mesh.gradient_group()) == 0.0
-
-
-FACTORS = OverlapFactors(
-    compute_under_collectives=1.2,
-    compute_under_copies=1.0,
-    collectives_under_compute=1.5,
-    evidence="published",
-    source="a test",
-)
 
 
 @pytest.mark.parametrize(

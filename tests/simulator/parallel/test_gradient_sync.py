@@ -18,7 +18,7 @@ from simulator.parallel.wire_format import WireFormat
 from simulator.plan import Plan
 from simulator.plan_parallel import check_parallel
 from simulator.precision import price_in
-from tests.simulator.parallel.step_cases import SEQ_LEN, cluster_of, plan_of, simulated, small_config
+from tests.simulator.parallel.step_cases import NO_SLOWDOWN, SEQ_LEN, cluster_of, plan_of, simulated, small_config
 
 ELEMENTS = 64_000_000
 UNITS = tuple(Unit(first=n, end=n + 1, elements=ELEMENTS // 4) for n in range(4))
@@ -34,7 +34,9 @@ def plan(*, dp: int = 32, dp_shard: int | None = None, zero_stage: int = 1, ep: 
 
 
 def synced(own: Plan, load: StageLoad = LOAD) -> GradientSync:
-    communication = Communication(own, mesh_of(own, cluster_of(own)), small_config(), dtype="bfloat16", seq_len=SEQ_LEN)
+    communication = Communication(
+        own, mesh_of(own, cluster_of(own)), small_config(), dtype="bfloat16", seq_len=SEQ_LEN, factors=NO_SLOWDOWN
+    )
     device = load_hardware(cluster_of(own).device)
     wire = WireFormat(comm=own.precision.comm, price=price_in("bf16", device))
     return gradient_sync(own, communication, load, wire, distance=0, dtype="bfloat16")
