@@ -32,7 +32,7 @@ from simulator.plan import Plan, check_gpus
 from simulator.plan_file import read_plan, write_plan
 from simulator.presets import PRESETS
 from simulator.sequence import format_sequence
-from simulator.simulate import ENGINES, Simulation, StepSetting
+from simulator.simulate import ENGINES, Simulation, step_setting
 from simulator.simulate import simulate as run_simulation
 from validation.command_line import (
     EXIT_INFEASIBLE,
@@ -201,10 +201,8 @@ def simulate_plan(
     plan = source.resolve(plan)
     check_gpus(plan, gpus)
     workload = source.workload(plan.batch.micro_batch or source.global_batch)
-    setting = StepSetting(
-        num_microbatches=plan.num_microbatches, optimizer=plan.precision.optimizer, budget_bytes=plan.memory.budget_bytes
-    )
-    return run_simulation(workload, sequence_of(plan, workload, device, folder=folder), device, setting, engine=engine)
+    operations = sequence_of(plan, workload, device, folder=folder)
+    return run_simulation(workload, operations, device, step_setting(plan, len(workload.blocks)), engine=engine)
 
 
 def write_figures(
@@ -299,8 +297,8 @@ def replay(
     trace_path: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Runs a plan for real, and sets what was predicted beside what is measured."""
-    from validation.replay import replay as run_replay  # noqa: PLC0415 - torch only where something runs
-    from validation.replay import replay_case  # noqa: PLC0415
+    from validation.replay_comparison import replay as run_replay  # noqa: PLC0415 - torch only where something runs
+    from validation.replay_comparison import replay_case  # noqa: PLC0415
 
     profile = device_profile(hardware_name, device=device)
     plan = read_plan(plan_path) if plan_path else Plan()

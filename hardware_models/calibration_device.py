@@ -100,7 +100,8 @@ def device_table(raw: Mapping[str, Any], kernels: Sequence[Kernel], seconds: Flo
     }  # fmt: skip
     if entry is not None:
         table |= {key: entry[key] for key in _CARRIED if key in entry}
-    return table | (_cuda_sections(raw) if cuda else {})
+    copies = copy_engine(raw["host"].get("copies") or ())
+    return table | (_cuda_sections(raw) if cuda else {}) | ({} if copies is None else {"copy_engine": copies})
 
 
 def _value(raw: Mapping[str, Any], number: float, what: str) -> Table:
@@ -143,7 +144,7 @@ def _cuda_sections(raw: Mapping[str, Any]) -> Table:
     """Sections that a CPU does not have; each only if it was measured."""
     environment = raw["environment"]
     found = {
-        "compute_capability": environment.get("capability", ""), "copy_engine": copy_engine(raw["host"].get("copies") or ()),
+        "compute_capability": environment.get("capability", ""),
         "host_dispatch": _host_dispatch(raw), "sustained": _sustained(raw), "workspace_bytes": _workspace(raw),
         "l2_bytes": _value(raw, environment["cache_bytes"], "as the driver reports it") if environment.get("cache_bytes") else None,
     }  # fmt: skip

@@ -18,6 +18,7 @@ import torch
 
 from hardware_models.host_memory import keep_freed_pages
 from hardware_models.microbench_cases import Case, Pool, heavy_cases
+from hardware_models.microbench_copies import cpu_copy_timings
 from hardware_models.microbench_environment import environment
 from hardware_models.microbench_gpu import RAW_FORMAT, cuda_machine, measure_gpu, warnings_of
 from hardware_models.microbench_gpu_light import gpu_cases
@@ -89,7 +90,7 @@ def _measure_cpu(
     }
     raw["environment"]["allocation"] = "kept pages"
     tell("dispatch and sustained load", 0.01)
-    raw["host"] = host_timings("cpu", time_limit_s=_HOST_SHARE * limit_s)
+    raw["host"] = host_timings("cpu", time_limit_s=_HOST_SHARE * limit_s) | {"copies": cpu_copy_timings(quick=quick)}
     rounds = num_rounds or _ROUNDS[quick]
     with torch.no_grad():
         _rounds(measured, pool, stopwatch, lambda: time.perf_counter() - begin, limit_s, rounds, tell, path, raw)

@@ -1,12 +1,13 @@
 """Copies between host and device by size: alone, both ways at once, pageable, and beside kernels (bare machine).
 
-All that needs a GPU is behind `Bench`, so the rest is tested without one.
+All that needs a device is behind `Bench`: a GPU's (`cuda_bench`) or a CPU's (`cpu_bench`).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from hardware_models.microbench_timing import Lanes
 COPY_BYTES = tuple(2**exponent for exponent in range(12, 31, 2))
 """4 KiB to 1 GiB."""
 QUICK_COPY_BYTES = tuple(2**exponent for exponent in (12, 16, 20, 24, 28))
+CPU_COPY_BYTES = (2**14, 2**20, 2**23, 2**26)
 _LOADED_BYTES = (2**24, 2**28)
 """Copies beside kernels: a tensor of activations, a layer of weights."""
 _HOST_SHARE = 0.1
@@ -142,6 +144,44 @@ def cuda_bench(main: torch.dtype) -> Bench:
         seconds=lanes.seconds, wall=_wall, copies=_cuda_copies,
         kernels={"gemm": lambda: torch.mm(a, a, out=out), "memory": lambda: torch.add(x, x, out=total)},
     )  # fmt: skip
+
+
+def cpu_bench() -> Bench:
+    """The bench of a CPU that is its own host: copies run in a worker thread each, as replay runs them.
+
+    Not beside kernels: these take the same cores, which is a matter of sharing and not of the memory's rate.
+    """
+    return Bench(seconds=_thread_seconds, wall=_thread_wall, copies=_cpu_copies, kernels={})
+
+
+def _thread_wall(run: Run) -> float:
+    begin = time.perf_counter()
+    run()
+    return time.perf_counter() - begin
+
+
+def _thread_seconds(lanes: Mapping[str, Run]) -> dict[str, float]:
+    """Seconds of each lane, in a thread of its own, from the common start."""
+    with ThreadPoolExecutor(max_workers=len(lanes)) as workers:
+        begin = time.perf_counter()
+
+        def ended(run: Run) -> float:
+            run()
+            return time.perf_counter() - begin
+
+        futures = {name: workers.submit(ended, run) for name, run in lanes.items()}
+        return {name: future.result() for name, future in futures.items()}
+
+
+def _cpu_copies(size: int) -> Mapping[str, Run]:
+    here, there = ([torch.ones(size, dtype=torch.uint8) for _ in range(2)] for _ in range(2))
+    up, down = (lambda: here[0].copy_(there[0])), (lambda: there[1].copy_(here[1]))
+    return {"h2d": up, "d2h": down, "pageable_h2d": up, "pageable_d2h": down}
+
+
+def cpu_copy_timings(*, quick: bool) -> list[dict[str, Any]]:
+    """Copies within this machine's memory, by size."""
+    return copy_timings(cpu_bench(), sizes=CPU_COPY_BYTES[1::2] if quick else CPU_COPY_BYTES)
 
 
 def _wall(run: Run) -> float:

@@ -15,8 +15,10 @@ from hardware_models.profile import DeviceProfile
 from hardware_models.units import format_bytes
 from search.chain_of_workload import chain_of_workload, overcount_bytes
 from search.chain_solver import ChainTable, checkpoint_segments, minimum_limit_bytes
+from simulator.host_schedule import host_shares
 from simulator.lower import PassPrices, lower, resident_bytes
 from simulator.plan import Plan
+from simulator.plan_sections import plan_refusal
 from simulator.recompute import operations_of
 from simulator.sequence import Operation, checkpoint_blocks, keep_all
 from simulator.simulate import StepSetting, static_peak_bytes
@@ -160,7 +162,11 @@ def optimal_recompute(plan: Plan, workload: Workload, device: DeviceProfile) -> 
 
     Raises:
         InfeasibleError: no sequence fits.
+        InputError: the plan offloads too: the joint optimum is not solved here.
     """
+    if host_shares(plan, len(workload.blocks)).any:
+        rule = "with offload fractions on a single device the two are not solved together"
+        raise plan_refusal("memory.recompute", "optimal", rule, "name a file with the sequence, or none, selective or full")
     setting = StepSetting(num_microbatches=plan.num_microbatches, optimizer=plan.precision.optimizer)
     budget = plan.memory.budget_bytes or device.memory_bytes - device.context_bytes
     return RecomputeSolver(workload, device, setting).best(budget).operations

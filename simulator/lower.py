@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hardware_models.kernel import Kernel
-from simulator.program import Kind, MemoryClass, Program, Stream
+from simulator.builder import Builder
+from simulator.host_schedule import HostSchedule, updated_groups
+from simulator.lower_host import HostIssuer, HostLanes, device_resident
+from simulator.program import Kind, MemoryClass, Program
 from simulator.sequence import Operation, check_sequence, runs_twice
 from simulator.workload import MemoryEvent, Pass, Workload
 
@@ -44,48 +46,6 @@ class PassPrices:
         return float(self.offsets(run)[-1])
 
 
-@dataclass(slots=True)
-class Builder:
-    """Instructions as they are issued; one device, one stream: each depends on the one before."""
-
-    kinds: list[int] = field(default_factory=list)
-    durations: list[float] = field(default_factory=list)
-    micro_batches: list[int] = field(default_factory=list)
-    blocks: list[int] = field(default_factory=list)
-    options: list[str] = field(default_factory=list)
-    memory: list[list[tuple[float, int, MemoryClass]]] = field(default_factory=list)
-
-    def issue(self, kind: Kind, duration_s: float, *, micro_batch: int = -1, block: int = -1, option: str = "") -> None:
-        """Adds an instruction."""
-        self.kinds.append(kind)
-        self.durations.append(duration_s)
-        self.micro_batches.append(micro_batch)
-        self.blocks.append(block)
-        self.options.append(option)
-        self.memory.append([])
-
-    def change(self, time_s: float, delta_bytes: int, memory_class: MemoryClass) -> None:
-        """A memory event of the instruction issued last."""
-        if delta_bytes:
-            self.memory[-1].append((time_s, delta_bytes, memory_class))
-
-    def program(self, resident_bytes: tuple[int, ...]) -> Program:
-        """The instructions so far, on one device."""
-        count = len(self.kinds)
-        events = [event for group in self.memory for event in group]
-        return Program(
-            kind=np.array(self.kinds, np.int8), device=np.zeros(count, np.int32), stream=np.full(count, Stream.COMPUTE, np.int8),
-            duration_s=np.array(self.durations, np.float64), micro_batch=np.array(self.micro_batches, np.int32),
-            block=np.array(self.blocks, np.int32), option=tuple(self.options),
-            dependency_offsets=np.zeros(count + 1, np.int64), dependencies=np.zeros(0, np.int64),
-            memory_offsets=np.cumsum([0, *(len(group) for group in self.memory)], dtype=np.int64),
-            memory_time_s=np.array([event[0] for event in events], np.float64),
-            memory_bytes=np.array([event[1] for event in events], np.int64),
-            memory_class=np.array([event[2] for event in events], np.int8),
-            resident_bytes=(resident_bytes,),
-        )  # fmt: skip
-
-
 def resident_bytes(workload: Workload, *, num_microbatches: int, optimizer: str) -> tuple[int, ...]:
     """Bytes alive before a step begins, by `MemoryClass`: parameters, optimizer states and the whole batch; no gradients."""
     sizes = [0] * len(MemoryClass)
@@ -97,8 +57,14 @@ def resident_bytes(workload: Workload, *, num_microbatches: int, optimizer: str)
     return tuple(sizes)
 
 
-def optimizer_pass(workload: Workload, *, optimizer: str) -> Pass:
-    """The optimizer's fused step, one kernel a parameter tensor."""
+def optimizer_pass(workload: Workload, *, optimizer: str, tensors: Sequence[int] | None = None) -> Pass:
+    """The optimizer's fused step, one kernel a parameter tensor.
+
+    Args:
+        workload: of the step.
+        optimizer: ``adamw`` or ``sgd``.
+        tensors: elements of each parameter that it updates; None: of all.
+    """
     element_bytes = workload.gradient_bytes // max(1, sum(workload.optimizer_tensors))
     reads, writes = OPTIMIZER_PASSES[optimizer]
     kernels = tuple(
@@ -106,7 +72,7 @@ def optimizer_pass(workload: Workload, *, optimizer: str) -> Pass:
             kernel_class="optimizer", op=optimizer, shape=(elements,), dtype="float32", flops=0,
             read_bytes=reads * elements * element_bytes, written_bytes=writes * elements * element_bytes,
         )
-        for elements in workload.optimizer_tensors
+        for elements in (workload.optimizer_tensors if tensors is None else tensors)
     )  # fmt: skip
     return Pass(kernels=kernels, memory=())
 
@@ -118,6 +84,8 @@ def lower(
     *,
     num_microbatches: int = 1,
     optimizer: str = "adamw",
+    host: HostSchedule | None = None,
+    lanes: HostLanes | None = None,
 ) -> Program:
     """The program of one training step on one device.
 
@@ -127,6 +95,8 @@ def lower(
         prices: times of the workload's passes on the device.
         num_microbatches: gradients of so many micro-batches are accumulated before the optimizer's step.
         optimizer: ``adamw`` or ``sgd``.
+        host: what goes to the host and when; None: nothing.
+        lanes: the way there; given with ``host``.
 
     Raises:
         InputError: the sequence is illegal for the workload's chain.
@@ -134,14 +104,36 @@ def lower(
     Not modelled: what the step of the data loader takes; gradient clipping.
     """
     check_sequence(operations, len(workload.blocks))
-    builder = Builder()
+    builder = Builder(lanes=lanes)
+    states = OPTIMIZER_STATES[optimizer]
+    issuer = None if host is None or lanes is None else HostIssuer(builder, host, lanes, workload, states)
     for micro_batch in range(num_microbatches):
-        MicroBatchLowering(workload, prices, builder, micro_batch, runs_twice(operations)).run(operations)
-    step = optimizer_pass(workload, optimizer=optimizer)
-    builder.issue(Kind.OPTIMIZER, prices.seconds(step))
-    builder.change(builder.durations[-1], -workload.gradient_bytes, MemoryClass.GRADIENTS)
-    builder.change(builder.durations[-1], -workload.blocks[-1].output_bytes, MemoryClass.ACTIVATIONS)
-    return builder.program(resident_bytes(workload, num_microbatches=num_microbatches, optimizer=optimizer))
+        one = MicroBatchLowering(workload, prices, builder, micro_batch, runs_twice(operations))
+        one.issuer = issuer
+        one.run(operations)
+    if issuer is None:
+        builder.issue(Kind.OPTIMIZER, prices.seconds(optimizer_pass(workload, optimizer=optimizer)))
+        builder.change(builder.last_duration_s, -workload.gradient_bytes, MemoryClass.GRADIENTS)
+    else:
+        _updates(workload, prices, issuer, optimizer)
+    builder.change(builder.last_duration_s, -workload.blocks[-1].output_bytes, MemoryClass.ACTIVATIONS)
+    sizes = resident_bytes(workload, num_microbatches=num_microbatches, optimizer=optimizer)
+    return builder.program(device_resident(workload, host, sizes, states=states, step_bytes=STEP_COUNT_BYTES[optimizer]))
+
+
+def _updates(workload: Workload, prices: PassPrices, issuer: HostIssuer, optimizer: str) -> None:
+    """The device's updates: first of the parameters that stay, then of each block that has some on the host; then the end."""
+    builder, schedule = issuer.builder, issuer.schedule
+    for block, group in updated_groups(workload, schedule):
+        issuer.before()
+        builder.issue(
+            Kind.OPTIMIZER,
+            prices.seconds(optimizer_pass(workload, optimizer=optimizer, tensors=[one.elements for one in group])),
+            block=block,
+        )
+        builder.change(builder.last_duration_s, -sum(one.size_bytes for one in group), MemoryClass.GRADIENTS)
+        issuer.after()
+    issuer.end()
 
 
 class MicroBatchLowering:
@@ -173,16 +165,21 @@ class MicroBatchLowering:
         self.carried_bytes = 0
         self.shared_bytes = 0
         self.first_micro_batch = micro_batch == 0
+        self.issuer: HostIssuer | None = None
 
     def run(self, operations: Sequence[Operation]) -> None:
         """Issues the operations in their order."""
         for position, operation in enumerate(operations):
+            if self.issuer is not None:
+                self.issuer.before()
             if operation.kind == "B":
                 self._backward(operation.block)
             else:
                 following = operations[position + 1] if position + 1 < len(operations) else None
                 consumed = following is not None and following.kind != "B" and following.block == operation.block + 1
                 self._forward(operation, output_needed=consumed)
+            if self.issuer is not None:
+                self.issuer.after()
         self._finish()
 
     def _boundary_bytes(self, boundary: int) -> int:
@@ -302,10 +299,10 @@ class MicroBatchLowering:
             self.builder.issue(Kind.REDUCE, offsets[-1], micro_batch=self.micro_batch)
             self.builder.change(float(offsets[-1]), -self.shared_bytes, MemoryClass.GRADIENTS)
         if self.receives:  # the input's gradient goes to the rank before
-            self.builder.change(self.builder.durations[-1], -self.gradient_of.pop(0, 0), MemoryClass.ACTIVATIONS)
+            self.builder.change(self.builder.last_duration_s, -self.gradient_of.pop(0, 0), MemoryClass.ACTIVATIONS)
         if not self.first_micro_batch and not self.sends:
             loss_bytes = self.workload.blocks[
                 -1
             ].output_bytes  # added to the first micro-batch's, which stays to the end of the step
-            self.builder.change(self.builder.durations[-1], -loss_bytes, MemoryClass.ACTIVATIONS)
-        self.builder.change(self.builder.durations[-1], -self.carried_bytes - self.state_bytes, MemoryClass.ACTIVATIONS)
+            self.builder.change(self.builder.last_duration_s, -loss_bytes, MemoryClass.ACTIVATIONS)
+        self.builder.change(self.builder.last_duration_s, -self.carried_bytes - self.state_bytes, MemoryClass.ACTIVATIONS)

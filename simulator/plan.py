@@ -177,10 +177,7 @@ def check_single_device(
     degrees = {f"parallel.{axis}": getattr(plan.parallel, axis) for axis in MESH_AXES}
     limits: dict[str, tuple[object, tuple[object, ...]]] = {key: (value, (1,)) for key, value in degrees.items()}
     limits["parallel.virtual_stages"] = (plan.parallel.virtual_stages, (1,))
-    limits |= {f"memory.{name}": (getattr(plan.memory, name), (0,)) for name in OFFLOADS}
-    for position, exception in enumerate(plan.memory.block):
-        limits[f"memory.block[{position}].activation_offload"] = (exception.activation_offload, (0, None))
-        limits[f"memory.block[{position}].weight_offload"] = (exception.weight_offload, (0, None))
+    _check_offload_single(plan.memory)
     limits["memory.offload_target"] = (plan.memory.offload_target, ("host",))
     limits["memory.delayed_update"] = (plan.memory.delayed_update, (False,))
     limits["precision.compute"] = (plan.precision.compute, tuple(compute))
@@ -197,6 +194,23 @@ def check_single_device(
         raise plan_refusal(
             "pipeline.schedule", plan.pipeline.schedule, "orders from files are not simulated yet", "name a schedule"
         )
+
+
+def _check_offload_single(memory: Memory) -> None:
+    """Refuses what offloading on one device does not simulate."""
+    for name in OFFLOADS:
+        if getattr(memory, name) == "optimal":
+            rule = "which bytes are best offloaded is not solved yet on a single device"
+            raise plan_refusal(f"memory.{name}", "optimal", rule, "give a fraction between 0 and 1")
+    if memory.grad_offload:
+        rule = "gradients leave a single device only with optimizer_offload, for the host's update"
+        raise plan_refusal("memory.grad_offload", memory.grad_offload, rule, "leave it at 0")
+    for position, exception in enumerate(memory.block):
+        if exception.microbatches != "all" and (
+            exception.activation_offload is not None or exception.weight_offload is not None
+        ):
+            rule = "what goes to the host is the same for all micro-batches of a single device"
+            raise plan_refusal(f"memory.block[{position}].microbatches", exception.microbatches, rule, 'leave it at "all"')
 
 
 def check_model(

@@ -7,13 +7,19 @@ from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
 
+import numpy as np
+
 from hardware_models.caching_allocator import DEFAULT_SETTINGS, AllocatorPeaks, AllocatorSettings
 from hardware_models.kernel import Kernel
 from hardware_models.pricing import Price, price, price_together
 from hardware_models.profile import DeviceProfile
 from simulator import engine_compiled, engine_simpy
 from simulator.exposed_time import exposed_times
-from simulator.lower import PassPrices, lower, optimizer_pass
+from simulator.host_planner import host_schedule
+from simulator.host_schedule import HostSchedule, HostShares, host_shares
+from simulator.lower import OPTIMIZER_STATES, PassPrices, lower, optimizer_pass
+from simulator.lower_host import host_lanes
+from simulator.plan import Plan
 from simulator.program import Kind, MemoryClass, Program
 from simulator.reserved_memory import reserved_peaks, resident_tensors
 from simulator.run_record import RunRecord, outcome_of
@@ -35,10 +41,21 @@ class StepSetting:
     optimizer: str = "adamw"
     budget_bytes: int | None = None
     """Most bytes allocated on the device; None: what the device has."""
+    host: HostShares | None = None
+    """What lives on the host; None: nothing."""
     dtype: str = "float32"
     """In which ``mfu`` counts the device's peak."""
     allocator: AllocatorSettings = DEFAULT_SETTINGS
     """PYTORCH_ALLOC_CONF, on CUDA."""
+
+
+def step_setting(plan: Plan, num_blocks: int) -> StepSetting:
+    """What a plan for one device says of a step beyond the order of its blocks."""
+    shares = host_shares(plan, num_blocks)
+    return StepSetting(
+        num_microbatches=plan.num_microbatches, optimizer=plan.precision.optimizer, budget_bytes=plan.memory.budget_bytes,
+        host=shares if shares.any else None,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +73,8 @@ class Simulation:
     """All kernels of the step together."""
     hardware_flops: int
     """FLOPs of a step with recompute."""
+    host: HostSchedule | None
+    """What goes to the host and when."""
     allocators: tuple[AllocatorPeaks, ...]
     """Per device, what a run of such steps does to CUDA's caching allocator; empty on a CPU."""
 
@@ -90,6 +109,11 @@ class Simulation:
         return tuple(peaks.peak_allocated_bytes for peaks in self.allocators)
 
     @property
+    def peak_host_bytes(self) -> int:
+        """Most bytes that the step keeps on the host."""
+        return 0 if self.host is None else self.host.host_bytes
+
+    @property
     def fits(self) -> bool:
         """Reserved bytes and context within the device, allocated ones within the budget."""
         budget = self.setting.budget_bytes
@@ -116,7 +140,7 @@ class Simulation:
             "hfu": self.hardware_flops / step_s / peak,
             "peak_memory_bytes": list(self.peak_memory_bytes),
             "peak_reserved_bytes": list(self.peak_reserved_bytes),
-            "peak_host_bytes": 0,
+            "peak_host_bytes": self.peak_host_bytes,
             "peak_memory_breakdown": self.profiles[0].peak_breakdown_bytes,
             "fits": self.fits,
             "time_breakdown_s": breakdown,
@@ -134,20 +158,22 @@ def simulate(
     Raises:
         InputError: the sequence is illegal for the workload, or the device has no price for a dtype.
     """
+    host = None
+    if setting.host is not None:
+        host = host_schedule(
+            workload, operations, setting.host, num_microbatches=setting.num_microbatches, optimizer_states=OPTIMIZER_STATES[setting.optimizer]
+        )  # fmt: skip
     program = lower(
-        workload,
-        operations,
-        PassPrices(partial(price, profile=device)),
-        num_microbatches=setting.num_microbatches,
-        optimizer=setting.optimizer,
-    )
+        workload, operations, PassPrices(partial(price, profile=device)), num_microbatches=setting.num_microbatches,
+        optimizer=setting.optimizer, host=host, lanes=None if host is None else host_lanes(device),
+    )  # fmt: skip
     record = ENGINES[engine](program)
     timeline, profiles = outcome_of(program, record)
     kernels = step_kernels(workload, operations, setting)
     return Simulation(
         workload=workload, device=device, setting=setting, timeline=timeline, profiles=profiles, program=program, record=record,
         price=price_together(kernels, device), hardware_flops=sum(kernel.flops for kernel in kernels),
-        allocators=_allocators(workload, program, device, setting, timeline, profiles),
+        host=host, allocators=_allocators(workload, program, device, setting, timeline, profiles),
     )  # fmt: skip
 
 
@@ -202,11 +228,12 @@ def step_kernels(workload: Workload, operations: Sequence[Operation], setting: S
 
 
 def static_peak_bytes(program: Program) -> int:
-    """Most bytes alive on the only device of a program with one stream, whose order its indices give.
+    """Most bytes alive on the only device of a program whose bytes come and go on one stream, whose order its indices give.
 
     The engines' answer without running them: what a search asks for many sequences of one workload.
     """
-    if program.num_devices != 1 or len(set(program.stream.tolist())) > 1:
-        raise ValueError("static_peak_bytes needs a program of one device and one stream")
+    owners = np.repeat(program.stream, np.diff(program.memory_offsets))
+    if program.num_devices != 1 or len(set(owners.tolist())) > 1:
+        raise ValueError("static_peak_bytes needs a program of one device whose bytes come and go on one stream")
     base = sum(program.resident_bytes[0][memory_class] for memory_class in MemoryClass)
     return base + max(0, int(program.memory_bytes.cumsum().max(initial=0)))

@@ -56,6 +56,19 @@ class SavedTensor:
     shape: tuple[int, ...]
     dtype: str
     size_bytes: int
+    packed: int = -1
+    """Place, from 0, in the order in which autograd first saves the storages that the block makes (`simulator.tracing.block_run.own_storages`);
+    -1: its input or output, or held by something else than autograd."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterTensor:
+    """One parameter of a block."""
+
+    elements: int
+    size_bytes: int
+    trained: bool
+    """Whether a backward pass makes its gradient."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +112,8 @@ class Block:
     options: tuple[BlockOption, ...]
     state_bytes: int = 0
     """Buffers that a forward pass changes; a block that runs twice keeps a copy of them."""
+    parameters: tuple[ParameterTensor, ...] = ()
+    """Those that only this block uses, in the order of its arguments; empty where tensors are not told apart."""
 
     def option(self, name: str) -> BlockOption:
         """The option called ``name``.
@@ -136,6 +151,8 @@ class Workload:
     """Bytes of one micro-batch's inputs."""
     mixes_samples: bool
     """Some operator's result for one sample depends on the others (BatchNorm in training)."""
+    shared_parameters: tuple[ParameterTensor, ...] = ()
+    """Those that several blocks use, in the order of their names."""
     notes: tuple[str, ...] = ()
 
     @property

@@ -19,7 +19,7 @@ from hardware_models.files import whole_file
 from hardware_models.profile import DeviceProfile
 from search.plan_search import PlanSearch, SearchRequest
 from simulator.model_source import ModelSource, model_source
-from validation.replay import Replay, ReplayCase, replay
+from validation.replay_comparison import Replay, ReplayCase, replay
 from validation.reports import replay_table
 
 FRACTIONS = (1.0, 0.75, 0.5, 0.25, 0.0)

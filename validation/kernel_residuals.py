@@ -70,7 +70,7 @@ class Residual:
 
 def residuals(session: ReplaySession, device: DeviceProfile, *, repeats: int = 3) -> tuple[list[Residual], float]:
     """Residuals by operator and shape, and the seconds of operators without kernels; each launch at its median over repeats."""
-    step = session.whole_step(session.plain())
+    step = session.plain()
     step()
     runs: list[list[TimedOperator]] = []
     for _ in range(repeats):

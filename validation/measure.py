@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,8 +15,19 @@ from simulator.program import Kind, Stream
 from simulator.sequence import Operation
 from simulator.timeline import MemoryProfile, Span, Timeline
 from simulator.tracing.live_storages import LiveStorages
+from validation.lanes import Lanes
 
 PERCENTILES = (10, 50, 90)
+
+
+class TimedStep(Protocol):
+    """A kind of step that can be timed."""
+
+    def inside(self) -> AbstractContextManager[None]:
+        """Prepares for steps, and cleans up."""
+
+    def __call__(self) -> None:
+        """One whole step."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,22 +53,24 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def interleaved_times(steps: Sequence[Callable[[], object]], *, repeats: int, device: torch.device) -> tuple[StepTimes, ...]:
+def interleaved_times(runs: Sequence[TimedStep], *, repeats: int, device: torch.device) -> tuple[StepTimes, ...]:
     """Wall times of several kinds of step, taken in turn so that a machine's drift meets all alike.
 
     Args:
-        steps: each runs one whole step.
+        runs: each runs one whole step; what it does on entering and leaving is not timed.
         repeats: how many times each is run, after one run that is not counted.
+        device: waited for.
     """
-    times: list[list[float]] = [[] for _ in steps]
+    times: list[list[float]] = [[] for _ in runs]
     for repeat in range(repeats + 1):
-        for step, seconds in zip(steps, times, strict=True):
-            synchronize(device)
-            started = time.perf_counter()
-            step()
-            synchronize(device)
-            if repeat:
-                seconds.append(time.perf_counter() - started)
+        for run, seconds in zip(runs, times, strict=True):
+            with run.inside():
+                synchronize(device)
+                started = time.perf_counter()
+                run()
+                synchronize(device)
+                if repeat:
+                    seconds.append(time.perf_counter() - started)
     return tuple(StepTimes(seconds=tuple(seconds)) for seconds in times)
 
 
@@ -69,6 +84,8 @@ class PeakMemory:
     """What the caching allocator held at most; on a CPU, which keeps no pool, the same as allocated."""
     profile: MemoryProfile | None
     """Bytes over time, where they can be followed (CPU)."""
+    host_bytes: int = 0
+    """What the step keeps on the host of a device, or beside it where the device is the CPU."""
 
 
 def peak_memory(step: Callable[[], object], resident: Iterable[torch.Tensor], *, device: torch.device) -> PeakMemory:
@@ -103,40 +120,52 @@ def peak_memory(step: Callable[[], object], resident: Iterable[torch.Tensor], *,
 
 
 class SpanRecorder:
-    """Spans of a step's operations as they end one after the other on one stream."""
+    """Spans of a step: its operations and updates on the compute stream, and what ran beside them on other lanes."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._spans: list[Span] = []
+    def __init__(self, lanes: Lanes) -> None:
+        self._lanes = lanes
+        self._spans: list[tuple[Kind, str, int, int, Any, Any]] = []
         self._ran: set[tuple[int, int]] = set()
-        synchronize(device)
-        self._origin = self._last = time.perf_counter()
+        lanes.drain()
+        self._origin = self._begin = lanes.stamp()
 
-    def operation(self, operation: Operation, micro_batch: int) -> None:
-        """An operation has ended."""
+    def begin(self) -> None:
+        """An operation is given to the device."""
+        self._begin = self._lanes.stamp()
+
+    def end(self, operation: Operation, micro_batch: int) -> None:
+        """It has been."""
         key = (micro_batch, operation.block)
         kind = Kind.BACKWARD if operation.kind == "B" else Kind.RECOMPUTE if key in self._ran else Kind.FORWARD
         self._ran.add(key)
         letter = {Kind.BACKWARD: "B", Kind.RECOMPUTE: "R", Kind.FORWARD: "F"}[kind]
         option = f":{operation.option}" if operation.option else ""
-        self._end(kind, f"{letter}{operation.block}{option} mb{micro_batch}", micro_batch, operation.block)
+        self._add(kind, f"{letter}{operation.block}{option} mb{micro_batch}", micro_batch, operation.block)
 
-    def optimizer(self) -> None:
-        """The optimizer's step has ended."""
-        self._end(Kind.OPTIMIZER, "step", -1, -1)
+    def update(self, block: int) -> None:
+        """An update of parameters has been."""
+        self._add(Kind.OPTIMIZER, "step" if block < 0 else f"step{block}", -1, block)
 
-    def _end(self, kind: Kind, name: str, micro_batch: int, block: int) -> None:
-        synchronize(self._device)
-        now = time.perf_counter()
-        self._spans.append(
-            Span(
-                device=0, stream=Stream.COMPUTE, kind=kind, name=name, micro_batch=micro_batch, block=block,
-                start_s=self._last - self._origin, end_s=now - self._origin,
-            )
-        )  # fmt: skip
-        self._last = now
+    def _add(self, kind: Kind, name: str, micro_batch: int, block: int) -> None:
+        self._spans.append((kind, name, micro_batch, block, self._begin, self._lanes.stamp()))
 
-    @property
     def timeline(self) -> Timeline:
-        """All spans so far."""
-        return Timeline(spans=tuple(self._spans))
+        """All spans so far, once everything has ended."""
+        self._lanes.drain()
+        found = [
+            self._span(Stream.COMPUTE, kind, name, micro_batch, block, begin, end)
+            for kind, name, micro_batch, block, begin, end in self._spans
+        ]
+        for span in self._lanes.spans:
+            kind = Kind.OPTIMIZER if span.label == "update" else Kind.TRANSFER
+            name = f"{span.label}{span.block if span.block >= 0 else ''}" + (
+                f" mb{span.micro_batch}" if span.micro_batch >= 0 else ""
+            )
+            found.append(self._span(span.stream, kind, name, span.micro_batch, span.block, span.begin, span.end))
+        return Timeline(spans=tuple(sorted(found, key=lambda span: (span.start_s, span.stream))))
+
+    def _span(self, stream: Stream, kind: Kind, name: str, micro_batch: int, block: int, begin: Any, end: Any) -> Span:
+        return Span(
+            device=0, stream=stream, kind=kind, name=name, micro_batch=micro_batch, block=block,
+            start_s=self._lanes.seconds(self._origin, begin), end_s=self._lanes.seconds(self._origin, end),
+        )  # fmt: skip

@@ -23,15 +23,22 @@ class FusedOptimizer:
         known = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
         if name not in known:
             raise UnknownNameError(source="plan", key="precision.optimizer", value=name, known=tuple(known))
+        self.name, self._learning_rate = name, learning_rate
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._views = [
             torch.nn.Parameter(torch.view_as_real(parameter.detach())) if parameter.is_complex() else parameter
             for parameter in self.parameters
         ]
-        self._optimizer = known[name](self._views, lr=learning_rate, fused=True)
+        self._optimizer = known[name](self._views, lr=learning_rate, fused=True) if self._views else None
+
+    def like(self, parameters: Iterable[torch.nn.Parameter]) -> FusedOptimizer:
+        """The same kind of optimizer of other parameters."""
+        return FusedOptimizer(parameters, name=self.name, learning_rate=self._learning_rate)
 
     def step(self) -> None:
         """One step with the gradients in ``.grad``, which are let go."""
+        if self._optimizer is None:
+            return
         for parameter, view in zip(self.parameters, self._views, strict=True):
             if view is not parameter and parameter.grad is not None:
                 view.grad = torch.view_as_real(parameter.grad)
@@ -42,6 +49,10 @@ class FusedOptimizer:
     @property
     def state_tensors(self) -> list[torch.Tensor]:
         """Tensors that the optimizer keeps between steps."""
-        return [
-            value for state in self._optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
-        ]
+        states = [] if self._optimizer is None else self._optimizer.state.values()
+        return [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+
+    def forget_states(self) -> None:
+        """Lets the states go; the next step makes them anew."""
+        if self._optimizer is not None:
+            self._optimizer.state.clear()

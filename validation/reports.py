@@ -18,7 +18,7 @@ from simulator.workload import Block, Workload
 from validation.kernel_check import KernelCheck
 
 if TYPE_CHECKING:  # replay needs torch; a table of its result does not
-    from validation.replay import Replay
+    from validation.replay_comparison import Replay
 
 GIGA = 1e9
 

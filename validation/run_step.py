@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from simulator.sequence import Operation, runs_twice
 from simulator.tracing.block_run import BlockTape, MicroBatch
 from simulator.tracing.trace import Traced
+from validation.host_traffic import HostTraffic
 
-OnOperation = Callable[[Operation, int], None]
+
+class OnOperation(Protocol):
+    """Told of each operation of a step."""
+
+    def begin(self) -> None:
+        """The next operation is given to the device."""
+
+    def end(self, operation: Operation, micro_batch: int) -> None:
+        """It has been."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +34,8 @@ class ScheduledStep:
     module: torch.nn.Module
     traced: Traced
     operations: tuple[Operation, ...]
+    traffic: HostTraffic | None = None
+    """What goes to the host meanwhile."""
 
     def __call__(
         self, micro_batches: Sequence[Mapping[str, torch.Tensor]], on_operation: OnOperation | None = None
@@ -33,7 +44,7 @@ class ScheduledStep:
 
         Args:
             micro_batches: inputs of each, in order; all of the size that was traced.
-            on_operation: called after each operation with it and the micro-batch's number.
+            on_operation: told of each operation as it begins and ends.
         """
         scale = 1.0 / len(micro_batches)
         total: torch.Tensor | float = 0.0
@@ -53,16 +64,24 @@ class ScheduledStep:
         grad: torch.Tensor | None = None
         for position, operation in enumerate(self.operations):
             kind, index, option = operation
+            if self.traffic is not None:
+                self.traffic.before()
+            if on_operation is not None:
+                on_operation.begin()
             if kind == "B":
                 if grad is None:
                     grad = torch.full_like(_known(loss), scale)
                 grad = micro_batch.backward(tapes.pop(index), grad)
+                self._after(on_operation, operation, number, None)
             else:
                 x = boundaries[index]
                 if kind == "F_all":
-                    y, tapes[index] = micro_batch.save(blocks[index], x, option)
+                    y, tapes[index] = micro_batch.save(
+                        blocks[index], x, option, None if self.traffic is None else self.traffic.saver()
+                    )
                 else:
                     y = micro_batch.discard(blocks[index], x)
+                self._after(on_operation, operation, number, x)
                 del x
                 if kind != "F_ck" and index:
                     del boundaries[index]
@@ -73,10 +92,14 @@ class ScheduledStep:
                 elif following is not None and following.kind != "B" and following.block == index + 1:
                     boundaries[index + 1] = y
                 del y
-            if on_operation is not None:
-                on_operation(operation, number)
         micro_batch.finish()
         return _known(loss)
+
+    def _after(self, on_operation: OnOperation | None, operation: Operation, number: int, x: torch.Tensor | None) -> None:
+        if on_operation is not None:
+            on_operation.end(operation, number)
+        if self.traffic is not None:
+            self.traffic.after(x)
 
 
 def _known(loss: torch.Tensor | None) -> torch.Tensor:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
 from hardware_models.host_memory import keep_freed_pages
+from simulator.host_planner import host_schedule
+from simulator.host_schedule import HostShares
+from simulator.lower import OPTIMIZER_STATES
 from simulator.sequence import Operation
 from simulator.timeline import Timeline
-from simulator.tracing.capture import loss_of
 from simulator.tracing.trace import Traced, trace
 from simulator.tracing.traced_model import TracedModel, batch_size, micro_batches
-from validation.measure import PeakMemory, SpanRecorder, peak_memory
+from validation.measure import PeakMemory, peak_memory
 from validation.optimizer import FusedOptimizer
-from validation.run_step import OnOperation, ScheduledStep
+from validation.step_runs import PlainRun, ScheduledRun, StepOrder, StepRun
 
+_Run = TypeVar("_Run", bound=StepRun)
 DEFAULT_SEED = 0
 
 
@@ -58,7 +61,7 @@ class ReplaySession:
         self.batch = {key: value.to(self.device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
         self.optimizer = FusedOptimizer(self.module.parameters(), name=optimizer, learning_rate=0.0)
         self._traces: dict[int, Traced] = {}
-        self._stepped = False
+        self._runs: list[StepRun] = []
 
     @property
     def global_batch(self) -> int:
@@ -71,41 +74,30 @@ class ReplaySession:
             self._traces[micro_batch] = trace(self.module, micro_batches(self.batch, micro_batch)[0], name=self.name)
         return self._traces[micro_batch]
 
-    def scheduled(self, operations: Sequence[Operation], micro_batch: int) -> Callable[..., torch.Tensor]:
-        """A step without its optimizer: the blocks under a sequence, micro-batch by micro-batch."""
-        step = ScheduledStep(module=self.module, traced=self.traced(micro_batch), operations=tuple(operations))
+    def scheduled(self, operations: Sequence[Operation], micro_batch: int, shares: HostShares | None = None) -> ScheduledRun:
+        """The blocks under a sequence, with fractions of bytes on the host."""
+        traced = self.traced(micro_batch)
         pieces = micro_batches(self.batch, micro_batch)
+        host = None
+        if shares is not None:
+            host = host_schedule(
+                traced.workload, operations, shares, num_microbatches=len(pieces), optimizer_states=OPTIMIZER_STATES[self.optimizer.name]
+            )  # fmt: skip
+        order = StepOrder(traced=traced, operations=tuple(operations), host=host)
+        tensors = [_tensors(piece) for piece in pieces]
+        return self._known(ScheduledRun(self.module, tensors, self.device, order, self.optimizer))
 
-        def run(on_operation: OnOperation | None = None) -> torch.Tensor:
-            return step([_tensors(piece) for piece in pieces], on_operation)
-
-        return run
-
-    def plain(self, micro_batch: int | None = None) -> Callable[..., torch.Tensor]:
-        """A step without its optimizer: the module as it is, called on the whole batch or on each micro-batch."""
+    def plain(self, micro_batch: int | None = None) -> PlainRun:
+        """The module as it is, on the whole batch or on each micro-batch."""
         pieces = micro_batches(self.batch, micro_batch or self.global_batch)
+        return self._known(PlainRun(self.module, pieces, self.device, self.optimizer))
 
-        def run() -> torch.Tensor:
-            total: torch.Tensor | float = 0.0
-            for piece in pieces:
-                loss = loss_of(self.module(**piece)) * (1.0 / len(pieces))
-                loss.backward()
-                total = total + loss.detach()
-            return torch.as_tensor(total)
-
+    def _known(self, run: _Run) -> _Run:
+        self._runs.append(run)
         return run
 
-    def whole_step(self, gradients: Callable[[], torch.Tensor]) -> Callable[[], None]:
-        """A step with its optimizer."""
-
-        def run() -> None:
-            gradients()
-            self.optimizer.step()
-
-        return run
-
-    def match(self, cases: Sequence[tuple[Sequence[Operation], int]]) -> list[tuple[GradientsMatch, ...]]:
-        """Loss and gradients of (sequence, micro-batch) pairs against the plain module.
+    def match(self, cases: Sequence[tuple[StepRun, int]]) -> list[tuple[GradientsMatch, ...]]:
+        """Loss and gradients of (run, micro-batch) pairs against the plain module.
 
         Every run begins with the same weights, buffers and random numbers.
 
@@ -120,38 +112,36 @@ class ReplaySession:
                 continue
             expected = self._gradients(self.plain(reference_size))
             for index in against:
-                operations, size = cases[index]
+                run, size = cases[index]
                 name = "same micro-batches" if size == reference_size else "unsplit batch"
-                found[index].append(_compare(name, self._gradients(self.scheduled(operations, size)), expected))
+                found[index].append(_compare(name, self._gradients(run), expected))
         return [tuple(sorted(matches, key=lambda match: match.reference)) for matches in found]
 
-    def peak(self, gradients: Callable[[], torch.Tensor]) -> PeakMemory:
-        """Peak memory of a whole step; the optimizer's states exist before it."""
-        step = self.whole_step(gradients)
-        if not self._stepped:
-            step()
-            self._stepped = True
-        resident = [
-            *self.module.parameters(), *self.module.buffers(), *self.optimizer.state_tensors, *_tensors(self.batch).values(),
-        ]  # fmt: skip
-        return peak_memory(step, resident, device=self.device)
+    def peak(self, run: StepRun) -> PeakMemory:
+        """Peak memory of a whole step; the optimizer's states, of this kind of step only, exist before it."""
+        for other in self._runs:
+            for optimizer in other.optimizers():
+                optimizer.forget_states()
+        with run.inside():
+            run()
+            states = [tensor for optimizer in run.optimizers() for tensor in optimizer.state_tensors]
+            resident = [*self.module.parameters(), *self.module.buffers(), *states, *_tensors(self.batch).values()]
+            found = peak_memory(run, resident, device=self.device)
+        return replace(found, host_bytes=run.host_bytes)
 
-    def timeline(self, operations: Sequence[Operation], micro_batch: int) -> Timeline:
+    def timeline(self, run: ScheduledRun) -> Timeline:
         """Measured spans of one whole step."""
-        run = self.scheduled(operations, micro_batch)
-        recorder = SpanRecorder(self.device)
-        run(recorder.operation)
-        self.optimizer.step()
-        recorder.optimizer()
-        return recorder.timeline
+        with run.inside():
+            run()
+            return run.timeline()
 
-    def _gradients(self, run: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        with self._buffers_kept():
+    def _gradients(self, run: StepRun) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """Loss and gradients on the host."""
+        with self._buffers_kept(), run.inside():
             torch.manual_seed(self.seed)
-            loss = run()
-        gradients = [parameter.grad for parameter in self.module.parameters()]
-        self.module.zero_grad(set_to_none=True)
-        return loss, gradients
+            loss = run.gradients().cpu()
+            found = [run.gradient_of(name, parameter) for name, parameter in self.module.named_parameters()]
+            return loss, [None if gradient is None else gradient.cpu() for gradient in found]
 
     @contextmanager
     def _buffers_kept(self) -> Iterator[None]:

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from hardware_models.kernel import Kernel
-from simulator.lower import Builder, MicroBatchLowering, PassPrices
+from simulator.builder import Builder
+from simulator.lower import MicroBatchLowering, PassPrices
 from simulator.plan import Plan
 from simulator.plan_sections import plan_refusal
 from simulator.program import Kind, MemoryClass

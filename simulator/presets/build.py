@@ -14,7 +14,7 @@ from simulator.presets.operators import EAGER, Operators
 from simulator.presets.passes import Section, block_of
 from simulator.presets.setting import Device, Setting
 from simulator.presets.tape import INDEX_DTYPE, Parameter, Tape, Value, pointwise
-from simulator.workload import Block, Pass, Workload
+from simulator.workload import Block, ParameterTensor, Pass, Workload
 
 Half = Callable[[Tape, Setting, Value], Value]
 
@@ -78,6 +78,7 @@ def build_workload(
         gradient_bytes=size_bytes, shared_gradient_bytes=0 if words is None else words.size_bytes,
         shared_accumulate=_shared_accumulate(words), optimizer_tensors=tuple(parameter.elements for parameter in parameters),
         batch_bytes=_batch_bytes(setting), mixes_samples=False, notes=_notes(setting),
+        shared_parameters=() if words is None else (ParameterTensor(elements=words.elements, size_bytes=words.size_bytes, trained=True),),
     )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from hardware_models.kernel import Kernel
 from simulator.presets.tape import Gradient, Parameter, Step, Storage, Tape, Target, Value, pointwise
-from simulator.workload import Block, BlockOption, Buffer, MemoryEvent, Pass, SavedTensor
+from simulator.workload import Block, BlockOption, Buffer, MemoryEvent, ParameterTensor, Pass, SavedTensor
 
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "_grouped_mm", "attention"})
 """Operators whose results the option ``selective`` keeps; all others run again inside the backward pass."""
@@ -56,6 +56,7 @@ def block_of(section: Section) -> Block:
         name=section.name, input_bytes=0 if section.entering is None else section.entering.storage.size_bytes,
         output_bytes=section.leaving.storage.size_bytes, parameter_elements=sum(parameter.elements for parameter in own),
         parameter_bytes=size_bytes, gradient_bytes=size_bytes, discard=_forward(section, ()), options=tuple(options),
+        parameters=tuple(ParameterTensor(elements=one.elements, size_bytes=one.size_bytes, trained=True) for one in own),
     )  # fmt: skip
 
 
@@ -66,8 +67,11 @@ def _option(section: Section, name: str, kept: tuple[Storage, ...]) -> BlockOpti
         backward_accumulate=_Backward(section, kept, accumulate=True).run(), keeps_input=entering in kept,
         keeps_output=section.leaving.storage in kept,
         saved=tuple(
-            SavedTensor(op="input" if storage is entering else storage.op, shape=storage.shape, dtype=storage.dtype, size_bytes=storage.size_bytes)
-            for storage in kept
+            SavedTensor(
+                op="input" if storage is entering else storage.op, shape=storage.shape, dtype=storage.dtype, size_bytes=storage.size_bytes,
+                packed=-1 if name != "all" or storage in {entering, section.leaving.storage} else place,
+            )
+            for place, storage in enumerate(kept)
         ),
     )  # fmt: skip
 

@@ -7,7 +7,7 @@ keeps no reference to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,10 +15,15 @@ from typing import Any
 
 import torch
 from torch.autograd.grad_mode import _force_original_view_tracking
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from simulator.tracing.block_graph import BlockGraph
+from simulator.tracing.live_storages import storage_of
+
+OnSave = Callable[[torch.Tensor], None]
+"""Called with a tensor over a storage that a graph keeps."""
 
 SELECTIVE_KEEPS = frozenset(
     "mm addmm bmm baddbmm _grouped_mm convolution _fft_r2c _fft_c2r _fft_c2c "
@@ -91,18 +96,26 @@ class MicroBatch:
         result: torch.Tensor = y
         return result
 
-    def save(self, block: BlockGraph, x: torch.Tensor | None, option: str) -> tuple[torch.Tensor, BlockTape]:
+    def save(
+        self, block: BlockGraph, x: torch.Tensor | None, option: str, on_save: OnSave | None = None
+    ) -> tuple[torch.Tensor, BlockTape]:
         """Boundary after the block, cut off from the graph, and the graph.
 
         Args:
+            block: to run.
+            x: boundary before it.
             option: ``all`` keeps what autograd saves; ``selective`` keeps the results of products only.
+            on_save: told of each storage of the block's own that autograd saves (see `own_storages`).
         """
         inbox: list[torch.Tensor] = []
         with torch.enable_grad(), _views_replayed(), self._same_state(block):
             if x is not None:
                 anchor = torch.empty(0, device=x.device, requires_grad=True)
                 x = _Boundary.apply(anchor, x, inbox)  # type: ignore[no-untyped-call]
-            y, *carried = _run(block, self.arguments(block, x), option)
+            arguments = self.arguments(block, x)
+            with nullcontext() if on_save is None else own_storages(arguments, on_save):
+                y, *carried = _run(block, arguments, option)
+            del arguments
         self._carry(block, carried)
         return y.detach(), BlockTape(block=block, edge=get_gradient_edge(y), inbox=inbox, again=option != "all")
 
@@ -156,6 +169,25 @@ class MicroBatch:
             _restore(buffers, buffers_after)
             if block.uses_randomness:
                 _set_random_state(device, random_after)
+
+
+@contextmanager
+def own_storages(arguments: Sequence[Any], on_save: OnSave) -> Iterator[None]:
+    """Tells of each storage that autograd saves and that the block makes, once, in the order in which they are first saved.
+
+    Storages of the block's arguments are not its own. What is saved stays as it is.
+    """
+    known = {storage_of(leaf) for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = storage_of(tensor)
+        if storage not in known and tensor.untyped_storage().nbytes():
+            known.add(storage)
+            on_save(tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
 
 
 def _views_replayed() -> AbstractContextManager[object]:

@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 OnChange = Callable[[int, int], None]
+
+
+_watching: list[LiveStorages] = []
+"""Modes that are entered now, of this process: what `resize_storage` tells."""
+
+
+def resize_storage(tensor: torch.Tensor, size_bytes: int) -> None:
+    """Gives a tensor's storage another size: 0 lets its memory go while every view of it, also those that a graph saved, stays in place.
+
+    Contents are lost where it shrinks. No operator does this, so the modes that count live bytes are told.
+    """
+    storage = tensor.untyped_storage()
+    storage.resize_(size_bytes)
+    for mode in _watching:
+        mode.resized(storage)
 
 
 class LiveStorages(TorchDispatchMode):
@@ -20,7 +35,7 @@ class LiveStorages(TorchDispatchMode):
         on_change: called with (storage identity, signed bytes) when a storage appears or ends.
 
     Not modelled: memory inside an operator that no tensor outside it ever shows (workspace), and a storage's growth after it was
-    first seen.
+    first seen by other means than `resize_storage`.
     """
 
     def __init__(self, on_change: OnChange) -> None:
@@ -39,9 +54,28 @@ class LiveStorages(TorchDispatchMode):
             self._alive[identity] = (weakref.ref(storage, lambda _, key=identity: self._end(key)), size)  # type: ignore[misc]
             self._on_change(identity, size)
 
+    def __enter__(self) -> Self:
+        _watching.append(self)
+        entered: Self = super().__enter__()  # type: ignore[no-untyped-call]
+        return entered
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        _watching.remove(self)
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """A storage has another size than before; one that has not been seen appears."""
+        identity, size = storage._cdata, storage.nbytes()  # noqa: SLF001 - torch's only storage identity
+        known = self._alive.get(identity)
+        before = 0 if known is None else known[1]
+        reference = weakref.ref(storage, lambda _, key=identity: self._end(key)) if known is None else known[0]  # type: ignore[misc]
+        self._alive[identity] = (reference, size)
+        if size != before:
+            self._on_change(identity, size - before)
+
     def _end(self, identity: int) -> None:
         entry = self._alive.pop(identity, None)
-        if entry is not None:
+        if entry is not None and entry[1]:
             self._on_change(identity, -entry[1])
 
     @property

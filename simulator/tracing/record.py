@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch.utils._pytree import tree_leaves
 from hardware_models.kernel import Kernel
 from simulator.tracing.block_graph import BlockGraph
 from simulator.tracing.block_run import SELECTIVE_KEEPS, MicroBatch
+from simulator.tracing.capture import Capture
 from simulator.tracing.cut import Chain
 from simulator.tracing.kernels_of import dtype_name, kernels_of
 from simulator.tracing.live_storages import LiveStorages, storage_of
 from simulator.tracing.side_values import fake_activations
-from simulator.workload import Block, BlockOption, Buffer, MemoryEvent, Pass, SavedTensor
+from simulator.workload import Block, BlockOption, Buffer, MemoryEvent, ParameterTensor, Pass, SavedTensor
 
 
 class _Phase(IntEnum):
@@ -134,7 +135,17 @@ def record_block(setting: Setting) -> Block:
         output_bytes=output_bytes, parameter_elements=sum(parameter.numel() for parameter in trained),
         parameter_bytes=_num_bytes(parameters), gradient_bytes=_num_bytes(trained), discard=discard, options=options,
         state_bytes=_num_bytes([captured.buffers[name] for name in setting.block.mutated_buffers]),
+        parameters=parameter_tensors(captured, own),
     )  # fmt: skip
+
+
+def parameter_tensors(captured: Capture, names: Sequence[str]) -> tuple[ParameterTensor, ...]:
+    """Sizes of parameters by name."""
+    return tuple(
+        ParameterTensor(elements=value.numel(), size_bytes=_num_bytes([value]), trained=name in captured.trained)
+        for name in names
+        for value in [captured.parameters[name]]
+    )
 
 
 def _num_bytes(tensors: Sequence[torch.Tensor]) -> int:
@@ -169,6 +180,8 @@ class _Run:
         self.recorder = Recorder()
         self.input_serial = self.output_serial = -1
         self.kept: frozenset[int] = frozenset()
+        self.packed: list[int] = []
+        """Serials of the block's own storages in the order in which autograd first saves them."""
         self.roles: dict[int, Buffer] = {}
         self.gradient_roles: dict[int, Buffer] = {}
 
@@ -190,7 +203,7 @@ class _Run:
             micro_batch, x = self._prepare(accumulate=accumulate)
             with self.recorder:
                 self.recorder.phase = _Phase.FORWARD
-                y, tape = micro_batch.save(block, x, option)
+                y, tape = micro_batch.save(block, x, option, lambda tensor: self.packed.append(self.recorder.serial(tensor)))
                 self._name_outputs(micro_batch, y)
                 self.recorder.phase = _Phase.LET_GO
                 grad = _like(y)
@@ -233,7 +246,12 @@ class _Run:
         made = {event.serial for event in self.recorder.events if event.phase is _Phase.FORWARD}
         origins = self.recorder.origins
         kept = sorted(serial for serial in self.kept if serial in made or serial == self.input_serial)
-        return tuple(origins[serial] for serial in kept if serial in origins and self.roles.get(serial) != "carried")
+        places = {serial: place for place, serial in enumerate(self.packed) if serial not in self.roles}
+        return tuple(
+            replace(origins[serial], packed=places.get(serial, -1))
+            for serial in kept
+            if serial in origins and self.roles.get(serial) != "carried"
+        )
 
     def _prepare(self, *, accumulate: bool) -> tuple[MicroBatch, torch.Tensor | None]:
         """A micro-batch on fakes around the block, all that is alive before it known to the recorder."""

@@ -15,7 +15,7 @@ from simulator.tracing.block_graph import BlockGraph
 from simulator.tracing.capture import LossFunction, capture, loss_of
 from simulator.tracing.cut import Chain, cut
 from simulator.tracing.kernels_of import dtype_name
-from simulator.tracing.record import Setting, record_block
+from simulator.tracing.record import Setting, parameter_tensors, record_block
 from simulator.workload import Block, Pass, Workload
 
 
@@ -114,6 +114,7 @@ def _workload(chain: Chain, blocks: tuple[Block, ...], shared: frozenset[str], n
         optimizer_tensors=tuple(value.numel() for value in trained),
         batch_bytes=_num_bytes(captured.inputs.values()),
         mixes_samples=any(block.mixes_samples for block in chain.blocks),
+        shared_parameters=parameter_tensors(captured, sorted(shared)),
         notes=chain.notes,
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from hardware_models.calibration_device import copy_engine, duplex_efficiency, line_of
-from hardware_models.microbench_copies import COPY_BYTES, Bench, admitted_sizes, copy_timings, slowdown
+from hardware_models.microbench_copies import COPY_BYTES, Bench, admitted_sizes, copy_timings, cpu_copy_timings, slowdown
 
 LATENCY_S = 8e-6
 RATES = {"h2d": 25e9, "d2h": 20e9, "pageable_h2d": 9e9, "pageable_d2h": 7e9}
@@ -120,3 +120,13 @@ def test_buffers_take_a_tenth_of_what_is_free() -> None:
     assert admitted_sizes(COPY_BYTES, host_bytes=2**34, device_bytes=2**40)[-1] == 2**30
     assert admitted_sizes(COPY_BYTES, host_bytes=2**32, device_bytes=2**40)[-1] == 2**28
     assert admitted_sizes(COPY_BYTES, host_bytes=2**40, device_bytes=2**10) == ()
+
+
+def test_copies_of_a_cpu_have_every_key_of_a_gpus() -> None:
+    rows = cpu_copy_timings(quick=True)
+    assert [row["bytes"] for row in rows] == [2**20, 2**26]
+    assert all(row["h2d_s"] > 0 and row["duplex_s"] > 0 and row.get("under", []) == [] for row in rows)
+    engine = copy_engine(rows)
+    assert engine is not None
+    assert engine["to_device_bytes_per_s"] > 1e8
+    assert engine["compute_slowdown"] == 1.0

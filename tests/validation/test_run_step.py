@@ -164,15 +164,30 @@ def test_gradients_of_earlier_steps_are_added_to() -> None:
     )
 
 
+class Told:
+    """Writes down what a step tells."""
+
+    def __init__(self) -> None:
+        self.begun, self.ended = 0, list[tuple[Operation, int]]()
+
+    def begin(self) -> None:
+        """Counts."""
+        assert self.begun == len(self.ended)
+        self.begun += 1
+
+    def end(self, operation: Operation, micro_batch: int) -> None:
+        """Keeps it."""
+        self.ended.append((operation, micro_batch))
+
+
 def test_each_operation_is_told_in_order() -> None:
     trace_of = traced("residual-mlp", 3)
     module, inputs = build("residual-mlp")
-    told: list[tuple[Operation, int]] = []
+    told = Told()
     operations = sequences(trace_of)["nested"]
-    ScheduledStep(module=module, traced=trace_of, operations=operations)(
-        micro_batches(inputs, BATCH // 3), lambda operation, number: told.append((operation, number))
-    )
-    assert told == [(operation, number) for number in range(3) for operation in operations]
+    ScheduledStep(module=module, traced=trace_of, operations=operations)(micro_batches(inputs, BATCH // 3), told)
+    assert told.ended == [(operation, number) for number in range(3) for operation in operations]
+    assert told.begun == len(told.ended)
 
 
 def test_other_weights_and_inputs_than_those_traced() -> None:

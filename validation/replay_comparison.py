@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from hardware_models.profile import DeviceProfile
 from search.recompute import sequence_of
+from simulator.host_schedule import HostShares
 from simulator.model_source import ModelSource
 from simulator.plan import Plan
 from simulator.plan_file import plan_to_dict
 from simulator.sequence import Operation, keep_all
-from simulator.simulate import Simulation, StepSetting, simulate
+from simulator.simulate import Simulation, StepSetting, simulate, step_setting
 from simulator.timeline import Timeline
+from simulator.tracing.trace import Traced
 from validation.measure import PeakMemory, StepTimes, interleaved_times
 from validation.session import GradientsMatch, ReplaySession
 
@@ -26,6 +28,10 @@ class ReplayCase:
     name: str
     plan: Plan
     operations: tuple[Operation, ...]
+
+    def shares(self, traced: Traced) -> HostShares | None:
+        """Fractions of bytes on the host; None where nothing goes."""
+        return step_setting(self.plan, len(traced.workload.blocks)).host
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +61,7 @@ class ReplayResult:
             "predicted": self.predicted.to_json(),
             "measured": {
                 "step_time_s": self.times.to_json(), "peak_memory_bytes": [self.memory.allocated_bytes],
-                "peak_reserved_bytes": [self.memory.reserved_bytes],
+                "peak_reserved_bytes": [self.memory.reserved_bytes], "peak_host_bytes": self.memory.host_bytes,
             },
             "time_error": self.time_error, "memory_error": self.memory_error,
             "gradients_match": self.matches[0].to_json(), "gradients_match_unsplit": [match.to_json() for match in self.matches[1:]],
@@ -126,21 +132,24 @@ def replay(
     predictions = [_predict(session, case, device) for case in cases]
     plain_blocks = session.traced(session.global_batch).workload
     plain_predicted = simulate(
-        plain_blocks, keep_all(len(plain_blocks.blocks)), device, _setting(cases[0].plan, num_microbatches=1)
+        plain_blocks, keep_all(len(plain_blocks.blocks)), device, StepSetting(optimizer=cases[0].plan.precision.optimizer)
     )
     sizes = [case.plan.batch.micro_batch or session.global_batch for case in cases]
     progress(f"gradients of {len(cases)} schedules against the plain module")
-    matches = session.match([(case.operations, size) for case, size in zip(cases, sizes, strict=True)])
-    memories, timelines, steps = [], [], [session.whole_step(session.plain())]
-    for case, size in zip(cases, sizes, strict=True):
+    runs = [
+        session.scheduled(case.operations, size, case.shares(session.traced(size)))
+        for case, size in zip(cases, sizes, strict=True)
+    ]
+    matches = session.match(list(zip(runs, sizes, strict=True)))
+    memories, timelines = [], []
+    for case, run in zip(cases, runs, strict=True):
         progress(f"memory and timeline of {case.name}")
-        run = session.scheduled(case.operations, size)
         memories.append(session.peak(run))
-        timelines.append(session.timeline(case.operations, size))
-        steps.append(session.whole_step(run))
-    plain_memory = session.peak(session.plain())
-    progress(f"timing {len(steps)} schedules x {repeats} steps")
-    plain_times, *times = interleaved_times(steps, repeats=repeats, device=session.device)
+        timelines.append(session.timeline(run))
+    plain = session.plain()
+    plain_memory = session.peak(plain)
+    progress(f"timing {1 + len(runs)} schedules x {repeats} steps")
+    plain_times, *times = interleaved_times([plain, *runs], repeats=repeats, device=session.device)
     results = tuple(
         ReplayResult(case=case, predicted=predicted, times=measured, memory=memory, timeline=timeline, matches=match)
         for case, predicted, measured, memory, timeline, match in zip(
@@ -153,10 +162,5 @@ def replay(
 def _predict(session: ReplaySession, case: ReplayCase, device: DeviceProfile) -> Simulation:
     size = case.plan.batch.micro_batch or session.global_batch
     workload = session.traced(size).workload
-    return simulate(workload, case.operations, device, _setting(case.plan, num_microbatches=session.global_batch // size))
-
-
-def _setting(plan: Plan, *, num_microbatches: int) -> StepSetting:
-    return StepSetting(
-        num_microbatches=num_microbatches, optimizer=plan.precision.optimizer, budget_bytes=plan.memory.budget_bytes
-    )
+    setting = replace(step_setting(case.plan, len(workload.blocks)), num_microbatches=session.global_batch // size)
+    return simulate(workload, case.operations, device, setting)
