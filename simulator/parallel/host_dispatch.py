@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from hardware_models.errors import InputError
 from hardware_models.profile import DeviceProfile, HostDispatch
+from simulator.parallel.host_python import NO_PYTHON, PythonSeconds
 from simulator.parallel.stages import Stage, StageCost
 from simulator.plan_sections import Runtime
 from simulator.sequence import Operation
@@ -40,23 +41,27 @@ def dispatch_of(device: DeviceProfile) -> HostDispatch:
     return device.host_dispatch
 
 
-def host_seconds(stage: Stage, operations: Sequence[Operation], dispatch: HostDispatch, runtime: Runtime) -> DispatchSeconds:
+def host_seconds(
+    stage: Stage, operations: Sequence[Operation], dispatch: HostDispatch, runtime: Runtime, python: PythonSeconds = NO_PYTHON
+) -> DispatchSeconds:
     """The host's time for the passes of a stage.
 
     **Model**: eager, a sum over kernels: ``eager_s`` each where Python runs the operator (forward, and forward again under checkpointing), ``autograd_backward_s`` each
     where autograd's thread does. Compiled: ``compiled_s`` for each kernel (of which fusion left fewer, see `compiled_kernels`) and ``compiled_call_s`` for each
-    run of a block. CUDA graphs: ``cuda_graph_s`` for each kernel of a pass that is launched as a whole.
+    run of a block. CUDA graphs: ``cuda_graph_s`` for each kernel of a pass that is launched as a whole. Eager runs of a block take the trainer's own Python besides.
 
-    **Source**: the profile's ``[host_dispatch]``, measured or published.
+    **Source**: the profile's ``[host_dispatch]``, measured or published; `host_python`.
 
-    **Not modelled**: launches of collectives and copies, Python between blocks, the data loader's process, a garbage collection.
+    **Not modelled**: launches of collectives and copies, Python between layers, the data loader's process, a garbage collection.
 
     Args:
         stage: whose passes.
         operations: order in which a micro-batch runs its blocks.
         dispatch: host's time per kernel.
         runtime: eager, compiled, or captured in graphs.
+        python: the trainer's own, for one run of a block.
     """
+    own = NO_PYTHON if runtime.compile or runtime.cuda_graphs else python
     forward_s = backward_s = weight_s = 0.0
     options: dict[int, str] = {}
     ran: set[int] = set()
@@ -64,15 +69,15 @@ def host_seconds(stage: Stage, operations: Sequence[Operation], dispatch: HostDi
         block = stage.blocks[operation.block]
         if operation.kind == "B":
             option = block.option(options[operation.block])
-            backward_s += _seconds(option.backward_accumulate, dispatch, runtime, backward=True)
+            backward_s += own.backward_s + _seconds(option.backward_accumulate, dispatch, runtime, backward=True)
             weight_s += _weight_kernels(option) * _each(dispatch, runtime, backward=True)
             continue
         if operation.kind == "F_all":
             options[operation.block] = operation.option
         run = block.option(operation.option).forward if operation.kind == "F_all" else block.discard
-        seconds = _seconds(run, dispatch, runtime, backward=False)
+        seconds = own.forward_s + _seconds(run, dispatch, runtime, backward=False)
         if operation.block in ran:
-            backward_s += seconds
+            backward_s += own.checkpoint_s + seconds
         else:
             forward_s += seconds
         ran.add(operation.block)

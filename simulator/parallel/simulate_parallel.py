@@ -20,6 +20,7 @@ from simulator.parallel.framework import FUSED_ACCUMULATION, kept_bytes, operato
 from simulator.parallel.fused_kernels import column_products
 from simulator.parallel.gradient_sync import PARAMETERS_SHARDED, GradientSync, StageLoad, gradient_sync, tied_seconds
 from simulator.parallel.host_dispatch import dispatch_of, host_seconds, with_dispatch
+from simulator.parallel.host_python import python_seconds
 from simulator.parallel.interference import overlap_of, slowdown_of
 from simulator.parallel.lower_step import StepParts, lower_step
 from simulator.parallel.memory import static_memory
@@ -180,8 +181,9 @@ class _Assembly:
     def parts(self) -> StepParts:
         operations = self.operations
         dispatch, runtime = dispatch_of(self.device), self.plan.runtime
+        python = python_seconds(runtime.framework, self.device.architecture)
         costs = [
-            with_dispatch(stage_cost(stage, own, self.prices), host_seconds(stage, own, dispatch, runtime))
+            with_dispatch(stage_cost(stage, own, self.prices), host_seconds(stage, own, dispatch, runtime, python))
             for stage, own in zip(self.stages, operations, strict=True)
         ]
         attention_s = self._attention_s()

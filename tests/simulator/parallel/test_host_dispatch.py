@@ -85,5 +85,5 @@ def test_passes_carry_the_hosts_time() -> None:
     device = load_hardware(cluster.device)
     parts = step_parts(small_config(), plan, cluster, device, order_of(plan), seq_len=SEQ_LEN)
     for cost in parts.costs:
-        assert 0 < cost.forward.host_s < cost.backward.host_s
+        assert min(cost.forward.host_s, cost.backward.host_s) > 0
         assert 0 < cost.weight_host_s < cost.backward.host_s
