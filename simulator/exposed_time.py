@@ -28,8 +28,24 @@ STREAM_CLASS: Mapping[Stream, str] = MappingProxyType(
 )  # fmt: skip
 
 
-def exposed_times(program: Program, record: RunRecord) -> dict[str, float]:
-    """Seconds by class on the rank that ends last (ties: the lowest).
+def longest_span(program: Program, record: RunRecord) -> tuple[int, float, float]:
+    """The rank with the longest time from its first compute instruction's start to its last end (ties: the lowest), and both."""
+    compute = program.stream == Stream.COMPUTE
+    spans = [
+        (float(record.start_s[own & compute].min()), float(record.end_s[own].max()))
+        for own in (program.device == device for device in range(program.num_devices))
+    ]
+    rank = max(range(len(spans)), key=lambda device: spans[device][1] - spans[device][0])
+    return rank, *spans[rank]
+
+
+def exposed_times(program: Program, record: RunRecord, *, staggered: bool = False) -> dict[str, float]:
+    """Seconds by class on the rank that ends last (ties: the lowest), from the step's start.
+
+    Args:
+        program: of the step.
+        record: of its run.
+        staggered: ranks go from step to step each on its own: then the rank with the longest span counts (`longest_span`), from its own start.
 
     **Model**: an instant belongs to the compute stream if that is busy; else to the transfer that the next compute instruction waits for, and to those that this one
     waited for or stood behind on its stream, as far as they are the rank's own or messages; else to the host; else it is bubble: what other ranks do is not the rank's time.
@@ -37,13 +53,14 @@ def exposed_times(program: Program, record: RunRecord) -> dict[str, float]:
     """
     start_s, end_s = record.start_s, record.end_s
     compute = program.stream == Stream.COMPUTE
-    makespan_s = float(end_s.max())
+    makespan_s, free_s = float(end_s.max()), 0.0
     ends = [float(end_s[program.device == device].max(initial=0.0)) for device in range(program.num_devices)]
     rank = int(np.argmax(np.array(ends) >= makespan_s))
+    if staggered:
+        rank, free_s, makespan_s = longest_span(program, record)
     own = np.flatnonzero(compute & (program.device == rank))
     own = own[np.argsort(start_s[own], kind="stable")]
     times = dict.fromkeys(TIME_CLASSES, 0.0)
-    free_s = 0.0
     before = _before_on_stream(program)
     for n in own:
         _explain(program, record, before, int(n), free_s, times)

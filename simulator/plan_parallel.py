@@ -23,11 +23,11 @@ def check_parallel(plan: Plan, *, compute: Collection[str]) -> None:
         "memory.block": (memory.block, ((),)),
         "precision.compute": (plan.precision.compute, tuple(compute)),
         "runtime.cuda_graphs": (runtime.cuda_graphs, (False,)),
-        "runtime.optimizer_sync": (runtime.optimizer_sync, ("pre",)),
     }  # fmt: skip
     _check_compiled_parallel(runtime)
     _check_sharding(plan)
     _check_overlap_tp(plan)
+    _check_optimizer_sync(plan)
     _check_offload_parallel(memory)
     _check_gradients_parallel(plan)
     for key, (value, simulated) in limits.items():
@@ -65,6 +65,22 @@ def _check_overlap_tp(plan: Plan) -> None:
         )
     if rule:
         raise plan_refusal("runtime.overlap_tp", runtime.overlap_tp, rule, remedy)
+
+
+def _check_optimizer_sync(plan: Plan) -> None:
+    """Refuses validation afterwards where nothing is agreed on before, or something else keeps ranks together."""
+    runtime = plan.runtime
+    if runtime.optimizer_sync == "pre":
+        return
+    rule = ""
+    if not runtime.framework.startswith("megatron"):
+        rule = f"{runtime.framework} cannot roll a step back"
+    elif plan.parallel.pp == 1:
+        rule = "ranks of one pipeline validate after each other, but pp = 1"
+    elif plan.memory.optimizer_offload:
+        rule = "a step on the host is not rolled back"
+    if rule:
+        raise plan_refusal("runtime.optimizer_sync", runtime.optimizer_sync, rule, 'leave it at "pre"')
 
 
 def _check_sharding(plan: Plan) -> None:

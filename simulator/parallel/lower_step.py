@@ -12,6 +12,7 @@ from simulator.parallel.communication import Exposed, StageCommunication
 from simulator.parallel.gradient_sync import GradientSync
 from simulator.parallel.offload import Offload
 from simulator.parallel.offload_step import HostTraffic, StagedPass
+from simulator.parallel.optimizer_step import GradientCheck
 from simulator.parallel.stages import PassCost, StageCost
 from simulator.parallel.writer import Change, ProgramWriter
 from simulator.pipeline.action import Action, Order
@@ -42,6 +43,10 @@ class StepParts:
     """Part of a micro-batch's activations that only the weights' gradient needs."""
     offload: Offload | None = None
     """What lives on the host; None: nothing."""
+    check: GradientCheck | None = None
+    """What is done to gradients before the optimizer steps; None: nothing."""
+    load_s: Sequence[float] = ()
+    """Of each rank: copy of the first micro-batch, which its first pass waits for; empty: nothing is copied."""
 
 
 class _Step:
@@ -67,6 +72,8 @@ class _Step:
         """Rank and stage whose updated parameters are there."""
         self.tied: list[tuple[int, tuple[int, ...]]] = []
         """Each rank's part in the tied table's all-reduce, and what it waits for."""
+        self.agreed: list[tuple[int, tuple[int, ...]]] = []
+        """Each rank's part in the agreement about gradients, and the look at them that it waits for."""
 
     def lower(self, resident_bytes: Sequence[tuple[int, ...]], slowdown: NDArray[np.float64]) -> Program:
         order = self.parts.order
@@ -84,14 +91,22 @@ class _Step:
             self._end(rank)
         for action in self.rank_of:
             self._receive(action)
-        for index, _ in self.tied:
-            for other in (other for _, waits in self.tied for other in waits):
-                self.writer.wait(index, other)
+        self._together(self.tied)
+        self._together(self.agreed)
         if self.host:
             self.host.settle()
         return self.writer.program(resident_bytes, slowdown)
 
+    def _together(self, parts: Sequence[tuple[int, tuple[int, ...]]]) -> None:
+        """Each rank's part in a collective waits for what all of them wait for."""
+        for index, _ in parts:
+            for other in (other for _, waits in parts for other in waits):
+                self.writer.wait(index, other)
+
     def _begin(self, rank: int) -> None:
+        if self.parts.load_s and self.parts.load_s[rank] > 0.0:
+            load = self.writer.issue(Kind.TRANSFER, rank, Stream.HOST, self.parts.load_s[rank], label="batch")
+            self.previous[rank] = (load,)
         if self.host:
             self.host.begin(rank, sum(self.parts.sync[stage].chunks for stage in self.parts.order.stages_of_rank[rank]))
 
@@ -305,12 +320,25 @@ class _Step:
             after = (index,)
         elif any(parts.sync[stage].reduce_s > 0.0 for stage in stages):
             after = (*after, self.writer.issue(Kind.TRANSFER, rank, Stream.DP, 0.0, after=after, label="reduced"))
+        after = self._check(rank, after)
         step = self.writer.issue(Kind.OPTIMIZER, rank, Stream.COMPUTE, parts.optimizer_s[rank], after=after)
         if self.host:
             step = self.host.update(rank, after, step)
         gather_s = sum(parts.sync[stage].gather_s for stage in stages if not parts.sync[stage].gather_overlaps)
         if gather_s > 0.0:
             self.writer.issue(Kind.TRANSFER, rank, Stream.DP, gather_s, after=(step,), label="gather")
+
+    def _check(self, rank: int, after: tuple[int, ...]) -> tuple[int, ...]:
+        """Gradients are looked through, and ranks agree on what they found: what the optimizer waits for."""
+        check = self.parts.check
+        if check is None:
+            return after
+        read = self.writer.issue(Kind.OPTIMIZER, rank, Stream.COMPUTE, check.read_s[rank], after=after, label="norm")
+        if check.agree_s <= 0.0:
+            return (read,)
+        agreed = self.writer.issue(Kind.TRANSFER, rank, Stream.DP, check.agree_s, after=(read,), label="norm")
+        self.agreed.append((agreed, (read,)))
+        return (agreed,) if check.waits else (read,)
 
 
 def lower_step(parts: StepParts, resident_bytes: Sequence[tuple[int, ...]], slowdown: NDArray[np.float64]) -> Program:
@@ -320,7 +348,7 @@ def lower_step(parts: StepParts, resident_bytes: Sequence[tuple[int, ...]], slow
     and into the other; gradients go between replicas bucket by bucket behind the last backward pass; the optimizer steps when they are there. What lives on the host travels beside all that (`offload_step`).
 
     **Not modelled**: where inside a pass a collective lies (only the sums count); what an overlapped pair of passes gains (they run one after the other);
-    gradient clipping; the data loader.
+    the loader's processes.
 
     Args:
         parts: of the step.

@@ -13,6 +13,7 @@ from hardware_models.profile import DeviceProfile
 from hardware_models.units import DTYPE_BYTES
 from simulator.lower import PassPrices
 from simulator.parallel.allocations import rank_peaks, rank_resident, stage_tensors
+from simulator.parallel.batch_copy import copy_seconds
 from simulator.parallel.communication import Behind, Beside, Communication
 from simulator.parallel.compiled_kernels import compiled_workload
 from simulator.parallel.experts import expert_elements
@@ -29,7 +30,7 @@ from simulator.parallel.messages import message_link, waits_for_messages
 from simulator.parallel.offload import Offload
 from simulator.parallel.offload_memory import host_peaks, node_peak
 from simulator.parallel.offload_plan import offload_of, weights_away
-from simulator.parallel.optimizer_step import optimizer_seconds
+from simulator.parallel.optimizer_step import gradient_check, optimizer_seconds
 from simulator.parallel.overlapped_products import TensorOverlap, half_products
 from simulator.parallel.parameter_gathers import Unit, gathered_elements, prefetched_units, unit_seconds, units_of
 from simulator.parallel.recompute import fit_framework, stage_operations, stage_sequences
@@ -199,6 +200,8 @@ class _Assembly:
             tied_s=tied_seconds(self.plan, self.mesh, tied), message_limit_bytes_per_s=limit,
             message_latency_s=latency_s, link_bytes_per_s=[limit] * (2 * self.order.num_ranks), weight_share=WEIGHT_SHARE,
             waits_for_messages=waits_for_messages(self.plan), offload=self._offload(),
+            check=gradient_check(self.plan, self.mesh, self.device, [self._elements(rank) for rank in range(self.order.num_ranks)]),
+            load_s=copy_seconds(self.order, self.cluster, self.workload.batch_bytes),
         )  # fmt: skip
 
     def _offload(self) -> Offload | None:
