@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,8 @@ from scipy.sparse import csr_array
 Floats = npt.NDArray[np.float64]
 Terms = Mapping[int, float]
 """Coefficient of each variable, by its number."""
+TOLERANCE = 1e-6
+"""Of rows and integers in HiGHS: what differs by less is equal to it."""
 _OPTIMAL, _LIMIT, _INFEASIBLE = 0, 1, 2
 """Statuses that `scipy.optimize.milp` returns and that can happen here."""
 
@@ -26,9 +28,20 @@ class ProgramAnswer:
     bound: float
     is_infeasible: bool
 
+    def bound_for(self, objective: float) -> float:
+        """The bound, or an objective that exceeds it by no more than what the solver takes for equal."""
+        return objective if objective - self.bound <= TOLERANCE * abs(objective) else self.bound
+
+    def times(self, unit: float) -> ProgramAnswer:
+        """The answer to a program that was stated in multiples of ``unit``."""
+        return replace(self, objective=self.objective * unit, bound=self.bound * unit)
+
 
 class IntegerProgram:
-    """Minimises a linear objective; variables are numbered in the order in which they were made."""
+    """Minimises a linear objective; variables are numbered in the order in which they were made.
+
+    State quantities in units in which they are about 1: the solver's `TOLERANCE` is absolute.
+    """
 
     def __init__(self) -> None:
         self._costs: list[float] = []

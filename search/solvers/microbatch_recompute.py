@@ -8,7 +8,7 @@ from itertools import pairwise
 import numpy as np
 
 from hardware_models.errors import InfeasibleError
-from search.solvers.integer_program import Floats, IntegerProgram
+from search.solvers.integer_program import TOLERANCE, Floats, IntegerProgram, ProgramAnswer
 from search.solvers.microbatch_greedy import fastest_choice, greedy_choice
 from search.solvers.microbatch_problem import Choice, MicrobatchProblem, makespan_s, pass_bytes, pass_s, peak_bytes
 from search.solvers.proof import Proof
@@ -16,8 +16,8 @@ from simulator.pipeline.action import Action
 
 TIME_LIMIT_S = 60.0
 """Of the integer program."""
-_SLACKS = (0.0, 1e-5)
-"""Parts of each budget left free: none; if the program's own tolerance overstepped it, a few times that tolerance."""
+_SLACK = 10 * TOLERANCE
+"""Part of each budget that a second try leaves free, where the solver's tolerance overstepped it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +63,7 @@ def solve_microbatch_recompute(problem: MicrobatchProblem, *, time_limit_s: floa
     else:
         for rank in range(problem.order.num_ranks):
             _refuse_infeasible(problem, rank)
-    found, bound_s = _by_program(problem, time_limit_s)
+    found, answer = _by_program(problem, fastest_s or 1.0, time_limit_s)
     candidates = [choice for choice in (found, greedy) if choice is not None]
     if not candidates:
         raise InfeasibleError(
@@ -71,22 +71,21 @@ def solve_microbatch_recompute(problem: MicrobatchProblem, *, time_limit_s: floa
             smallest_change="a longer time limit would do: each rank alone fits",
         )
     best = min(candidates, key=lambda choice: makespan_s(problem, choice))
-    proof = Proof.of(makespan_s(problem, best), max(fastest_s, bound_s))
+    best_s = makespan_s(problem, best)
+    proof = Proof.of(best_s, max(fastest_s, answer.bound_for(best_s)))
     return MicrobatchSolution(proof=proof, choice=best, peak_bytes=peak_bytes(problem, best))
 
 
-def _by_program(problem: MicrobatchProblem, time_limit_s: float) -> tuple[Choice | None, float]:
-    """A choice that fits, if one was found in time, and a bound."""
-    bound_s = 0.0
-    for slack in _SLACKS:
-        program = _Program(problem, slack)
-        answer = program.rows.solve(time_limit_s=time_limit_s)
-        if slack == 0:
-            bound_s = answer.bound
-        found = None if answer.values is None else program.chosen(answer.values)
-        if found is None or _fits(problem, found):
-            break
-    return (found if found is not None and _fits(problem, found) else None), bound_s
+def _by_program(problem: MicrobatchProblem, unit_s: float, time_limit_s: float) -> tuple[Choice | None, ProgramAnswer]:
+    """A choice that fits, if one was found in time, and the answer that bounds it."""
+    program = _Program(problem, unit_s, slack=0.0)
+    answer = program.rows.solve(time_limit_s=time_limit_s).times(unit_s)
+    found = None if answer.values is None else program.chosen(answer.values)
+    if found is not None and not _fits(problem, found):
+        program = _Program(problem, unit_s, slack=_SLACK)
+        again = program.rows.solve(time_limit_s=time_limit_s)
+        found = None if again.values is None else program.chosen(again.values)
+    return (found if found is not None and _fits(problem, found) else None), answer
 
 
 def least_budget_bytes(problem: MicrobatchProblem, rank: int) -> int:
@@ -158,10 +157,10 @@ def _add_memory(
 
 
 class _Program:
-    """The integer program of a problem."""
+    """The integer program of a problem; times in multiples of ``unit_s``."""
 
-    def __init__(self, problem: MicrobatchProblem, slack: float) -> None:
-        self.problem, self.rows = problem, IntegerProgram()
+    def __init__(self, problem: MicrobatchProblem, unit_s: float, *, slack: float) -> None:
+        self.problem, self.rows, self.unit_s = problem, IntegerProgram(), unit_s
         self.end = self.rows.variable(cost=1.0)
         batches = range(problem.order.num_microbatches)
         self.columns: dict[tuple[int, int], list[int]] = {}
@@ -183,10 +182,10 @@ class _Program:
         """Options of a solution."""
         return _chosen(self.problem, self.columns, values)
 
-    def _duration(self, action: Action, sign: float) -> dict[int, float]:
+    def _duration(self, action: Action) -> dict[int, float]:
         options = self.problem.options[action.stage]
         columns = self.columns[action.stage, action.micro_batch]
-        return {column: sign * pass_s(action, option) for column, option in zip(columns, options, strict=True)}
+        return {column: pass_s(action, option) / self.unit_s for column, option in zip(columns, options, strict=True)}
 
     def _add_rank(self, rank: int) -> None:
         """One pass after the other; the end after all of them."""
@@ -194,11 +193,11 @@ class _Program:
         if not passes:
             return
         for before, after in pairwise(passes):
-            self.rows.at_most({self.begins[before]: 1.0, self.begins[after]: -1.0} | self._duration(before, 1.0), 0.0)
-        self.rows.at_most({self.begins[passes[-1]]: 1.0, self.end: -1.0} | self._duration(passes[-1], 1.0), 0.0)
+            self.rows.at_most({self.begins[before]: 1.0, self.begins[after]: -1.0} | self._duration(before), 0.0)
+        self.rows.at_most({self.begins[passes[-1]]: 1.0, self.end: -1.0} | self._duration(passes[-1]), 0.0)
         busy: dict[int, float] = {self.begins[passes[0]]: 1.0, self.end: -1.0}
         for action in passes:
-            for column, value in self._duration(action, 1.0).items():
+            for column, value in self._duration(action).items():
                 busy[column] = busy.get(column, 0.0) + value
         self.rows.at_most(busy, 0.0)
 
@@ -208,8 +207,8 @@ class _Program:
         if producer is None:
             return
         apart_s = self.problem.comm_s if self.rank_of[producer] != self.rank_of[action] else 0.0
-        row = {self.begins[producer]: 1.0, self.begins[action]: -1.0} | self._duration(producer, 1.0)
-        self.rows.at_most(row, -apart_s)
+        row = {self.begins[producer]: 1.0, self.begins[action]: -1.0} | self._duration(producer)
+        self.rows.at_most(row, -apart_s / self.unit_s)
 
     def _producer(self, action: Action) -> Action | None:
         """Whose output a pass waits for."""
