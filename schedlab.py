@@ -19,11 +19,11 @@ from hardware_models.units import format_bytes, parse_bytes
 from search.plan_search import ALLOWABLE, OBJECTIVES, SearchRequest, SearchResult
 from search.plan_search import search as run_search
 from search.recompute import sequence_of
+from search.stage_recompute import simulate_on_cluster
 from simulator.chrome_trace import write_chrome_trace
 from simulator.figures import memory_figure, save_figure, timeline_figure
 from simulator.model_source import ModelSource, model_source
 from simulator.models import MODELS
-from simulator.parallel.simulate_source import simulate_source
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.pipeline.catalogue import OrderRequest
 from simulator.pipeline.play_order import WEIGHT_SHARE
@@ -174,7 +174,7 @@ def simulate(
     if cluster is not None:
         device = load_hardware(cluster.device)
         source = model_source(model_name, device=device, seq_len=seq_len).with_plan_batch(plan)
-        parallel = simulate_source(source, plan, cluster, gpus=gpus, folder=folder, engine=engine)
+        parallel = simulate_on_cluster(source, plan, cluster, gpus=gpus, folder=folder, engine=engine)
         write_figures(
             parallel, trace_path=trace_path, plot_path=plot_path, name=model_name, budget_bytes=plan.memory.budget_bytes
         )

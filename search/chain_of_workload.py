@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import pairwise
 
@@ -12,7 +12,9 @@ from search.chain_problem import ChainProblem
 from simulator.workload import BlockOption, MemoryEvent, Pass, Workload
 
 
-def chain_of_workload(workload: Workload, device: DeviceProfile, *, first_micro_batch: bool) -> ChainProblem:
+def chain_of_workload(
+    workload: Workload, device: DeviceProfile, *, first_micro_batch: bool, pass_seconds: Callable[[Pass], float] | None = None
+) -> ChainProblem:
     """Times and bytes of a workload's chain; the memory limit that goes with it excludes parameters, optimizer states and batch.
 
     Args:
@@ -20,12 +22,13 @@ def chain_of_workload(workload: Workload, device: DeviceProfile, *, first_micro_
         device: prices its kernels.
         first_micro_batch: gradients come into being as the backward pass proceeds; in later micro-batches all exist from the
             start, which needs more memory at every moment.
+        pass_seconds: in place of the device's plain prices.
 
     **Not modelled**: a boundary that neither neighbour's graph keeps goes once it is read, here it counts until the backward pass
     (`overcount_bytes` says how much that can be); second copies of carried tensors while a block runs again.
     """
     blocks = workload.blocks
-    seconds = partial(_seconds, device=device)
+    seconds = pass_seconds or partial(_seconds, device=device)
     carried = sum(_net(block.discard, ("carried",)) for block in blocks)
     lasting = carried + sum(block.state_bytes for block in blocks)
     gradients = [_net(_backward(block.options[0], first=True), ("gradient", "shared_gradient")) for block in blocks]

@@ -10,9 +10,9 @@ from rich.table import Table
 
 from hardware_models.catalogue import load_hardware
 from hardware_models.network.cluster_file import find_cluster, single_gpu_cluster
+from search.stage_recompute import simulate_on_cluster
 from simulator.figures import save_figure, tornado_figure
 from simulator.model_source import model_source
-from simulator.parallel.simulate_source import simulate_source
 from simulator.plan import Plan
 from simulator.plan_file import read_plan
 from simulator.what_if import Effect, Prediction, Setting, effect_of, parse_change, sensitivities
@@ -50,7 +50,7 @@ def what_if(
     def predict(one: Setting) -> Prediction:
         resolved, folder = source.with_plan_batch(one.plan), plan_path.parent if plan_path else None
         asked = gpus if one.plan is plan else None
-        found = simulate_source(resolved, one.plan, one.cluster, device=one.device, gpus=asked, folder=folder)
+        found = simulate_on_cluster(resolved, one.plan, one.cluster, device=one.device, gpus=asked, folder=folder)
         return Prediction(step_time_s=found.step_time_s, bottleneck=found.bottleneck, fits=found.fits)
 
     base = predict(setting)

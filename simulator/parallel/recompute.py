@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from simulator.parallel.framework import FUSED_ACCUMULATION, operators_of, with_spare_gradient
 from simulator.parallel.fused_kernels import accumulating, fuse_kernels, without
 from simulator.parallel.stages import LAYER_ENDS, Stage
-from simulator.plan import FILE_PREFIX, Plan
+from simulator.plan import Plan
 from simulator.plan_sections import plan_refusal
 from simulator.presets import TransformerConfig
 from simulator.presets.attention import attention_half
@@ -21,6 +21,8 @@ from simulator.workload import Block, BlockOption, Pass, Workload
 
 MEGATRON = ("megatron-lm@2021", "megatron-core")
 """Frameworks whose ``selective`` runs the core of attention again and nothing else."""
+WHOLE_LAYERS = ("none", "full")
+"""Values of ``memory.recompute`` under which layers keep all or nothing."""
 _CORE_ENDS = frozenset({"bmm", "attention"})
 """Operators that begin and end the core of attention."""
 _GRADIENTS = frozenset({"gradient", "shared_gradient"})
@@ -72,9 +74,7 @@ def fit_framework(workload: Workload, plan: Plan, config: TransformerConfig, *, 
 
 def _fitted(block: Block, plan: Plan, config: TransformerConfig, *, dtype: str, seq_len: int) -> Block:
     options = block.options[:1]
-    if block.name == "attention" and (
-        plan.memory.recompute in {"selective", "optimal"} or plan.memory.recompute.startswith(FILE_PREFIX)
-    ):
+    if block.name == "attention" and (plan.memory.recompute not in WHOLE_LAYERS):
         options = _core_attention(plan, config, dtype=dtype, seq_len=seq_len).options
     if plan.runtime.framework in FUSED_ACCUMULATION:
         options = tuple(accumulating(option, block.parameter_elements) for option in options)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from hardware_models.caching_allocator import AllocatorPeaks
 from hardware_models.kernel import Kernel
@@ -84,6 +84,30 @@ def step_parts(
 ) -> StepParts:  # fmt: skip
     """What the step consists of, priced, before it is lowered; arguments and errors as in `simulate_parallel`."""
     return _Assembly(config, plan, cluster, device, order, seq_len).parts()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageSetting:
+    """What decides how much each stage should recompute."""
+
+    stages: tuple[Stage, ...]
+    """Blocks with every option that a sequence may name."""
+    prices: PassPrices
+    resident_bytes: tuple[tuple[int, ...], ...]
+    """Per pipeline rank and `MemoryClass`: alive through the step."""
+    weight_share: float
+    """Part of a micro-batch's activations that only the weights' gradient needs."""
+
+
+def stage_setting(
+    config: TransformerConfig, plan: Plan, cluster: Cluster, device: DeviceProfile, order: Order, *, seq_len: int
+) -> StageSetting:  # fmt: skip
+    """The stages of a plan whose ``memory.recompute`` is to be found; arguments and errors as in `simulate_parallel`."""
+    open_plan = replace(plan, memory=replace(plan.memory, recompute="selective"))
+    made = _Assembly(config, open_plan, cluster, device, order, seq_len)
+    return StageSetting(
+        stages=made.stages, prices=made.prices, resident_bytes=tuple(made.resident_bytes()), weight_share=WEIGHT_SHARE
+    )
 
 
 class _Assembly:
@@ -210,7 +234,7 @@ class _Assembly:
 
     def simulate(self, engine: str, *, reserved: bool) -> ParallelSimulation:
         parts = self.parts()
-        program = lower_step(parts, self._resident(), slowdown_of(overlap_of(self.device, self.cluster)))
+        program = lower_step(parts, self.resident_bytes(), slowdown_of(overlap_of(self.device, self.cluster)))
         host_bytes = parts.offload.resident_bytes if parts.offload else ()
         result = self._result(program, ENGINES[engine](program), parts.costs, host_bytes)
         return replace(result, allocators=self._allocators(result)) if reserved and self.device.kind != "cpu" else result
@@ -288,7 +312,8 @@ class _Assembly:
         again = self._ends_together and stage.index == len(self.stages) - 1 > 0
         return stage.parameter_elements - (stage.shared_elements if again else 0)
 
-    def _resident(self) -> list[tuple[int, ...]]:
+    def resident_bytes(self) -> list[tuple[int, ...]]:
+        """Per rank and `MemoryClass`: alive through the step."""
         plan, resident = self.plan, []
         copies = float(self.order.weight_versions)
         for rank in range(self.order.num_ranks):
