@@ -12,11 +12,13 @@ from hardware_models.network.cluster import Cluster
 from hardware_models.profile import DeviceProfile
 from simulator.model_source import DEFAULT_SEQ_LEN, ModelSource
 from simulator.parallel.orders import order_of
-from simulator.parallel.simulate_parallel import simulate_parallel
+from simulator.parallel.rank_times import TIMED_SCHEDULES, rank_times, relative_times
+from simulator.parallel.simulate_parallel import simulate_parallel, step_parts
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.pipeline.action import Order
 from simulator.plan import FILE_PREFIX, Plan, check_gpus, check_model, resolve_batch
 from simulator.plan_parallel import check_parallel
+from simulator.plan_sections import BLOCK_RECOMPUTES
 from simulator.precision import STORED_AS
 from simulator.presets import TransformerConfig
 from simulator.recompute import read_sequence
@@ -85,6 +87,19 @@ def parallel_case(
     if plan.batch.micro_batch is None and plan.parallel.pp > 1:
         resolved = replace(resolved, batch=replace(resolved.batch, micro_batch=1))
     sized = cluster.with_gpus(plan.num_gpus)
+    profile = device or load_hardware(sized.device)
     return ParallelCase(
-        config=config, plan=resolved, cluster=sized, device=device or load_hardware(sized.device), order=order_of(resolved, folder=folder), seq_len=seq_len
+        config=config, plan=resolved, cluster=sized, device=profile, order=_order(config, resolved, sized, profile, seq_len, folder), seq_len=seq_len
     )  # fmt: skip
+
+
+def _order(
+    config: TransformerConfig, plan: Plan, cluster: Cluster, device: DeviceProfile, seq_len: int, folder: Path | None
+) -> Order:
+    """The plan's order; one that is made for the times of passes gets those of its stages, without recompute where that is solved for or read later."""
+    if plan.pipeline.schedule not in TIMED_SCHEDULES:
+        return order_of(plan, folder=folder)
+    known = plan if plan.memory.recompute in BLOCK_RECOMPUTES else replace(plan, memory=replace(plan.memory, recompute="none"))
+    first = order_of(replace(plan, pipeline=replace(plan.pipeline, schedule="1f1b", memory_limit=None)))
+    times = rank_times(step_parts(config, known, cluster, device, first, seq_len=seq_len))
+    return order_of(plan, relative_times(times), folder=folder)

@@ -14,6 +14,7 @@ from simulator import engine_compiled, engine_simpy
 from simulator.exposed_time import exposed_times
 from simulator.model_source import ModelSource
 from simulator.parallel.orders import order_of
+from simulator.parallel.rank_times import TIMED_SCHEDULES
 from simulator.parallel.simulate_source import simulate_source
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.pipeline.action import actions_of
@@ -194,7 +195,8 @@ def test_every_schedule_runs_by_name(schedule: str) -> None:
     chunks = 2 if schedule in {"interleaved", "looped-bfs"} else chunks_of(schedule)
     plan = plan_of(pp=4, schedule=schedule, virtual_stages=chunks, num_microbatches=16)
     result = simulate_source(source(), plan, load_cluster("selene"), gpus=4)
-    assert result.step_time_s == simulated(plan).step_time_s
+    bare = simulated(plan).step_time_s  # its order is made for equal times
+    assert result.step_time_s == bare if schedule not in TIMED_SCHEDULES else result.step_time_s <= bare * 1.001
     assert result.order.name
 
 
