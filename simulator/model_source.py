@@ -20,7 +20,9 @@ from simulator.presets import PRESETS, TransformerConfig, build_workload, load_c
 from simulator.workload import Workload
 
 SIMULATED_PRECISIONS = ("fp32",)
-"""Precisions of a plan that workloads are made in so far."""
+"""Precisions of a plan in which transformers are generated for one device so far."""
+TRACED_PRECISIONS = ("fp32", "tf32", "bf16")
+"""Those in which models are traced."""
 DEFAULT_BATCH = 8
 DEFAULT_SEQ_LEN = 2048
 
@@ -35,6 +37,8 @@ class ModelSource:
     batch: int | None = None
     """Samples per step; None: the model's own."""
     seq_len: int | None = None
+    precision: str = "fp32"
+    """In which a traced model computes."""
     _workloads: dict[int, Workload] = field(default_factory=dict, repr=False, compare=False)
     _traces: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -67,11 +71,11 @@ class ModelSource:
         """The `simulator.tracing.trace.Traced` of a micro-batch, traced once."""
         key = micro_batch or 0
         if key not in self._traces:
-            self._traces[key] = self.definition.traced(micro_batch)
+            self._traces[key] = self.definition.traced(micro_batch, self.precision)
         return self._traces[key]
 
     def workload(self, micro_batch: int) -> Workload:
-        """One micro-batch's workload in float32, made once.
+        """One micro-batch's workload, made once: traced in its precision, generated in float32.
 
         Raises:
             InputError: the trace fails.
@@ -99,16 +103,16 @@ class ModelSource:
                 plan, heads=config.heads, kv_heads=config.num_kv_heads, layers=config.layers, experts=experts,
                 seq_len=self.seq_len or min(config.max_positions, DEFAULT_SEQ_LEN),
             )  # fmt: skip
-        check_single_device(plan, compute=SIMULATED_PRECISIONS)
+        check_single_device(plan, compute=TRACED_PRECISIONS if self.config is None else SIMULATED_PRECISIONS)
         return resolve_batch(plan, batch=self.global_batch, seq_len=self.seq_len)
 
     def with_plan_batch(self, plan: Plan) -> ModelSource:
-        """This model at the batch and sequence length that a plan asks for."""
+        """This model at the batch, sequence length and precision that a plan asks for."""
         batch, seq_len = plan.batch.global_batch or self.batch, plan.batch.seq_len or self.seq_len
         return (
             self
-            if (batch, seq_len) == (self.batch, self.seq_len)
-            else replace(self, batch=batch, seq_len=seq_len, _workloads={}, _traces={})
+            if (batch, seq_len, plan.precision.compute) == (self.batch, self.seq_len, self.precision)
+            else replace(self, batch=batch, seq_len=seq_len, precision=plan.precision.compute, _workloads={}, _traces={})
         )
 
 

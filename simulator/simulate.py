@@ -11,7 +11,7 @@ import numpy as np
 
 from hardware_models.caching_allocator import DEFAULT_SETTINGS, AllocatorPeaks, AllocatorSettings
 from hardware_models.kernel import Kernel
-from hardware_models.pricing import Price, price, price_together
+from hardware_models.pricing import Price, price_together
 from hardware_models.profile import DeviceProfile
 from simulator import engine_compiled, engine_simpy
 from simulator.exposed_time import exposed_times
@@ -20,6 +20,7 @@ from simulator.host_schedule import HostSchedule, HostShares, host_shares
 from simulator.lower import OPTIMIZER_STATES, PassPrices, lower, optimizer_pass
 from simulator.lower_host import host_lanes
 from simulator.plan import Plan
+from simulator.precision import PRODUCTS_IN, STORED_AS, in_precision, price_in
 from simulator.program import Kind, MemoryClass, Program
 from simulator.reserved_memory import reserved_peaks, resident_tensors
 from simulator.run_record import RunRecord, outcome_of
@@ -43,6 +44,8 @@ class StepSetting:
     """Most bytes allocated on the device; None: what the device has."""
     host: HostShares | None = None
     """What lives on the host; None: nothing."""
+    precision: str = "fp32"
+    """The plan's: how products of float32 tensors compute (workloads say the rest)."""
     dtype: str = "float32"
     """In which ``mfu`` counts the device's peak."""
     allocator: AllocatorSettings = DEFAULT_SETTINGS
@@ -54,7 +57,8 @@ def step_setting(plan: Plan, num_blocks: int) -> StepSetting:
     shares = host_shares(plan, num_blocks)
     return StepSetting(
         num_microbatches=plan.num_microbatches, optimizer=plan.precision.optimizer, budget_bytes=plan.memory.budget_bytes,
-        host=shares if shares.any else None,
+        host=shares if shares.any else None, precision=plan.precision.compute,
+        dtype=PRODUCTS_IN.get(plan.precision.compute, STORED_AS[plan.precision.compute]),
     )  # fmt: skip
 
 
@@ -164,7 +168,7 @@ def simulate(
             workload, operations, setting.host, num_microbatches=setting.num_microbatches, optimizer_states=OPTIMIZER_STATES[setting.optimizer]
         )  # fmt: skip
     program = lower(
-        workload, operations, PassPrices(partial(price, profile=device)), num_microbatches=setting.num_microbatches,
+        workload, operations, PassPrices(price_in(setting.precision, device)), num_microbatches=setting.num_microbatches,
         optimizer=setting.optimizer, host=host, lanes=None if host is None else host_lanes(device),
     )  # fmt: skip
     record = ENGINES[engine](program)
@@ -172,7 +176,7 @@ def simulate(
     kernels = step_kernels(workload, operations, setting)
     return Simulation(
         workload=workload, device=device, setting=setting, timeline=timeline, profiles=profiles, program=program, record=record,
-        price=price_together(kernels, device), hardware_flops=sum(kernel.flops for kernel in kernels),
+        price=price_together([in_precision(kernel, setting.precision) for kernel in kernels], device), hardware_flops=sum(kernel.flops for kernel in kernels),
         host=host, allocators=_allocators(workload, program, device, setting, timeline, profiles),
     )  # fmt: skip
 

@@ -251,7 +251,6 @@ class HostTraffic:
     def _leaving(self, part: Part, x: torch.Tensor | None) -> _Away:
         tensors = tuple(_known(x).detach() if member == INPUT else self._collected[member] for member in part.members)
         sizes = tuple(tensor.untyped_storage().nbytes() for tensor in tensors)
-        assert sizes == part.sizes_bytes, f"saved by {part}: {sizes}"
         return _Away(tensors=tensors, buffers=tuple(self._pool.take(size) for size in sizes), borrowed=True)
 
     def _home_of(self, part: Part) -> _Away:
@@ -275,8 +274,8 @@ class HostTraffic:
         if part.kind != "activations":
             self._away[number] = self._home_of(part)
         away = self._away[number]
-        for tensor, size in zip(away.tensors, part.sizes_bytes, strict=True):
-            resize_storage(tensor, size)
+        for tensor, buffer in zip(away.tensors, away.buffers, strict=True):
+            resize_storage(tensor, buffer.numel())
         pairs = [(_flat(tensor), buffer) for buffer, tensor in zip(away.buffers, away.tensors, strict=True)]
         self._tokens[number] = self._copy(part, Stream.H2D, "load", pairs, (self.lanes.mark(),))
 

@@ -128,11 +128,16 @@ def replay(
         InputError: the model has no definition that can run.
     """
     progress(f"building {source.name}")
-    session = ReplaySession(source.definition, device=on, optimizer=cases[0].plan.precision.optimizer)
+    session = ReplaySession(
+        source.definition, device=on, optimizer=cases[0].plan.precision.optimizer, precision=source.precision
+    )
     predictions = [_predict(session, case, device) for case in cases]
     plain_blocks = session.traced(session.global_batch).workload
     plain_predicted = simulate(
-        plain_blocks, keep_all(len(plain_blocks.blocks)), device, StepSetting(optimizer=cases[0].plan.precision.optimizer)
+        plain_blocks,
+        keep_all(len(plain_blocks.blocks)),
+        device,
+        StepSetting(optimizer=cases[0].plan.precision.optimizer, precision=source.precision),
     )
     sizes = [case.plan.batch.micro_batch or session.global_batch for case in cases]
     progress(f"gradients of {len(cases)} schedules against the plain module")

@@ -56,7 +56,7 @@ class ScheduledStep:
         blocks = self.traced.chain.blocks
         micro_batch = MicroBatch(
             parameters=dict(self.module.named_parameters()), buffers=dict(self.module.named_buffers()), inputs=inputs,
-            shared=self.traced.shared, rerun=frozenset(blocks[index].name for index in runs_twice(self.operations)),
+            shared=self.traced.shared, precision=self.traced.chain.capture.precision, rerun=frozenset(blocks[index].name for index in runs_twice(self.operations)),
         )  # fmt: skip
         loss: torch.Tensor | None = None
         boundaries: dict[int, torch.Tensor | None] = {0: None}

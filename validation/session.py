@@ -47,16 +47,25 @@ class ReplaySession:
         model: builds the module and its batch.
         device: ``cpu`` or ``cuda``.
         optimizer: ``adamw`` or ``sgd``.
+        precision: of `simulator.tracing.compute_mode.PRECISIONS`.
         seed: of the weights and of every step's random numbers.
     """
 
-    def __init__(self, model: TracedModel, *, device: str = "cpu", optimizer: str = "adamw", seed: int = DEFAULT_SEED) -> None:
+    def __init__(
+        self,
+        model: TracedModel,
+        *,
+        device: str = "cpu",
+        optimizer: str = "adamw",
+        precision: str = "fp32",
+        seed: int = DEFAULT_SEED,
+    ) -> None:
         self.device = torch.device(device)
         if self.device.type == "cpu":
             keep_freed_pages()
         torch.manual_seed(seed)
         module, inputs = model.build()
-        self.name, self.seed = model.name, seed
+        self.name, self.seed, self.precision = model.name, seed, precision
         self.module = module.to(self.device)
         self.batch = {key: value.to(self.device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
         self.optimizer = FusedOptimizer(self.module.parameters(), name=optimizer, learning_rate=0.0)
@@ -71,7 +80,9 @@ class ReplaySession:
     def traced(self, micro_batch: int) -> Traced:
         """The module's blocks at a micro-batch."""
         if micro_batch not in self._traces:
-            self._traces[micro_batch] = trace(self.module, micro_batches(self.batch, micro_batch)[0], name=self.name)
+            self._traces[micro_batch] = trace(
+                self.module, micro_batches(self.batch, micro_batch)[0], name=self.name, precision=self.precision
+            )
         return self._traces[micro_batch]
 
     def scheduled(self, operations: Sequence[Operation], micro_batch: int, shares: HostShares | None = None) -> ScheduledRun:
@@ -90,7 +101,7 @@ class ReplaySession:
     def plain(self, micro_batch: int | None = None) -> PlainRun:
         """The module as it is, on the whole batch or on each micro-batch."""
         pieces = micro_batches(self.batch, micro_batch or self.global_batch)
-        return self._known(PlainRun(self.module, pieces, self.device, self.optimizer))
+        return self._known(PlainRun(self.module, pieces, self.device, self.optimizer, self.precision))
 
     def _known(self, run: _Run) -> _Run:
         self._runs.append(run)

@@ -14,6 +14,7 @@ from simulator.host_schedule import SHARED, HostSchedule
 from simulator.sequence import Operation
 from simulator.timeline import Timeline
 from simulator.tracing.capture import loss_of
+from simulator.tracing.compute_mode import compute_mode, float32_products
 from simulator.tracing.trace import Traced
 from validation.host_traffic import HostTraffic
 from validation.lanes import lanes_of
@@ -74,10 +75,15 @@ class PlainRun(StepRun):
     """The module as it is, called on the whole batch or on each micro-batch."""
 
     def __init__(
-        self, module: torch.nn.Module, pieces: Sequence[Mapping[str, Any]], device: torch.device, optimizer: FusedOptimizer
+        self,
+        module: torch.nn.Module,
+        pieces: Sequence[Mapping[str, Any]],
+        device: torch.device,
+        optimizer: FusedOptimizer,
+        precision: str,
     ) -> None:
         super().__init__(module, pieces, device)
-        self._optimizer = optimizer
+        self._optimizer, self._precision = optimizer, precision
 
     def _enter(self) -> None:
         """Nothing moves."""
@@ -89,8 +95,11 @@ class PlainRun(StepRun):
         """Forward and backward."""
         total: torch.Tensor | float = 0.0
         for piece in self._pieces:
-            loss = loss_of(self._module(**piece)) * (1.0 / len(self._pieces))
-            loss.backward()
+            with compute_mode(self._precision, self._device):
+                loss = loss_of(self._module(**piece))
+            loss = loss * (1.0 / len(self._pieces))
+            with float32_products(self._precision, self._device):
+                loss.backward()
             total = total + loss.detach()
         return torch.as_tensor(total)
 

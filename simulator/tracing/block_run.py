@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from simulator.tracing.block_graph import BlockGraph
+from simulator.tracing.compute_mode import compute_mode, float32_products
 from simulator.tracing.live_storages import storage_of
 
 OnSave = Callable[[torch.Tensor], None]
@@ -68,12 +69,18 @@ class MicroBatch:
     inputs: Mapping[str, torch.Tensor]
     shared: frozenset[str] = frozenset()
     """Parameters that several blocks use: their gradients are summed before they meet ``.grad``, as autograd does."""
+    precision: str = "fp32"
+    """In which forward passes compute."""
     rerun: frozenset[str] = frozenset()
     """Names of the blocks that run forward more than once."""
     carried: dict[str, Any] = field(default_factory=dict)
     aliases: dict[str, torch.Tensor] = field(default_factory=dict)
     _random_states: dict[str, Any] = field(default_factory=dict)
     _buffer_states: dict[str, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+
+    @property
+    def _device(self) -> torch.device:
+        return next((value.device for value in self.parameters.values()), torch.device("cpu"))
 
     def arguments(self, block: BlockGraph, x: torch.Tensor | None) -> list[Any]:
         """The block's arguments in order."""
@@ -90,7 +97,7 @@ class MicroBatch:
 
     def discard(self, block: BlockGraph, x: torch.Tensor | None) -> torch.Tensor:
         """Boundary after the block, without a graph."""
-        with torch.no_grad(), self._same_state(block):
+        with torch.no_grad(), self._same_state(block), compute_mode(self.precision, self._device):
             y, *carried = block.graph(*self.arguments(block, x))
         self._carry(block, carried)
         result: torch.Tensor = y
@@ -113,7 +120,10 @@ class MicroBatch:
                 anchor = torch.empty(0, device=x.device, requires_grad=True)
                 x = _Boundary.apply(anchor, x, inbox)  # type: ignore[no-untyped-call]
             arguments = self.arguments(block, x)
-            with nullcontext() if on_save is None else own_storages(arguments, on_save):
+            with (
+                nullcontext() if on_save is None else own_storages(arguments, on_save),
+                compute_mode(self.precision, self._device),
+            ):
                 y, *carried = _run(block, arguments, option)
             del arguments
         self._carry(block, carried)
@@ -121,7 +131,8 @@ class MicroBatch:
 
     def backward(self, tape: BlockTape, grad: torch.Tensor) -> torch.Tensor | None:
         """Gradient of the boundary before the block (None for the first); parameters' gradients go to ``.grad``."""
-        with _views_replayed(), self._same_state(tape.block) if tape.again else nullcontext():
+        again = self._same_state(tape.block) if tape.again else nullcontext()
+        with _views_replayed(), again, float32_products(self.precision, self._device):
             torch.autograd.backward([tape.edge], [grad])
         return tape.inbox.pop() if tape.inbox else None
 
@@ -150,7 +161,7 @@ class MicroBatch:
             yield
             return
         buffers = tuple(self.buffers[name] for name in block.mutated_buffers)
-        device = next((value.device for value in self.parameters.values()), torch.device("cpu"))
+        device = self._device
         first = block.name not in self._buffer_states
         if first:
             self._buffer_states[block.name] = tuple(buffer.clone() for buffer in buffers)

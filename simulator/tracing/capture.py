@@ -29,6 +29,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_flatten
 
 from hardware_models.errors import InputError
+from simulator.tracing.compute_mode import compute_mode
 from simulator.tracing.side_values import fake_activations, new_fake_mode, to_fake
 
 LossFunction = Callable[[Any], torch.Tensor]
@@ -59,6 +60,13 @@ class Capture:
     has_batch_statistics: bool
     trained: frozenset[str]
     """Parameters that the loss depends on: those whose ``.grad`` a backward pass makes."""
+    precision: str = "fp32"
+    """The mode in which it was run (`simulator.tracing.compute_mode`); the graph holds no casts, running it in that mode makes them."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return next((value.device for value in self.parameters.values()), torch.device("cpu"))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -93,8 +101,9 @@ def build_fake(factory: Callable[[], Any]) -> tuple[Any, FakeTensorMode]:
 
 
 def capture(
-    module: torch.nn.Module, example_inputs: Mapping[str, Any], *, loss: LossFunction = loss_of, name: str = "model"
-) -> Capture:
+    module: torch.nn.Module, example_inputs: Mapping[str, Any], *, loss: LossFunction = loss_of, name: str = "model",
+    precision: str = "fp32",
+) -> Capture:  # fmt: skip
     """The graph of ``loss(module(**example_inputs))``.
 
     Args:
@@ -102,6 +111,7 @@ def capture(
         example_inputs: keyword arguments; tensors among them may be nested no deeper than the top level.
         loss: picks or computes the scalar loss from the module's output.
         name: for messages.
+        precision: in which it runs.
 
     Raises:
         InputError: the module cannot be traced: names the operator and the line of the model that calls it.
@@ -112,11 +122,12 @@ def capture(
     buffers = {key: to_fake(value, fake_mode) for key, value in module.named_buffers()}
     tensors = {key: to_fake(value, fake_mode) for key, value in example_inputs.items() if isinstance(value, torch.Tensor)}
     constants = {key: value for key, value in example_inputs.items() if not isinstance(value, torch.Tensor)}
+    device = next((value.device for value in parameters.values()), torch.device("cpu"))
     forward = _forward_of(module, (parameters, buffers, tensors), constants, loss)
     values = [*parameters.values(), *buffers.values(), *tensors.values()]
     traced: GraphModule | None
     try:
-        with _attributes_kept(module), fake_activations(fake_mode), torch.enable_grad():
+        with _attributes_kept(module), fake_activations(fake_mode), torch.enable_grad(), compute_mode(precision, device):
             traced, own_functions, leaves = _graph_of(forward, values)
     except InputError:
         raise
@@ -135,7 +146,7 @@ def capture(
     return Capture(
         graph=traced, forward=forward, fake_mode=fake_mode, parameters=parameters, buffers=buffers, inputs=tensors, notes=notes,
         has_batch_statistics=any(isinstance(part, _BatchNorm) and part.training for part in module.modules()),
-        trained=trained,
+        trained=trained, precision=precision,
     )  # fmt: skip
 
 

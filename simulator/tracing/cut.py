@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from simulator.tracing.block_graph import BlockGraph
 from simulator.tracing.capture import Capture
+from simulator.tracing.compute_mode import compute_mode
 from simulator.tracing.side_values import fake_activations
 
 HEAVY_OPERATORS = frozenset(
@@ -92,7 +93,7 @@ def cut(capture: Capture) -> Chain:
         return _opaque_chain(capture)
     nodes = [node for node in capture.graph.graph.nodes if node.op not in {"placeholder", "get_attr", "output"}]
     interpreter = _Values(capture.graph)
-    with fake_activations(capture.fake_mode), torch.enable_grad():
+    with fake_activations(capture.fake_mode), torch.enable_grad(), compute_mode(capture.precision, capture.device):
         interpreter.run([*capture.parameters.values(), *capture.buffers.values(), *capture.inputs.values()])
     values = {node: _value(interpreter.values[node]) for node in nodes}
     positions = _keep_heavy(nodes, _legal_cuts(nodes, values))

@@ -260,7 +260,7 @@ class _Run:
             name: value.detach().requires_grad_(value.requires_grad) for name, value in chain.capture.parameters.items()
         }
         micro_batch = MicroBatch(
-            parameters=parameters, buffers=chain.capture.buffers, inputs=chain.capture.inputs, shared=shared,
+            parameters=parameters, buffers=chain.capture.buffers, inputs=chain.capture.inputs, shared=shared, precision=chain.capture.precision,
             carried={name: value for name, value in chain.carried.items() if name not in block.carried_out},
         )  # fmt: skip
         micro_batch.arguments(block, None)  # makes the aliases of the shared parameters that the block uses

@@ -30,8 +30,9 @@ class Traced:
 
 
 def trace(
-    module: torch.nn.Module, example_inputs: Mapping[str, Any], *, loss: LossFunction = loss_of, name: str = "model"
-) -> Traced:
+    module: torch.nn.Module, example_inputs: Mapping[str, Any], *, loss: LossFunction = loss_of, name: str = "model",
+    precision: str = "fp32",
+) -> Traced:  # fmt: skip
     """The workload of one micro-batch of the size of ``example_inputs``.
 
     Args:
@@ -39,11 +40,12 @@ def trace(
         example_inputs: keyword arguments of its forward pass; tensors have samples along their first axis.
         loss: the scalar to differentiate, from the module's output.
         name: the model's name in reports.
+        precision: of `simulator.tracing.compute_mode.PRECISIONS`.
 
     Raises:
         InputError: the module cannot be traced (operator and line are named).
     """
-    chain = cut(capture(module, example_inputs, loss=loss, name=name))
+    chain = cut(capture(module, example_inputs, loss=loss, name=name, precision=precision))
     users = Counter(parameter for block in chain.blocks for parameter in block.names("p"))
     shared = frozenset(parameter for parameter, count in users.items() if count > 1)
     blocks = _record_chain(chain, shared)

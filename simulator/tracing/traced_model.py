@@ -25,14 +25,14 @@ class TracedModel:
     name: str
     factory: Factory
 
-    def traced(self, micro_batch: int | None = None) -> Traced:
+    def traced(self, micro_batch: int | None = None, precision: str = "fp32") -> Traced:
         """The workload and the chain of a micro-batch of so many samples; None: the whole batch of the example.
 
         Raises:
             InputError: the factory or the trace fails, or the example holds fewer samples.
         """
         (module, inputs), _ = build_fake(self.build)
-        return trace(module, first_samples(inputs, micro_batch, name=self.name), name=self.name)
+        return trace(module, first_samples(inputs, micro_batch, name=self.name), name=self.name, precision=precision)
 
     def build(self) -> tuple[torch.nn.Module, dict[str, Any]]:
         """The module and its inputs, from torch's current generator.

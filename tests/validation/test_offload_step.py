@@ -10,7 +10,7 @@ from types import MappingProxyType
 import pytest
 import torch
 
-from hardware_models.errors import InputError
+from hardware_models.errors import InputError, UnknownNameError
 from simulator.host_planner import host_schedule
 from simulator.host_schedule import HostShares
 from simulator.lower import OPTIMIZER_STATES, PassPrices, lower
@@ -51,8 +51,8 @@ def shares_of(name: str, num_blocks: int) -> HostShares:
 
 
 @cache
-def session_of(model: str, optimizer: str = "adamw") -> ReplaySession:
-    return ReplaySession(TracedModel(name=model, factory=partial(build, model)), optimizer=optimizer)
+def session_of(model: str, precision: str = "fp32") -> ReplaySession:
+    return ReplaySession(TracedModel(name=model, factory=partial(build, model)), precision=precision)
 
 
 def program_of(
@@ -73,6 +73,8 @@ def program_of(
     )
 
 
+MIXED_TOLERANCE = 0.01
+"""A CPU's layer norm of bfloat16 with float32 weights keeps its statistics in float32, the fake one in bfloat16."""
 FAST = {("residual-mlp", "everything", 3), ("transformer", "some-activations", 1)}
 ALL = [
     pytest.param(model, name, splits, marks=() if (model, name, splits) in FAST else pytest.mark.slow)
@@ -96,6 +98,29 @@ def test_offloading_changes_no_bit_and_memory_is_as_predicted(model: str, name: 
         )
         program = program_of(model, operations, shares, num_microbatches)
         assert session.peak(run).allocated_bytes == static_peak_bytes(program), label
+
+
+@pytest.mark.parametrize("model", ["residual-mlp", "transformer"])
+def test_mixed_precision_is_the_modules_own_bitwise_and_memory_is_as_predicted(model: str) -> None:
+    session = session_of(model, "bf16")
+    workload = session.traced(BATCH).workload
+    dtypes = {tensor.dtype for block in workload.blocks for tensor in block.options[0].saved}
+    assert "bfloat16" in dtypes
+    shares = shares_of("everything", len(workload.blocks))
+    for label, operations in sequences(session.traced(BATCH)).items():
+        for chosen in (None, shares):
+            run = session.scheduled(operations, BATCH, chosen)
+            host = (
+                None if chosen is None else host_schedule(workload, operations, chosen, num_microbatches=1, optimizer_states=2)
+            )
+            program = lower(workload, operations, PassPrices(unit_times), host=host, lanes=LANES)
+            assert session.match([(run, BATCH)])[0][0].bitwise, label
+            assert session.peak(run).allocated_bytes == pytest.approx(static_peak_bytes(program), rel=MIXED_TOLERANCE), label
+
+
+def test_an_unknown_precision_is_named() -> None:
+    with pytest.raises(UnknownNameError, match=r"precision.compute = 'fp16': unknown name; known are fp32, tf32, bf16"):
+        session_of("residual-mlp", "fp16").traced(BATCH)
 
 
 def test_the_host_holds_as_many_bytes_as_predicted() -> None:
