@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from hardware_models.bandwidth_ramp import LaunchMode
 from hardware_models.curves import Curve, Floats
 from hardware_models.gridded import GriddedCurve
 from hardware_models.kernel import Kernel
@@ -174,6 +175,7 @@ class RooflinePricer:
 
     profile: DeviceProfile
     kernel_class: str
+    launch: LaunchMode = "stream"
 
     @property
     def name(self) -> str:
@@ -192,7 +194,7 @@ class RooflinePricer:
 
     def seconds_of(self, kernels: Sequence[Kernel]) -> Floats:
         """By the roofline."""
-        return roofline_seconds(kernels, self.profile)
+        return roofline_seconds(kernels, self.profile, launch=self.launch)
 
 
 def product_form(kernel: Kernel) -> tuple[int, int, int, int]:
@@ -218,7 +220,9 @@ def grid_group(kernel: Kernel) -> str:
     return "mm"
 
 
-def pricer_of(kernel: Kernel, profile: DeviceProfile, *, sustained: bool = True, stack: str = "") -> Pricer:
+def pricer_of(
+    kernel: Kernel, profile: DeviceProfile, *, sustained: bool = True, stack: str = "", launch: LaunchMode = "stream"
+) -> Pricer:
     """What prices a kernel on a device: its measured curve, else its grid, else products, else the roofline.
 
     Args:
@@ -226,13 +230,14 @@ def pricer_of(kernel: Kernel, profile: DeviceProfile, *, sustained: bool = True,
         profile: of the device.
         sustained: as in a long step (`Sustained.factor`); False: timed alone.
         stack: software whose curve is preferred; empty: the one nearest to torch.
+        launch: from a stream or inside a CUDA graph; curves and grids were timed from either and are left as they are.
     """
     curve = curve_of(kernel, profile)
     if curve is not None:
         return MeasuredPricer(curve=curve)
     grid = _grid_of(kernel, profile, stack)
     if grid is None:
-        return RooflinePricer(profile=profile, kernel_class=kernel.kernel_class)
+        return RooflinePricer(profile=profile, kernel_class=kernel.kernel_class, launch=launch)
     factor, error = 1.0, 0.0
     if sustained and profile.sustained is not None:
         factor = profile.sustained.factor

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hardware_models.bandwidth_ramp import LaunchMode
 from hardware_models.curves import Floats
 from hardware_models.kernel import Kernel
 from hardware_models.pricers import Pricer, pricer_of
@@ -25,7 +26,9 @@ class Price:
     """Kinds that it rests on, strongest first."""
 
 
-def price(kernels: Sequence[Kernel], profile: DeviceProfile, *, sustained: bool = True, stack: str = "") -> Floats:
+def price(
+    kernels: Sequence[Kernel], profile: DeviceProfile, *, sustained: bool = True, stack: str = "", launch: LaunchMode = "stream"
+) -> Floats:
     """Seconds of each kernel on the device; shape ``(len(kernels),)``, all positive. `pricers` says what each rests on.
 
     Args:
@@ -33,12 +36,13 @@ def price(kernels: Sequence[Kernel], profile: DeviceProfile, *, sustained: bool 
         profile: of the device.
         sustained: as in a long step; False: each timed alone, on a cool board.
         stack: software whose curves are preferred where there are several; empty: the one nearest to torch.
+        launch: from a stream or inside a CUDA graph.
 
     Raises:
         InputError: a kernel computes in a dtype for which the device has no peak.
     """
     seconds = np.empty(len(kernels), dtype=np.float64)
-    for pricer, positions in _priced(kernels, profile, sustained=sustained, stack=stack):
+    for pricer, positions in _priced(kernels, profile, sustained=sustained, stack=stack, launch=launch):
         seconds[positions] = pricer.seconds_of([kernels[position] for position in positions])
     return seconds
 
@@ -52,7 +56,7 @@ def price_together(kernels: Sequence[Kernel], profile: DeviceProfile) -> Price:
     total_s = 0.0
     kinds: set[Evidence] = set()
     spread: dict[str, float] = defaultdict(float)
-    for pricer, positions in _priced(kernels, profile, sustained=True, stack=""):
+    for pricer, positions in _priced(kernels, profile, sustained=True, stack="", launch="stream"):
         seconds = float(pricer.seconds_of([kernels[position] for position in positions]).sum())
         total_s += seconds
         kinds.update(pricer.evidence)
@@ -63,7 +67,7 @@ def price_together(kernels: Sequence[Kernel], profile: DeviceProfile) -> Price:
 
 
 def _priced(
-    kernels: Sequence[Kernel], profile: DeviceProfile, *, sustained: bool, stack: str
+    kernels: Sequence[Kernel], profile: DeviceProfile, *, sustained: bool, stack: str, launch: LaunchMode
 ) -> Iterator[tuple[Pricer, list[int]]]:
     """Positions of the kernels by what prices them, in order of first use."""
     positions: dict[tuple[object, ...], list[int]] = {}
@@ -71,4 +75,4 @@ def _priced(
         one_token = kernel.kernel_class == "attention" and kernel.shape[3] == 1
         positions.setdefault((kernel.kernel_class, kernel.op, kernel.dtype, len(kernel.shape), one_token), []).append(position)
     for rows in positions.values():
-        yield pricer_of(kernels[rows[0]], profile, sustained=sustained, stack=stack), rows
+        yield pricer_of(kernels[rows[0]], profile, sustained=sustained, stack=stack, launch=launch), rows

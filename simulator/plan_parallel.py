@@ -22,9 +22,9 @@ def check_parallel(plan: Plan, *, compute: Collection[str]) -> None:
     limits: dict[str, tuple[object, tuple[object, ...]]] = {
         "memory.block": (memory.block, ((),)),
         "precision.compute": (plan.precision.compute, tuple(compute)),
-        "runtime.cuda_graphs": (runtime.cuda_graphs, (False,)),
     }  # fmt: skip
     _check_compiled_parallel(runtime)
+    _check_graphs_parallel(plan)
     _check_sharding(plan)
     _check_overlap_tp(plan)
     _check_optimizer_sync(plan)
@@ -43,6 +43,20 @@ def _check_compiled_parallel(runtime: Runtime) -> None:
     if runtime.compile and runtime.framework.startswith("megatron"):
         rule = f"{runtime.framework} compiles no layers (it brings fused kernels of its own)"
         raise plan_refusal("runtime.compile", runtime.compile, rule, "leave it at False, or take another runtime.framework")
+
+
+def _check_graphs_parallel(plan: Plan) -> None:
+    """Refuses captured graphs where the trainer has none, or the host takes part in a pass."""
+    runtime, memory = plan.runtime, plan.memory
+    if not runtime.cuda_graphs:
+        return
+    rule, remedy = "", "leave it at False"
+    if runtime.framework in {"megatron-lm@2021", "deepspeed"}:
+        rule, remedy = f"{runtime.framework} captures no training step", "leave it at False, or take another runtime.framework"
+    elif memory.activation_offload or memory.weight_offload:
+        rule = "what leaves for the host inside a pass is not captured (Megatron-core refuses both together)"
+    if rule:
+        raise plan_refusal("runtime.cuda_graphs", runtime.cuda_graphs, rule, remedy)
 
 
 def _check_overlap_tp(plan: Plan) -> None:

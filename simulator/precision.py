@@ -9,6 +9,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import NDArray
 
+from hardware_models.bandwidth_ramp import LaunchMode
 from hardware_models.kernel import Kernel
 from hardware_models.pricing import price
 from hardware_models.profile import DeviceProfile
@@ -26,7 +27,7 @@ _EIGHT_BIT_PRODUCTS = frozenset({"gemm"})
 """Attention and batched products stay in bfloat16 under fp8 recipes (NVIDIA, Transformer Engine user guide, FP8 primer)."""
 
 
-def price_in(precision: str, profile: DeviceProfile) -> Price:
+def price_in(precision: str, profile: DeviceProfile, *, launch: LaunchMode = "stream") -> Price:
     """Prices of kernels whose products compute as a plan's precision says.
 
     **Model**: ``tf32``: float32 products, convolutions and batched products at the tensor cores' rate, bytes unchanged. ``fp8``: products in float8 with operands of a byte, and
@@ -38,18 +39,19 @@ def price_in(precision: str, profile: DeviceProfile) -> Price:
     Args:
         precision: of `STORED_AS`.
         profile: of the device.
+        launch: from a stream or inside a CUDA graph.
     """
 
     def priced(kernels: Sequence[Kernel]) -> NDArray[np.float64]:
         recast = [in_precision(kernel, precision) for kernel in kernels]
-        seconds = price(recast, profile)
+        seconds = price(recast, profile, launch=launch)
         casts = [
             place
             for place, (old, new) in enumerate(zip(kernels, recast, strict=True))
             if precision == "fp8" and old.dtype != new.dtype
         ]
         if casts:
-            seconds[casts] += price([cast_kernel(kernels[place]) for place in casts], profile)
+            seconds[casts] += price([cast_kernel(kernels[place]) for place in casts], profile, launch=launch)
         return seconds
 
     return priced

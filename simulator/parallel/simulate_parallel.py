@@ -133,7 +133,7 @@ class _Assembly:
         )
         self.dtype = STORED_AS[plan.precision.compute]
         self.mesh: Mesh = mesh_of(plan, cluster)
-        self.price = price_in(plan.precision.compute, device)
+        self.price = price_in(plan.precision.compute, device, launch="graph" if plan.runtime.cuda_graphs else "stream")
         self.prices = PassPrices(self.price)
         own = self._workload(tp=plan.parallel.tp, cp=plan.parallel.cp, ep=plan.parallel.ep)
         fitted = fit_framework(own, plan, config, dtype=self.dtype, seq_len=seq_len)

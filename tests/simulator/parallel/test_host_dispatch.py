@@ -8,6 +8,7 @@ import pytest
 
 from hardware_models.catalogue import load_hardware
 from hardware_models.errors import InputError
+from hardware_models.light_kernels import LIGHT_CLASSES
 from hardware_models.profile import DeviceProfile, HostDispatch
 from simulator.parallel.compiled_kernels import compiled_workload
 from simulator.parallel.host_dispatch import DispatchSeconds, dispatch_of, host_seconds
@@ -16,8 +17,10 @@ from simulator.parallel.recompute import stage_operations
 from simulator.parallel.simulate_parallel import step_parts
 from simulator.parallel.stages import Stage, stages_of
 from simulator.plan import Plan, Runtime
+from simulator.plan_parallel import check_parallel
+from simulator.precision import price_in
 from simulator.presets import build_workload
-from tests.simulator.parallel.step_cases import SEQ_LEN, cluster_of, plan_of, small_config
+from tests.simulator.parallel.step_cases import SEQ_LEN, cluster_of, plan_of, simulated, small_config
 
 DISPATCH = HostDispatch(
     eager_s=1.0, autograd_backward_s=0.5, compiled_s=2.0, compiled_call_s=10.0, cuda_graph_s=0.01, evidence="measured", source="a test", date="2026-01-01"
@@ -87,3 +90,34 @@ def test_passes_carry_the_hosts_time() -> None:
     for cost in parts.costs:
         assert min(cost.forward.host_s, cost.backward.host_s) > 0
         assert 0 < cost.weight_host_s < cost.backward.host_s
+
+
+def graphs(plan: Plan) -> Plan:
+    return replace(plan, runtime=replace(plan.runtime, cuda_graphs=True))
+
+
+@pytest.mark.parametrize("framework", ["megatron-core", "pytorch"])
+def test_a_captured_step_leaves_no_gaps_between_kernels(framework: str) -> None:
+    """Memory-bound kernels begin at once; products and attention, priced as they were timed, are the same."""
+    plan = plan_of(pp=2, framework=framework)
+    assert simulated(graphs(plan)).step_time_s < simulated(plan).step_time_s
+    cluster = cluster_of(plan)
+    device = load_hardware(cluster.device)
+    kernels = [kernel for block in stage_of(plan).blocks for kernel in block.options[0].forward.kernels]
+    gap_s = price_in("bf16", device)(kernels) - price_in("bf16", device, launch="graph")(kernels)
+    light = [kernel.kernel_class in LIGHT_CLASSES for kernel in kernels]
+    assert (gap_s[light] > 0).all()
+    assert not gap_s[[not one for one in light]].any()
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (plan_of(framework="deepspeed"), "deepspeed captures no training step"),
+        (plan_of(framework="megatron-lm@2021"), "megatron-lm@2021 captures no training step"),
+        (replace(plan_of(), memory=replace(plan_of().memory, activation_offload=0.5)), "is not captured"),
+    ],
+)
+def test_graphs_that_cannot_be_captured_are_refused(plan: Plan, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_parallel(graphs(plan), compute=("bf16",))
