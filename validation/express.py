@@ -75,7 +75,7 @@ def express(row: PublishedRow, siblings: Sequence[PublishedRow] = ()) -> Express
     tp, layers = row.count("tp") or 1, _layers(row, siblings, assumed)
     config = model_of(row, facts, layers=layers, tp=tp)
     if not row.text("n_heads"):
-        assumed.append(f"n_heads = {config.heads}")
+        assumed.append(f"n_heads = {config.heads}" + (f": {facts.heads_source}" if facts.heads else ""))
     if not row.text("vocab"):
         assumed.append(f"vocab = {config.vocab}: {facts.vocab_source}")
     plan = plan_of(row, facts, layers=config.layers, has_experts=config.experts is not None, assumed=assumed)

@@ -36,6 +36,9 @@ class FrameworkFacts:
     vocab: int = 0
     """Where the row is blank; 0: nothing is assumed."""
     vocab_source: str = ""
+    heads: int = 0
+    """Attention heads where the row is blank; 0: of a usual width."""
+    heads_source: str = ""
     vocab_multiple: int = 1
     """The vocabulary is padded to a multiple of this and tp."""
     tied: bool | None = None
@@ -59,6 +62,14 @@ FRAMEWORKS_KNOWN: tuple[FrameworkFacts, ...] = (
         source="Narayanan et al. 2021 (arXiv 2104.04473), section 5.2 and table 2; DeepSpeed keeps gradients in the model's format (runtime/zero/stage3.py)",
     ),
     FrameworkFacts(
+        name="Megatron-DeepSpeed of BigScience", pattern=r"megatron-deepspeed.*(bigscience|bloom)", runtime="megatron-lm@2021", grads="half", overlap_grad_reduce=False, overlap_param_gather=False,
+        flash_attention=False, heads=64,
+        heads_source="'all NHEADS=64 (above too)', bigscience train/tr11-176B-ml/chronicles-prequel.md", sequence_parallel=False, dropout=0.1, vocab=50257,
+        vocab_source="GPT-2's tokenizer, the default of VIA-Research/vTrain's configuration and of Megatron's examples", vocab_multiple=128,
+        source="microsoft/Megatron-DeepSpeed, a fork of Megatron-LM v2.4: its fused kernels; DeepSpeed's pipeline engine reduces gradients after the last backward "
+        "pass (runtime/pipe/engine.py, _exec_reduce_grads) in the model's format; bf16 adds them up in fp32 (runtime/bf16_optimizer.py)",
+    ),
+    FrameworkFacts(
         name="Megatron-DeepSpeed", pattern=r"megatron-deepspeed", runtime="megatron-lm@2021", grads="half", overlap_grad_reduce=False, overlap_param_gather=False,
         flash_attention=False, sequence_parallel=False, dropout=0.1, vocab=50257,
         vocab_source="GPT-2's tokenizer, the default of VIA-Research/vTrain's configuration and of Megatron's examples", vocab_multiple=128,
@@ -66,11 +77,11 @@ FRAMEWORKS_KNOWN: tuple[FrameworkFacts, ...] = (
         "pass (runtime/pipe/engine.py, _exec_reduce_grads) in the model's format; bf16 adds them up in fp32 (runtime/bf16_optimizer.py)",
     ),
     FrameworkFacts(
-        name="Megatron-LM fork of Zero Bubble", pattern=r"(sail-sg|zero.?bubble)", runtime="megatron-lm@2021", grads="half", overlap_grad_reduce=False,
+        name="Megatron-LM fork of Zero Bubble", pattern=r"(sail-sg|zero.?bubble)", runtime="megatron-core", grads="half", overlap_grad_reduce=False,
         overlap_param_gather=False, flash_attention=False, sequence_parallel=False, dropout=0.1, vocab=32000,
         vocab_source="printed sizes of 1.5, 6.2, 14.6 and 28.3 billion are 12 L h^2 and one table of 32,000 rows (arXiv 2401.10241, table 3)", vocab_multiple=128,
-        source="sail-sg/zero-bubble-pipeline-parallelism examples/pretrain_zero_bubble.sh, first release: --fp16, no --use-flash-attn, dropout as by default, "
-        "--no-overlap-p2p-communication",
+        source="sail-sg/zero-bubble-pipeline-parallelism, a fork of Megatron-LM of 10/2023, whose weight gradients are added inside products (gradient_accumulation_fusion); "
+        "examples/pretrain_zero_bubble.sh, first release: --fp16, no --use-flash-attn, dropout as by default, --no-overlap-p2p-communication",
     ),
     FrameworkFacts(
         name="Megatron-LM of 2021 and 2022", pattern=r"megatron-lm.*202[0-2]", runtime="megatron-lm@2021", grads="half", overlap_grad_reduce=False,

@@ -73,7 +73,7 @@ def model_of(row: PublishedRow, facts: FrameworkFacts, *, layers: int | None, tp
     """
     family = family_of(row.text("model"))
     hidden = row.required("hidden")
-    heads = row.count("n_heads") or _heads_for(hidden, tp)
+    heads = row.count("n_heads") or facts.heads or _heads_for(hidden, tp)
     dense, expert = _widths(row, hidden)
     config = TransformerConfig(
         name=row.text("model"), source=family.source, layers=layers or row.required("n_layers"), hidden=hidden, heads=heads, kv_heads=row.count("n_kv_heads") or heads,

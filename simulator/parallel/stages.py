@@ -120,21 +120,49 @@ def default_partition(num_layers: int, num_stages: int) -> tuple[int, ...]:
 def stages_of(workload: Workload, plan: Plan) -> tuple[Stage, ...]:
     """The plan's stages.
 
+    **Model**: what precedes the first layer is on the first stage, what follows the last one on the last stage, also where these have no layer of their own (``k pp - 2``
+    layers, one less at either end: Qi et al. 2024, arXiv 2401.10241, section 4.1, with chunks of one layer).
+
     Raises:
-        InputError: a stage in the middle is empty, or there are more stages than layers.
+        InputError: a stage in the middle is empty, or the layers of the stages are not the model's.
     """
     layers, num_stages = layers_of(workload), plan.num_stages
     partition = plan.pipeline.partition or default_partition(len(layers), num_stages)
-    if sum(partition) != len(layers) or min(partition) < 1:
-        rule = f"every stage has a layer and all have {len(layers)}, but got {list(partition)}"
+    if sum(partition) != len(layers) or not _holds_something(workload, partition):
+        rule = f"every stage between the ends has a layer and all have {len(layers)}, but got {list(partition)}"
         raise plan_refusal("pipeline.partition", list(partition), rule, "empty stages are not simulated yet")
-    stages, layer = [], 0
-    for index, count in enumerate(partition):
-        first, end = layers[layer][0], layers[layer + count - 1][1]
-        layer += count
+    ends = [_front_end(workload) if layer == 0 else layers[layer - 1][1] for layer in accumulate(partition)]
+    if len(partition) > 1 and partition[-1] == 0:
+        ends[-2] = _back_start(workload)
+    ends[-1] = len(workload.blocks)
+    stages = []
+    for index, (first, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         part = replace(workload, blocks=workload.blocks[first:end])
         stages.append(Stage(index=index, first=first, workload=part, receives=index > 0, sends=index < num_stages - 1))
     return tuple(stages)
+
+
+def _front_end(workload: Workload) -> int:
+    """Blocks before the first layer."""
+    return next((index for index, block in enumerate(workload.blocks) if block.name == "attention"), 0)
+
+
+def _back_start(workload: Workload) -> int:
+    """The first block behind the last layer."""
+    return max(
+        (index + 1 for index, block in enumerate(workload.blocks) if block.name in LAYER_ENDS), default=len(workload.blocks)
+    )
+
+
+def _holds_something(workload: Workload, partition: Sequence[int]) -> bool:
+    """Whether no stage is empty: a stage without layers is an end that has blocks of its own."""
+    if len(partition) == 1 or min(partition) > 0:
+        return min(partition) > 0
+    front, back = (
+        partition[0] > 0 or _front_end(workload) > 0,
+        partition[-1] > 0 or _back_start(workload) < len(workload.blocks),
+    )
+    return front and back and min(partition[1:-1], default=1) > 0
 
 
 def stage_cost(stage: Stage, operations: Sequence[Operation], prices: PassPrices) -> StageCost:

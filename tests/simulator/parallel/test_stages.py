@@ -153,9 +153,24 @@ def test_stages_cover_the_model_and_its_parameters() -> None:
     assert whole.parameter_elements == workload.parameter_elements
 
 
-@pytest.mark.parametrize("partition", [(4, 0, 2, 2), (0, 4, 2, 2)])
+def test_an_end_without_layers_holds_the_embedding_or_the_head() -> None:
+    workload = build_workload(small_config(), micro_batch=1, seq_len=512, dtype="bfloat16")
+    stages = stages_of(workload, plan_of(pp=4, partition=(0, 4, 4, 0)))
+    assert [[block.name for block in stage.blocks] for stage in (stages[0], stages[-1])] == [["embedding"], ["head"]]
+    assert [block for stage in stages for block in stage.blocks] == list(workload.blocks)
+    assert [stage.first for stage in stages] == [0, 1, 9, 17]
+
+
+@pytest.mark.parametrize("partition", [(4, 0, 2, 2), (0, 0, 4, 4), (4, 4, 0, 0), (0, 4, 2, 1)])
 def test_an_empty_stage_is_refused(partition: tuple[int, ...]) -> None:
     workload = build_workload(small_config(), micro_batch=1, seq_len=512, dtype="bfloat16")
-    with pytest.raises(InputError, match=r"pipeline\.partition.*every stage has a layer") as caught:
+    with pytest.raises(InputError, match=r"pipeline\.partition.*every stage between the ends has a layer") as caught:
         stages_of(workload, plan_of(pp=4, partition=partition))
     assert str(list(partition)) in str(caught.value)
+
+
+def test_a_model_without_a_front_of_its_own_fills_its_first_stage() -> None:
+    workload = build_workload(small_config(), micro_batch=1, seq_len=512, dtype="bfloat16")
+    bare = replace(workload, blocks=workload.blocks[1:])
+    with pytest.raises(InputError, match="empty stages are not simulated yet"):
+        stages_of(bare, plan_of(pp=4, partition=(0, 4, 2, 2)))
