@@ -121,6 +121,8 @@ class StageChoices:
             in_flight: most micro-batches that it holds at once.
         """
         key = (*self.key(stage), limit_bytes, in_flight)
+        if not stage.blocks:
+            return (Choice(operations=(), cost=stage_cost(stage, (), self.setting.prices)),)
         if key not in self._known:
             problem = stage_problem(stage, self.setting.prices, self.device)
             found = dict.fromkeys((*_experts(stage), *StageTable(problem, limit_bytes).sequences(in_flight)))

@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from hardware_models.errors import UnknownNameError
 from search.trainer_rules import SPECIAL_RULES, Violation
-from simulator.parallel.stages import default_partition
+from simulator.parallel.partition import even_partition
 from simulator.plan import FILE_PREFIX, Plan
 from simulator.plan_sections import OFFLOADS, SCHEDULES, plan_refusal
 
@@ -204,7 +204,7 @@ def _uneven(plan: Plan, trainer: Trainer, layers: int | None) -> Violation | Non
     given = plan.pipeline.partition
     if not trainer.even_stages or plan.parallel.pp == 1 or (given is None and layers is None):
         return None
-    lengths = given if given is not None else default_partition(layers or 0, plan.num_stages)
+    lengths = given if given is not None else even_partition(layers or 0, plan.num_stages)
     if len(set(lengths)) == 1:
         return None
     rule = f"layers % (pp * virtual_stages) == 0 must hold, and stages be equal, but got {lengths}; {_limit(trainer, 'even_stages')}"

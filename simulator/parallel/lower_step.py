@@ -146,6 +146,7 @@ class _Step:
         Of a backward pass the gradients come last: that piece is cut into buckets, and shorter where the weights' gradient is a pass of its own.
         """
         pieces = [(kind, seconds * share) for kind, seconds in cost.seconds if seconds > 0.0]
+        pieces = pieces or [(Kind.FORWARD if action.kind == "F" else Kind.BACKWARD, 0.0)]
         pieces.sort(key=lambda piece: piece[0] is Kind.BACKWARD)
         pieces[-1] = (pieces[-1][0], max(0.0, pieces[-1][1] - less_s * share))
         in_buckets = action.kind == "BW" and (self._is_last(rank, action) or self._leaves(rank, action))

@@ -38,6 +38,8 @@ class Gathers:
 
 def units_of(stage: Stage, framework: str) -> tuple[Unit, ...]:
     """The units of a stage: layers, and what precedes and follows them; under DeepSpeed, which gathers by submodule, halves of layers."""
+    if not stage.blocks:
+        return ()
     ends: list[int] = []
     for index, block in enumerate(stage.blocks):
         following = stage.blocks[index + 1].name if index + 1 < len(stage.blocks) else ""

@@ -117,6 +117,8 @@ def stage_operations(plan: Plan, stage: Stage) -> tuple[Operation, ...]:
     layer's forward and backward pass. Embedding and head run once (Megatron-LM's ``recompute_method=uniform`` with one layer, torchtitan's ``full``).
     Other values are those of `simulator.recompute`.
     """
+    if not stage.blocks:
+        return ()
     if plan.memory.recompute != "full":
         return operations_of(plan, stage.workload)
     runs = _layer_runs(stage.blocks)
@@ -164,6 +166,8 @@ def stage_sequence(sequence: Sequence[Operation], stage: Stage, *, source: str) 
     Raises:
         InputError: the part is no legal sequence of the stage's blocks, or names an option that a block does not have.
     """
+    if not stage.blocks:
+        return ()
     end = stage.first + len(stage.blocks)
     own = [
         operation._replace(block=operation.block - stage.first)

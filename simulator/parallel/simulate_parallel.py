@@ -16,6 +16,7 @@ from simulator.parallel.allocations import rank_peaks, rank_resident, stage_tens
 from simulator.parallel.batch_copy import copy_seconds
 from simulator.parallel.communication import Behind, Beside, Communication
 from simulator.parallel.compiled_kernels import compiled_workload
+from simulator.parallel.default_cut import partition_of
 from simulator.parallel.experts import expert_elements
 from simulator.parallel.framework import FUSED_ACCUMULATION, kept_bytes, operators_of
 from simulator.parallel.fused_kernels import column_products
@@ -138,7 +139,8 @@ class _Assembly:
         own = self._workload(tp=plan.parallel.tp, cp=plan.parallel.cp, ep=plan.parallel.ep)
         fitted = fit_framework(own, plan, config, dtype=self.dtype, seq_len=seq_len)
         self.workload: Workload = compiled_workload(fitted) if plan.runtime.compile else fitted
-        self.stages: tuple[Stage, ...] = stages_of(self.workload, plan)
+        cut = partition_of(self.workload, plan, self.prices, order, device, dtype=self.dtype)
+        self.stages: tuple[Stage, ...] = stages_of(self.workload, plan, cut)
         self.operations = (
             [stage_operations(plan, stage) for stage in self.stages] if sequence is None
             else stage_sequences(sequence, self.stages, source=plan.memory.recompute)

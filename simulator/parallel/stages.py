@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from hardware_models.kernel import Kernel
 from simulator.builder import Builder
 from simulator.lower import MicroBatchLowering, PassPrices
+from simulator.parallel.partition import even_partition
 from simulator.plan import Plan
 from simulator.plan_sections import plan_refusal
 from simulator.program import Kind, MemoryClass
@@ -109,60 +110,46 @@ def layers_of(workload: Workload) -> list[tuple[int, int]]:
     return list(zip(starts, ends, strict=True))
 
 
-def default_partition(num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """Layers per stage, as even as can be, the longer stages in the middle: the ends also hold embedding and head."""
-    least, more = divmod(num_layers, num_stages)
-    order = sorted(range(num_stages), key=lambda stage: abs(2 * stage - (num_stages - 1)))
-    longer = set(order[:more])
-    return tuple(least + (stage in longer) for stage in range(num_stages))
-
-
-def stages_of(workload: Workload, plan: Plan) -> tuple[Stage, ...]:
+def stages_of(workload: Workload, plan: Plan, partition: Sequence[int] | None = None) -> tuple[Stage, ...]:
     """The plan's stages.
 
-    **Model**: what precedes the first layer is on the first stage, what follows the last one on the last stage, also where these have no layer of their own (``k pp - 2``
-    layers, one less at either end: Qi et al. 2024, arXiv 2401.10241, section 4.1, with chunks of one layer).
+    **Model**: the embedding is on the first stage and the head on the last, with or without layers (``k pp - 2`` layers, one less at either end: Qi et al. 2024,
+    arXiv 2401.10241, section 4.1, with chunks of one layer); a stage in the middle that has no layers hands on what it receives.
+
+    Args:
+        workload: of the model.
+        plan: its ``pipeline.partition`` counts, where it has one.
+        partition: layers of each stage where the plan has none; None: as even as can be.
 
     Raises:
-        InputError: a stage in the middle is empty, or the layers of the stages are not the model's.
+        InputError: the partition has other layers than the model, or the first or the last stage has no block at all.
     """
     layers, num_stages = layers_of(workload), plan.num_stages
-    partition = plan.pipeline.partition or default_partition(len(layers), num_stages)
-    if sum(partition) != len(layers) or not _holds_something(workload, partition):
-        rule = f"every stage between the ends has a layer and all have {len(layers)}, but got {list(partition)}"
-        raise plan_refusal("pipeline.partition", list(partition), rule, "empty stages are not simulated yet")
-    ends = [_front_end(workload) if layer == 0 else layers[layer - 1][1] for layer in accumulate(partition)]
-    if len(partition) > 1 and partition[-1] == 0:
-        ends[-2] = _back_start(workload)
-    ends[-1] = len(workload.blocks)
-    stages = []
-    for index, (first, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-        part = replace(workload, blocks=workload.blocks[first:end])
-        stages.append(Stage(index=index, first=first, workload=part, receives=index > 0, sends=index < num_stages - 1))
-    return tuple(stages)
+    counts = plan.pipeline.partition or partition or even_partition(len(layers), num_stages)
+    if sum(counts) != len(layers):
+        rule = f"the sum must be the model's layers, but got {sum(counts)} != {len(layers)}"
+        raise plan_refusal("pipeline.partition", list(counts), rule)
+    front, back = _ends(workload)
+    inner = [front if done == 0 else back if done == len(layers) else layers[done][0] for done in accumulate(counts[:-1])]
+    edges = [0, *inner, len(workload.blocks)]
+    if num_stages > 1 and (edges[1] == 0 or edges[-2] == edges[-1]):
+        rule = f"the first and the last stage have a layer, or the embedding and the head, but got {list(counts)}"
+        raise plan_refusal("pipeline.partition", list(counts), rule, "give both at least one layer")
+    return tuple(
+        Stage(
+            index=index, first=first, workload=replace(workload, blocks=workload.blocks[first:end]), receives=index > 0,
+            sends=index < num_stages - 1,
+        )
+        for index, (first, end) in enumerate(pairwise(edges))
+    )  # fmt: skip
 
 
-def _front_end(workload: Workload) -> int:
-    """Blocks before the first layer."""
-    return next((index for index, block in enumerate(workload.blocks) if block.name == "attention"), 0)
-
-
-def _back_start(workload: Workload) -> int:
-    """The first block behind the last layer."""
-    return max(
-        (index + 1 for index, block in enumerate(workload.blocks) if block.name in LAYER_ENDS), default=len(workload.blocks)
-    )
-
-
-def _holds_something(workload: Workload, partition: Sequence[int]) -> bool:
-    """Whether no stage is empty: a stage without layers is an end that has blocks of its own."""
-    if len(partition) == 1 or min(partition) > 0:
-        return min(partition) > 0
-    front, back = (
-        partition[0] > 0 or _front_end(workload) > 0,
-        partition[-1] > 0 or _back_start(workload) < len(workload.blocks),
-    )
-    return front and back and min(partition[1:-1], default=1) > 0
+def _ends(workload: Workload) -> tuple[int, int]:
+    """Block that begins the first layer, and the one behind the last layer."""
+    names = [block.name for block in workload.blocks]
+    front = next((index for index, name in enumerate(names) if name != "embedding"), 0)
+    ends = [index + 1 for index, name in enumerate(names) if name in LAYER_ENDS]
+    return (front, ends[-1]) if ends else (0, len(names))
 
 
 def stage_cost(stage: Stage, operations: Sequence[Operation], prices: PassPrices) -> StageCost:
@@ -191,6 +178,8 @@ def _lowered(stage: Stage, operations: Sequence[Operation], prices: PassPrices) 
     lowering = MicroBatchLowering(
         stage.workload, prices, builder, _LATER, runs_twice(operations), receives=stage.receives, sends=stage.sends
     )
+    if not operations:
+        return builder, 0
     lowering.run(operations)
     turn = next(place for place, operation in enumerate(operations) if operation.kind == "B")
     return builder, _first_recompute(operations, turn, {operation.block for operation in operations[:turn]})
@@ -226,6 +215,9 @@ def chunk_costs(stage: Stage, operations: Sequence[Operation], prices: PassPrice
         most: chunks.
     """
     builder, turn = _lowered(stage, operations, prices)
+    if not operations:
+        empty = _pass_cost(builder, 0, 0)
+        return (ChunkCost(forward=empty, backward=empty, parameter_elements=0),)
     ahead, back = builder.blocks[:turn], [max(0, block) for block in builder.blocks[turn:]]
     last = len(stage.blocks) - 1
     cuts = _cuts(ahead, back, last)

@@ -35,6 +35,7 @@ def run(plan: Plan, budget_bytes: int | None, recompute: str = "optimal") -> Par
 PLANS = {
     "1f1b": plan_of(pp=4, num_microbatches=8), "gpipe": plan_of(pp=2, schedule="gpipe", framework="pytorch"),
     "interleaved": plan_of(pp=2, schedule="interleaved", virtual_stages=2), "zb-h1": plan_of(pp=4, schedule="zb-h1"),
+    "empty stage": plan_of(pp=4, partition=(4, 0, 4, 0)),
     "one": plan_of(num_microbatches=2, dp=2, zero_stage=1), "chimera": plan_of(pp=4, schedule="chimera"),
 }  # fmt: skip
 

@@ -1,0 +1,97 @@
+"""The layers of each stage where a plan leaves ``pipeline.partition`` open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hardware_models.profile import DeviceProfile
+from simulator.lower import PassPrices
+from simulator.parallel.memory import static_memory
+from simulator.parallel.partition import (
+    ENDS_AS_LAYERS,
+    EVEN,
+    PartitionProblem,
+    best_partition,
+    ends_as_layers,
+    even_partition,
+)
+from simulator.parallel.stages import layers_of
+from simulator.pipeline.action import Order, actions_of
+from simulator.plan import Plan
+from simulator.workload import Block, Workload
+
+
+def partition_of(
+    workload: Workload, plan: Plan, prices: PassPrices, order: Order, device: DeviceProfile, *, dtype: str
+) -> tuple[int, ...]:
+    """Layers of each stage.
+
+    **Model**: frameworks that cut by a rule of their own keep it; else the cut whose slowest stage is fastest among those that fit the device (`best_partition`). A layer
+    takes its passes' time, that of a second forward pass with full recompute; it holds its share of ZeRO's table and what each micro-batch in flight keeps. How much
+    ``optimal`` recomputes is decided later, so it counts as none here.
+
+    Args:
+        workload: one micro-batch.
+        plan: without a partition.
+        prices: of passes.
+        order: of the pipeline.
+        device: its memory bounds stages.
+        dtype: of parameters.
+    """
+    layers, stages, framework = layers_of(workload), plan.num_stages, plan.runtime.framework
+    if plan.pipeline.partition is not None:
+        return plan.pipeline.partition
+    if stages == 1 or framework in EVEN:
+        return even_partition(len(layers), stages)
+    if framework in ENDS_AS_LAYERS and len(layers) + 2 >= 2 * stages:
+        return ends_as_layers(len(layers), stages)
+    full = plan.memory.recompute == "full"
+    each = static_memory(1.0, 0.0, plan, dtype=dtype)
+    element_bytes = (each.parameters + each.gradients + each.states) * order.weight_versions
+    inner = [
+        [block for block in workload.blocks[first:end] if block.name not in {"embedding", "head"}] for first, end in layers
+    ]
+    ends = [[block for block in workload.blocks if block.name == name] for name in ("embedding", "head")]
+    (front_s, back_s), (front_bytes, back_bytes) = (
+        [_seconds(own, prices, again=False) for own in ends],
+        [round(element_bytes * sum(block.parameter_elements for block in own)) for own in ends],
+    )
+    problem = PartitionProblem(
+        layer_s=tuple(_seconds(own, prices, again=full) for own in inner), front_s=front_s, back_s=back_s,
+        layer_bytes=tuple(round(element_bytes * sum(block.parameter_elements for block in own)) for own in inner),
+        kept_bytes=tuple(_kept(own, full=full) for own in inner), front_bytes=front_bytes, back_bytes=back_bytes, in_flight=in_flight(order),
+        room_bytes=(plan.memory.budget_bytes or device.memory_bytes - device.context_bytes) // plan.parallel.virtual_stages,
+    )  # fmt: skip
+    return best_partition(problem, stages)
+
+
+def _seconds(blocks: Sequence[Block], prices: PassPrices, *, again: bool) -> float:
+    """Of forward and backward passes, and of a second forward pass."""
+    return sum(
+        prices.seconds(option.forward)
+        + prices.seconds(option.backward_accumulate)
+        + (prices.seconds(block.discard) if again else 0.0)
+        for block in blocks
+        for option in block.options[:1]
+    )
+
+
+def _kept(blocks: Sequence[Block], *, full: bool) -> int:
+    """Bytes that a micro-batch keeps of a layer between its passes."""
+    if full:
+        return blocks[0].input_bytes if blocks else 0
+    return sum(block.options[0].saved_internal_bytes + block.input_bytes * block.options[0].keeps_input for block in blocks)
+
+
+def in_flight(order: Order) -> tuple[float, ...]:
+    """Per stage, most micro-batches that a rank holds between their forward and backward passes."""
+    most = [0.0] * order.num_stages
+    for cells in order.ranks:
+        held = [0.0] * order.num_stages
+        for action in actions_of(cells):
+            if action.kind == "F":
+                held[action.stage] += 1.0 / order.microbatch_parts
+                most[action.stage] = max(most[action.stage], held[action.stage])
+            elif action.kind in {"BW", "W"}:
+                held[action.stage] -= 1.0 / order.microbatch_parts
+    return tuple(most)
