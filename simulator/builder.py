@@ -80,12 +80,13 @@ class Builder:
 
     def program(self, resident_bytes: tuple[int, ...]) -> Program:
         """The instructions so far, on one device."""
-        count = len(self.kinds)
+        count, names = len(self.kinds), tuple(dict.fromkeys(self.options))
         events = [event for group in self.memory for event in group]
         return Program(
             kind=np.array(self.kinds, np.int8), device=np.zeros(count, np.int32), stream=np.array(self.streams, np.int8),
             duration_s=np.array(self.durations, np.float64), micro_batch=np.array(self.micro_batches, np.int32),
-            block=np.array(self.blocks, np.int32), option=tuple(self.options),
+            block=np.array(self.blocks, np.int32), option_index=np.array([names.index(option) for option in self.options], np.int16),
+            option_names=names,
             dependency_offsets=np.cumsum([0, *(len(own) for own in self.waits)], dtype=np.int64),
             dependencies=np.array([other for own in self.waits for other in own], np.int64),
             memory_offsets=np.cumsum([0, *(len(group) for group in self.memory)], dtype=np.int64),

@@ -23,7 +23,7 @@ KIND_CLASS: Mapping[Kind, str] = MappingProxyType(
 STREAM_CLASS: Mapping[Stream, str] = MappingProxyType(
     {
         Stream.TP: "tp", Stream.CP: "cp", Stream.EP: "ep", Stream.DP: "dp", Stream.SEND: "pp", Stream.H2D: "offload", Stream.D2H: "offload",
-        Stream.HOST: "host",
+        Stream.HOST: "host", Stream.DISPATCH: "host",
     }
 )  # fmt: skip
 

@@ -40,7 +40,7 @@ _LEAST_SHARE = 1e-3
 
 KIND_COLOURS = MappingProxyType(
     {
-        Kind.FORWARD: "#0072B2", Kind.RECOMPUTE: "#E69F00", Kind.BACKWARD: "#009E73", Kind.OPTIMIZER: "#CC79A7", Kind.REDUCE: "#56B4E9", Kind.TRANSFER: "#D55E00",
+        Kind.FORWARD: "#0072B2", Kind.RECOMPUTE: "#E69F00", Kind.BACKWARD: "#009E73", Kind.OPTIMIZER: "#CC79A7", Kind.REDUCE: "#56B4E9", Kind.TRANSFER: "#D55E00", Kind.DISPATCH: "#999999",
     }
 )  # fmt: skip
 """Colours of Okabe and Ito, which readers with any colour vision tell apart."""

@@ -20,6 +20,8 @@ class Kind(IntEnum):
     """Local accumulation of gradients."""
     TRANSFER = 5
     """Bytes over links: a copy, a message, a collective."""
+    DISPATCH = 6
+    """The host launches the kernels of a pass."""
 
 
 class Stream(IntEnum):
@@ -37,6 +39,8 @@ class Stream(IntEnum):
     """Collectives of data parallelism and ZeRO."""
     SEND = 8
     """Messages to the neighbouring pipeline ranks; the receiver's share of the links is part of the route."""
+    DISPATCH = 9
+    """The thread of the host that launches kernels; `HOST` is its cores and memory, which update parameters."""
 
 
 class MemoryClass(IntEnum):
@@ -100,7 +104,8 @@ class Program:
     """-1 where an instruction belongs to no micro-batch."""
     block: NDArray[np.int32]
     """-1 where an instruction belongs to no block."""
-    option: tuple[str, ...]
+    option_index: NDArray[np.int16]
+    """Into ``option_names``."""
     dependency_offsets: NDArray[np.int64]
     dependencies: NDArray[np.int64]
     memory_offsets: NDArray[np.int64]
@@ -109,6 +114,8 @@ class Program:
     memory_class: NDArray[np.int8]
     resident_bytes: tuple[tuple[int, ...], ...]
     """Per device and `MemoryClass`: bytes alive before the first instruction."""
+    option_names: tuple[str, ...] = ("",)
+    """Distinct ones."""
     transfers: Transfers = field(default_factory=no_transfers)
     slowdown: NDArray[np.float64] = field(default_factory=no_slowdown)
     """``slowdown[a, b]`` >= 1: time of an instruction on stream a while stream b of its device runs one, over its time alone."""
@@ -117,6 +124,11 @@ class Program:
     def num_instructions(self) -> int:
         """Instructions over all devices and streams."""
         return len(self.kind)
+
+    @property
+    def option(self) -> tuple[str, ...]:
+        """Of each instruction, how its block is run, or what it is for."""
+        return tuple(self.option_names[index] for index in self.option_index.tolist())
 
     @property
     def num_devices(self) -> int:
@@ -132,8 +144,10 @@ class Program:
             Kind.OPTIMIZER: "step",
             Kind.REDUCE: "reduce",
             Kind.TRANSFER: "T",
+            Kind.DISPATCH: "launch",
         }
         block = "" if self.block[index] < 0 else str(self.block[index])
-        option = f":{self.option[index]}" if self.option[index] else ""
+        name = self.option_names[self.option_index[index]]
+        option = f":{name}" if name else ""
         micro_batch = "" if self.micro_batch[index] < 0 else f" mb{self.micro_batch[index]}"
         return f"{letter[Kind(self.kind[index])]}{block}{option}{micro_batch}"

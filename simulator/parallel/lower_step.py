@@ -4,21 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 from numpy.typing import NDArray
 
-from simulator.parallel.communication import Exposed, StageCommunication
+from simulator.parallel.communication import StageCommunication
 from simulator.parallel.gradient_sync import GradientSync
-from simulator.parallel.offload import Offload
-from simulator.parallel.offload_step import HostTraffic, StagedPass
+from simulator.parallel.offload import LINKS_PER_RANK, Offload
 from simulator.parallel.optimizer_step import GradientCheck
-from simulator.parallel.stages import PassCost, StageCost
-from simulator.parallel.writer import Change, ProgramWriter
-from simulator.pipeline.action import Action, Order
-from simulator.program import Kind, MemoryClass, Program, Stream
+from simulator.parallel.order_blocks import KINDS, order_blocks
+from simulator.parallel.pass_template import Holding, PassSetting, PassShape, Sends, host_can_bind, pass_template
+from simulator.parallel.rank_ends import RankEnd, beginning, ending, late_parts
+from simulator.parallel.stages import StageCost
+from simulator.parallel.stamp import stamp
+from simulator.parallel.template import Template
+from simulator.pipeline.action import Order
+from simulator.program import Program
 
-_STREAM_OF_AXIS = {"tp_s": Stream.TP, "cp_s": Stream.CP, "ep_s": Stream.EP}
+_LINKS_BETWEEN_RANKS = 2
+"""Of a rank: out and in."""
+_SHAPES = (len(KINDS), 2, 2, 2, len(Sends))
+"""Values that each field of a `PassShape` can take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,311 +56,117 @@ class StepParts:
     """Of each rank: copy of the first micro-batch, which its first pass waits for; empty: nothing is copied."""
 
 
-class _Step:
-    """Issues actions rank by rank; messages tie them together afterwards."""
-
-    def __init__(self, parts: StepParts) -> None:
-        self.parts = parts
-        offload = parts.offload
-        own = offload.path.capacities * parts.order.num_ranks if offload else ()
-        self.writer = ProgramWriter([*parts.link_bytes_per_s, *own])
-        self.host = HostTraffic(self.writer, offload, len(parts.link_bytes_per_s)) if offload else None
-        self.first: dict[Action, int] = {}
-        """The instruction of an action that waits for what others send."""
-        self.last: dict[Action, tuple[int, ...]] = {}
-        """Instructions that end an action."""
-        self.messages: dict[Action, tuple[int, ...]] = {}
-        self.rank_of: dict[Action, int] = {}
-        self.backwards: dict[tuple[int, int], list[Action]] = {}
-        self.previous: list[tuple[int, ...]] = [()] * parts.order.num_ranks
-        self.pass_before: list[int | None] = [None] * parts.order.num_ranks
-        """First instruction of each rank's pass before the present one."""
-        self.gathered: set[tuple[int, int]] = set()
-        """Rank and stage whose updated parameters are there."""
-        self.tied: list[tuple[int, tuple[int, ...]]] = []
-        """Each rank's part in the tied table's all-reduce, and what it waits for."""
-        self.agreed: list[tuple[int, tuple[int, ...]]] = []
-        """Each rank's part in the agreement about gradients, and the look at them that it waits for."""
-
-    def lower(self, resident_bytes: Sequence[tuple[int, ...]], slowdown: NDArray[np.float64]) -> Program:
-        order = self.parts.order
-        for rank, cells in enumerate(order.ranks):
-            for cell in cells:
-                for action in cell.parts:
-                    self.rank_of[action] = rank
-                    if action.kind in {"B", "BW", "W"}:
-                        self.backwards.setdefault((rank, action.stage), []).append(action)
-        for rank, cells in enumerate(order.ranks):
-            self._begin(rank)
-            for cell in cells:
-                for action in cell.parts:
-                    self._action(rank, action)
-            self._end(rank)
-        for action in self.rank_of:
-            self._receive(action)
-        self._together(self.tied)
-        self._together(self.agreed)
-        if self.host:
-            self.host.settle()
-        return self.writer.program(resident_bytes, slowdown)
-
-    def _together(self, parts: Sequence[tuple[int, tuple[int, ...]]]) -> None:
-        """Each rank's part in a collective waits for what all of them wait for."""
-        for index, _ in parts:
-            for other in (other for _, waits in parts for other in waits):
-                self.writer.wait(index, other)
-
-    def _begin(self, rank: int) -> None:
-        if self.parts.load_s and self.parts.load_s[rank] > 0.0:
-            load = self.writer.issue(Kind.TRANSFER, rank, Stream.HOST, self.parts.load_s[rank], label="batch")
-            self.previous[rank] = (load,)
-        if self.host:
-            self.host.begin(rank, sum(self.parts.sync[stage].chunks for stage in self.parts.order.stages_of_rank[rank]))
-
-    def _action(self, rank: int, action: Action) -> None:
-        stage = action.stage
-        cost, communication = self.parts.costs[stage], self.parts.communication[stage]
-        share = 1.0 / self.parts.order.microbatch_parts
-        if action.kind == "W":
-            self._weights(rank, action, cost, share)
-            return
-        whole = cost.forward if action.kind == "F" else cost.backward
-        exposed = communication.forward if action.kind == "F" else communication.backward
-        less_s = cost.weight_s if action.kind == "B" else 0.0
-        gathered = self._gather(rank, action)
-        if self.host and self.host.offload.stages_passes:
-            first, indices = self._staged(self.host, rank, action, less_s, share, gathered)
-        else:
-            indices = self._compute(rank, action, whole, less_s, share, gathered)
-            first = indices[0]
-        ends = self._exposed(rank, action, exposed, share, indices[-1])
-        ends = self._reduce(rank, action, indices, ends)
-        self.first[action], self.last[action] = first, (*ends, *gathered[1])
-        self.previous[rank], self.pass_before[rank] = self.last[action], first
-        self._send(rank, action, ends)
-
-    def _compute(
-        self,
-        rank: int,
-        action: Action,
-        cost: PassCost,
-        less_s: float,
-        share: float,
-        gathered: tuple[tuple[int, ...], tuple[int, ...]],
-    ) -> list[int]:
-        """Compute instructions of a pass; the bytes rise at its start and settle at its end.
-
-        Of a backward pass the gradients come last: that piece is cut into buckets, and shorter where the weights' gradient is a pass of its own.
-        """
-        pieces = [(kind, seconds * share) for kind, seconds in cost.seconds if seconds > 0.0]
-        pieces = pieces or [(Kind.FORWARD if action.kind == "F" else Kind.BACKWARD, 0.0)]
-        pieces.sort(key=lambda piece: piece[0] is Kind.BACKWARD)
-        pieces[-1] = (pieces[-1][0], max(0.0, pieces[-1][1] - less_s * share))
-        in_buckets = action.kind == "BW" and (self._is_last(rank, action) or self._leaves(rank, action))
-        chunks = self.parts.sync[action.stage].chunks if in_buckets else 1
-        pieces = [*pieces[:-1], *[(pieces[-1][0], pieces[-1][1] / chunks)] * chunks]
-        rise, net = round(cost.rise_bytes * share), round(cost.net_bytes * share)
-        kept = self._kept_for_weights(cost, share) if action.kind == "B" else 0
-        start: tuple[Change, ...] = ((0.0, rise, MemoryClass.TRANSIENT),)
-        indices: list[int] = []
-        for place, (kind, seconds) in enumerate(pieces):
-            end: tuple[Change, ...] = ((seconds, -rise, MemoryClass.TRANSIENT), (seconds, net + kept, MemoryClass.ACTIVATIONS))
-            memory = (*(start if place == 0 else ()), *(end if place == len(pieces) - 1 else ()))
-            after = (*self.previous[rank], *gathered[0]) if place == 0 else ()
-            indices.append(
-                self.writer.issue(
-                    kind,
-                    rank,
-                    Stream.COMPUTE,
-                    seconds,
-                    after=after,
-                    micro_batch=action.micro_batch,
-                    stage=action.stage,
-                    memory=memory,
-                )
-            )
-        return indices
-
-    def _kept_for_weights(self, backward: PassCost, share: float) -> int:
-        """Bytes that the input's gradient leaves for the weights' one."""
-        return round(-round(backward.net_bytes * share) * self.parts.weight_share)
-
-    def _weights(self, rank: int, action: Action, cost: StageCost, share: float) -> None:
-        freed = -self._kept_for_weights(cost.backward, share)
-        seconds = cost.weight_s * share
-        index = self.writer.issue(
-            Kind.BACKWARD, rank, Stream.COMPUTE, seconds, after=self.previous[rank], micro_batch=action.micro_batch, stage=action.stage, label="W",
-            memory=((seconds, freed, MemoryClass.ACTIVATIONS),),
-        )  # fmt: skip
-        ends = self._reduce(rank, action, [index], (index,))
-        self.first[action], self.last[action] = index, ends
-        self.previous[rank], self.pass_before[rank] = (index,), index
-
-    def _staged(
-        self,
-        host: HostTraffic,
-        rank: int,
-        action: Action,
-        less_s: float,
-        share: float,
-        gathered: tuple[tuple[int, ...], tuple[int, ...]],
-    ) -> tuple[int, list[int]]:
-        """A pass in chunks beside which the host's part travels: its first compute instruction, and the last one of each chunk."""
-        staged = StagedPass(
-            rank=rank, action=action, chunks=host.offload.chunks_of_stage[action.stage], share=share, after=(*self.previous[rank], *gathered[0]),
-            before=self.pass_before[rank], less_s=less_s, weight_share=self.parts.weight_share if action.kind == "B" else 0.0,
-        )  # fmt: skip
-        return host.run(staged)
-
-    def _exposed(self, rank: int, action: Action, exposed: Exposed, share: float, before: int) -> tuple[int, ...]:
-        """Collectives that the pass waits for, after its compute (only their sum counts)."""
-        for name, stream in _STREAM_OF_AXIS.items():
-            seconds = getattr(exposed, name) * share
-            if seconds > 0.0:
-                before = self._collective(rank, action, seconds, stream=stream, after=(before,), label=name[:2])
-        return (before,)
-
-    def _gather(self, rank: int, action: Action) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """What the pass waits for before it starts, and what must be over when it ends.
-
-        Under ZeRO 3 each pass gathers parameters; under ZeRO 1 and 2 the first of a stage does, if that overlaps.
-        """
-        sync, key = self.parts.sync[action.stage], (rank, action.stage)
-        gathers = sync.forward_gathers if action.kind == "F" else sync.backward_gathers
-        first_s, rest_s, after = gathers.first_s, gathers.rest_s, self.previous[rank]
-        if sync.gather_overlaps and sync.gather_s > 0.0 and key not in self.gathered:
-            self.gathered.add(key)
-            first_s, after = sync.gather_s / sync.chunks, ()
-            rest_s = sync.gather_s - first_s
-        if first_s <= 0.0:
-            return (), ()
-        first = self._collective(rank, action, first_s, after=after, label="gather")
-        return (first,), (self._collective(rank, action, rest_s, after=(first,), label="gather"),)
-
-    def _collective(
-        self, rank: int, action: Action, seconds: float, *, after: tuple[int, ...], label: str, stream: Stream = Stream.DP
-    ) -> int:  # fmt: skip
-        """Issues a collective."""
-        return self.writer.issue(
-            Kind.TRANSFER, rank, stream, seconds, after=after, micro_batch=action.micro_batch, stage=action.stage, label=label
-        )
-
-    def _is_last(self, rank: int, action: Action) -> bool:
-        return self.backwards[rank, action.stage][-1] == action if action.kind != "F" else False
-
-    def _reduce(self, rank: int, action: Action, indices: Sequence[int], ends: tuple[int, ...]) -> tuple[int, ...]:
-        """Gradients between replicas: bucket by bucket behind the last backward pass, or after each one under ZeRO 3."""
-        sync = self.parts.sync[action.stage]
-        last = self._is_last(rank, action)
-        reduces = last or (sync.every_micro_batch and action.kind != "B")
-        leaves = last or self._leaves(rank, action)
-        if not sync.reduce_overlaps or action.kind == "F" or not (reduces or leaves):
-            return ends
-        chunks = indices[-sync.chunks :] if leaves and action.kind == "BW" else indices[-1:]
-        for index in chunks:
-            ready = index
-            if sync.reduce_s > 0.0 and reduces:
-                ready = self._collective(rank, action, sync.reduce_s / len(chunks), after=(index,), label="reduce")
-            if self.host and leaves:
-                self.host.gradients(rank, self._place(rank, action.stage), len(chunks), index, ready, last=last)
-        return ends
-
-    def _leaves(self, rank: int, action: Action) -> bool:
-        """Whether gradients go to the host after each of the stage's passes that make them."""
-        return (
-            self.host is not None
-            and action.kind in {"BW", "W"}
-            and self.host.leaves_each_time(rank, self._place(rank, action.stage)) > 0
-        )
-
-    def _place(self, rank: int, stage: int) -> int:
-        """Which of the rank's stages it is."""
-        return self.parts.order.stages_of_rank[rank].index(stage)
-
-    def _send(self, rank: int, action: Action, ends: tuple[int, ...]) -> None:
-        """The boundary to the next stage, or its gradient to the one before, if that is elsewhere."""
-        target = self._target(action)
-        receiver = self.rank_of.get(target) if target else None
-        if target is None or receiver is None or receiver == rank:
-            return
-        parts, stage = self.parts, action.stage if action.kind == "F" else action.stage - 1
-        index = self.writer.issue(
-            Kind.TRANSFER, rank, Stream.SEND, parts.message_latency_s, after=ends, micro_batch=action.micro_batch, stage=action.stage,
-            label="send" if action.kind == "F" else "send grad",
-        )  # fmt: skip
-        size = parts.communication[stage].message_bytes / parts.order.microbatch_parts
-        self.writer.route(index, size, parts.message_limit_bytes_per_s, (2 * rank, 2 * receiver + 1))
-        self.messages[action] = (index,)
-        if parts.waits_for_messages:
-            self.previous[rank] = (*self.previous[rank], index)
-
-    def _target(self, action: Action) -> Action | None:
-        """The pass that needs this one's result."""
-        if action.kind == "F":
-            return Action(action.stage + 1, "F", action.micro_batch) if action.stage + 1 < self.parts.order.num_stages else None
-        if action.kind == "W" or action.stage == 0:
-            return None
-        candidates = (Action(action.stage - 1, kind, action.micro_batch) for kind in ("BW", "B"))
-        return next((candidate for candidate in candidates if candidate in self.rank_of), None)
-
-    def _receive(self, action: Action) -> None:
-        target = self._target(action)
-        if target is not None:
-            for index in self.messages.get(action, self.last[action]):
-                self.writer.wait(self.first[target], index)
-
-    def _end(self, rank: int) -> None:
-        """Gradients are reduced, the tied table's too, then the optimizer steps and parameters are gathered."""
-        parts, stages = self.parts, self.parts.order.stages_of_rank[rank]
-        after = self.previous[rank]
-        for place, stage in enumerate(stages):
-            sync, ready = parts.sync[stage], after[-1]
-            if sync.reduce_s > 0.0 and not sync.reduce_overlaps:
-                ready = self.writer.issue(
-                    Kind.TRANSFER, rank, Stream.DP, sync.reduce_s, after=after, stage=stage, label="reduce"
-                )
-            if self.host and not sync.reduce_overlaps:
-                self.host.gradients(rank, place, 1, ready, ready, last=True)
-        ends_chain = {0, parts.order.num_stages - 1} & set(stages)
-        if parts.tied_s > 0.0 and ends_chain:
-            index = self.writer.issue(Kind.TRANSFER, rank, Stream.DP, parts.tied_s, after=after, label="tied")
-            self.tied.append((index, after))
-            after = (index,)
-        elif any(parts.sync[stage].reduce_s > 0.0 for stage in stages):
-            after = (*after, self.writer.issue(Kind.TRANSFER, rank, Stream.DP, 0.0, after=after, label="reduced"))
-        after = self._check(rank, after)
-        step = self.writer.issue(Kind.OPTIMIZER, rank, Stream.COMPUTE, parts.optimizer_s[rank], after=after)
-        if self.host:
-            step = self.host.update(rank, after, step)
-        gather_s = sum(parts.sync[stage].gather_s for stage in stages if not parts.sync[stage].gather_overlaps)
-        if gather_s > 0.0:
-            self.writer.issue(Kind.TRANSFER, rank, Stream.DP, gather_s, after=(step,), label="gather")
-
-    def _check(self, rank: int, after: tuple[int, ...]) -> tuple[int, ...]:
-        """Gradients are looked through, and ranks agree on what they found: what the optimizer waits for."""
-        check = self.parts.check
-        if check is None:
-            return after
-        read = self.writer.issue(Kind.OPTIMIZER, rank, Stream.COMPUTE, check.read_s[rank], after=after, label="norm")
-        if check.agree_s <= 0.0:
-            return (read,)
-        agreed = self.writer.issue(Kind.TRANSFER, rank, Stream.DP, check.agree_s, after=(read,), label="norm")
-        self.agreed.append((agreed, (read,)))
-        return (agreed,) if check.waits else (read,)
-
-
 def lower_step(parts: StepParts, resident_bytes: Sequence[tuple[int, ...]], slowdown: NDArray[np.float64]) -> Program:
     """The program of one training step.
 
     **Model**: per pass one compute instruction per kind, then the collectives that it waits for; a message to the neighbour as a transfer over the links out of one rank
-    and into the other; gradients go between replicas bucket by bucket behind the last backward pass; the optimizer steps when they are there. What lives on the host travels beside all that (`offload_step`).
+    and into the other; gradients go between replicas bucket by bucket behind the last backward pass; the optimizer steps when they are there. What lives on the host travels
+    beside all that (`offload_step`). Where the host may need longer to launch a pass than the device to compute it, it launches the rank's passes one after the other on a
+    stream of its own, and a pass is not over before it is launched.
 
-    **Not modelled**: where inside a pass a collective lies (only the sums count); what an overlapped pair of passes gains (they run one after the other);
-    the loader's processes.
+    Passes of a stage differ in little: each distinct one is written once (`pass_template`) and stamped over the order (`stamp`).
+
+    **Not modelled**: where inside a pass a collective lies (only the sums count); what an overlapped pair of passes gains (they run one after the other); that the host may
+    wait for messages; the loader's processes.
 
     Args:
         parts: of the step.
         resident_bytes: per pipeline rank and `MemoryClass`.
         slowdown: as in `Program`.
     """
-    return _Step(parts).lower(resident_bytes, slowdown)
+    offload, order = parts.offload, parts.order
+    own = offload.path.capacities * order.num_ranks if offload else ()
+    templates, template = _Plan(parts).templates()
+    return stamp(
+        order_blocks(order), templates, template, link_bytes_per_s=[*parts.link_bytes_per_s, *own], links_per_rank=(_LINKS_BETWEEN_RANKS, LINKS_PER_RANK),
+        resident_bytes=resident_bytes, slowdown=slowdown,
+    )  # fmt: skip
+
+
+class _Plan:
+    """Which template each block of the order gets."""
+
+    def __init__(self, parts: StepParts) -> None:
+        self.parts, self.blocks = parts, order_blocks(parts.order)
+        self.setting = PassSetting(
+            share=1.0 / parts.order.microbatch_parts, message_limit_bytes_per_s=parts.message_limit_bytes_per_s, message_latency_s=parts.message_latency_s,
+            waits_for_messages=parts.waits_for_messages, weight_share=parts.weight_share, offload=parts.offload,
+        )  # fmt: skip
+        self.kinds = frozenset(KINDS[kind] for kind in np.flatnonzero(np.bincount(self.blocks.kind + 1)[1:]))
+        self.holdings: dict[Holding, int] = {}
+        """Distinct ones, numbered."""
+        self.held: dict[tuple[int, int], Holding] = {}
+        """By rank and stage."""
+
+    def templates(self) -> tuple[list[Template], NDArray[np.int64]]:
+        """Distinct templates, and the one of each block."""
+        number = np.zeros((self.parts.order.num_ranks, self.parts.order.num_stages), dtype=np.int64)
+        for rank, stages in enumerate(self.parts.order.stages_of_rank):
+            dispatched = self._dispatched(rank)
+            for place, stage in enumerate(stages):
+                held = self._holding(rank, place, stage, dispatched=dispatched)
+                self.held[rank, stage] = held
+                number[rank, stage] = self.holdings.setdefault(held, len(self.holdings))
+        templates, template = self._passes(number)
+        self._ends(templates, template)
+        return templates, template
+
+    def _passes(self, number: NDArray[np.int64]) -> tuple[list[Template], NDArray[np.int64]]:
+        blocks = self.blocks
+        sends = np.where(
+            blocks.receiver < 0, Sends.NOWHERE, np.where(blocks.receiver == blocks.rank, Sends.OWN_RANK, Sends.OTHER_RANK)
+        )
+        columns = (blocks.kind, blocks.last, blocks.first, blocks.first_gradients, sends)
+        shape = np.ravel_multi_index(columns, _SHAPES, mode="clip")
+        code = np.where(blocks.stage < 0, -1, number[blocks.rank, blocks.stage] * prod(_SHAPES) + shape)
+        found = np.flatnonzero(np.bincount(code + 1)) - 1
+        place = np.zeros(code.max() + 2, dtype=np.int64)
+        place[found + 1] = np.arange(len(found)) - 1
+        held = list(self.holdings)
+        templates = []
+        for one in found[found >= 0].tolist():
+            kind, last, first, first_gradients, sent = (int(value) for value in np.unravel_index(one % prod(_SHAPES), _SHAPES))
+            passed = PassShape(KINDS[kind], bool(last), bool(first), bool(first_gradients), Sends(sent))
+            templates.append(pass_template(self.setting, held[one // prod(_SHAPES)], passed))
+        return templates, place[code + 1]
+
+    def _ends(self, templates: list[Template], template: NDArray[np.int64]) -> None:
+        """Adds each rank's beginning and end."""
+        order, first_block = self.parts.order, self.blocks.first_block
+        sent = np.array([len(one.sent) for one in templates])[template]
+        tied = tuple(
+            rank
+            for rank, stages in enumerate(order.stages_of_rank)
+            if self.parts.tied_s > 0.0 and {0, order.num_stages - 1} & set(stages)
+        )
+        for rank in range(order.num_ranks):
+            begin, last = first_block[rank], first_block[rank + 1] - 1
+            end = self._rank_end(rank, tied, sent=int(sent[begin + 1 : last].sum()))
+            start = beginning(end)
+            template[begin], template[last] = len(templates), len(templates) + 1
+            templates += [start, ending(end, late=late_parts(end))]
+
+    def _rank_end(self, rank: int, tied: tuple[int, ...], *, sent: int) -> RankEnd:
+        parts, offload = self.parts, self.parts.offload
+        return RankEnd(
+            holdings=tuple((stage, self.held[rank, stage]) for stage in parts.order.stages_of_rank[rank]), optimizer_s=parts.optimizer_s[rank],
+            tied_s=parts.tied_s if rank in tied else 0.0, tied_ranks=tied, check=parts.check, load_s=parts.load_s[rank] if parts.load_s else 0.0,
+            rank=rank, num_ranks=parts.order.num_ranks, offload=offload,
+            update=offload.updates[rank] if offload and offload.updates else None,
+            returned_bytes=offload.returned_bytes[rank] if offload and offload.returned_bytes else 0.0, sent=sent,
+        )  # fmt: skip
+
+    def _dispatched(self, rank: int) -> bool:
+        """Whether the rank may wait for its host."""
+        return any(host_can_bind(self.parts.costs[stage], self.kinds) for stage in self.parts.order.stages_of_rank[rank])
+
+    def _holding(self, rank: int, place: int, stage: int, *, dispatched: bool) -> Holding:
+        parts, offload = self.parts, self.parts.offload
+        update = offload.updates[rank] if offload and offload.updates else None
+        return Holding(
+            cost=parts.costs[stage], communication=parts.communication[stage], sync=parts.sync[stage],
+            gradient_message_bytes=parts.communication[stage - 1].message_bytes if stage else 0.0,
+            chunks=offload.chunks_of_stage[stage] if offload and offload.stages_passes else (),
+            each_bytes=int(update.each_bytes[place]) if update and update.each_bytes else 0, down_bytes=update.down_bytes[place] if update else 0.0,
+            dispatched=dispatched,
+        )  # fmt: skip

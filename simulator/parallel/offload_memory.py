@@ -20,16 +20,17 @@ def host_peaks(program: Program, record: RunRecord, resident_bytes: Sequence[flo
 
     **Not modelled**: the allocator's rounding of pinned buffers, the process itself.
     """
-    changes: list[list[tuple[float, int, float]]] = [[] for _ in range(program.num_devices)]
-    for row, n in enumerate(program.transfers.instruction.tolist()):
-        label, size, device = program.option[n], float(program.transfers.size_bytes[row]), int(program.device[n])
-        if label == OUT:
-            changes[device].append((float(record.start_s[n]), 1, size))
-        elif label == BACK:
-            changes[device].append((float(record.end_s[n]), 0, -size))
+    own = program.transfers.instruction
+    names = np.array(program.option_names)[program.option_index[own]]
+    out, back = np.flatnonzero(names == OUT), np.flatnonzero(names == BACK)
+    rows = np.concatenate([out, back])
+    time_s = np.concatenate([record.start_s[own[out]], record.end_s[own[back]]])
+    change = program.transfers.size_bytes[rows] * np.repeat([1.0, -1.0], [len(out), len(back)])
+    order = np.lexsort((change, time_s))  # at one instant, what returns goes first
+    devices = program.device[own[rows]][order]
     resident = list(resident_bytes) or [0.0] * program.num_devices
-    alive = (np.cumsum([0.0, *(change[2] for change in sorted(own))]) for own in changes)
-    return [round(kept + float(own.max())) for kept, own in zip(resident, alive, strict=True)]
+    alive = (np.cumsum(change[order][devices == device]).max(initial=0.0) for device in range(program.num_devices))
+    return [round(kept + float(most)) for kept, most in zip(resident, alive, strict=True)]
 
 
 def node_peak(peaks: Sequence[int], mesh: Mesh) -> int:

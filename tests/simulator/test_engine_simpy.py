@@ -39,7 +39,7 @@ def program_of(steps: Sequence[Step], resident: Sequence[tuple[int, ...]] = (NO_
         duration_s=np.array([step.duration_s for step in steps], dtype=np.float64),
         micro_batch=np.zeros(len(steps), dtype=np.int32),
         block=np.arange(len(steps), dtype=np.int32),
-        option=("",) * len(steps),
+        option_index=np.zeros(len(steps), dtype=np.int16),
         dependency_offsets=np.cumsum([0, *(len(step.after) for step in steps)], dtype=np.int64),
         dependencies=np.array([other for step in steps for other in step.after], dtype=np.int64),
         memory_offsets=np.cumsum([0, *(len(step.memory) for step in steps)], dtype=np.int64),

@@ -44,7 +44,7 @@ def programs(draw: st.DrawFn) -> Program:
     return Program(
         kind=np.full(num, Kind.FORWARD, dtype=np.int8), device=np.array([draw(st.integers(0, devices - 1)) for _ in range(num)], dtype=np.int32),
         stream=np.array([draw(st.sampled_from([Stream.COMPUTE, Stream.H2D, Stream.D2H, Stream.TP])) for _ in range(num)], dtype=np.int8), duration_s=durations,
-        micro_batch=np.zeros(num, dtype=np.int32), block=np.arange(num, dtype=np.int32), option=("",) * num,
+        micro_batch=np.zeros(num, dtype=np.int32), block=np.arange(num, dtype=np.int32), option_index=np.zeros(num, dtype=np.int16),
         dependency_offsets=np.cumsum([0, *(len(own) for own in dependencies)], dtype=np.int64), dependencies=np.array([other for own in dependencies for other in own], dtype=np.int64),
         memory_offsets=np.cumsum([0, *(len(own) for own in events)], dtype=np.int64), memory_time_s=np.array([event[0] for event in flat]),
         memory_bytes=np.array([event[1] for event in flat], dtype=np.int64), memory_class=np.full(len(flat), MemoryClass.ACTIVATIONS, dtype=np.int8),
@@ -137,7 +137,7 @@ def test_a_deadlock_is_the_same_for_both() -> None:
 def two_copies(*, slowdown: np.ndarray) -> Program:
     return Program(
         kind=np.zeros(2, dtype=np.int8), device=np.array([0, 1], dtype=np.int32), stream=np.full(2, Stream.H2D, dtype=np.int8), duration_s=np.zeros(2),
-        micro_batch=np.zeros(2, dtype=np.int32), block=np.arange(2, dtype=np.int32), option=("", ""), dependency_offsets=np.zeros(3, dtype=np.int64),
+        micro_batch=np.zeros(2, dtype=np.int32), block=np.arange(2, dtype=np.int32), option_index=np.zeros(2, dtype=np.int16), dependency_offsets=np.zeros(3, dtype=np.int64),
         dependencies=np.empty(0, dtype=np.int64), memory_offsets=np.zeros(3, dtype=np.int64), memory_time_s=np.empty(0), memory_bytes=np.empty(0, dtype=np.int64),
         memory_class=np.empty(0, dtype=np.int8), resident_bytes=((0,) * len(MemoryClass),) * 2, slowdown=slowdown,
         transfers=Transfers(

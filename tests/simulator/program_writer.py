@@ -53,10 +53,10 @@ class ProgramWriter:
         """The program so far."""
         kinds, devices, streams, durations, micro_batches, stages, labels = zip(*self._rows, strict=True)
         changes = [change for own in self._changes for change in own]
-        transfers = sorted(self._transfers)
+        transfers, names = sorted(self._transfers), tuple(dict.fromkeys(labels))
         return Program(
             kind=np.array(kinds, np.int8), device=np.array(devices, np.int32), stream=np.array(streams, np.int8), duration_s=np.array(durations, np.float64),
-            micro_batch=np.array(micro_batches, np.int32), block=np.array(stages, np.int32), option=labels,
+            micro_batch=np.array(micro_batches, np.int32), block=np.array(stages, np.int32), option_index=np.array([names.index(label) for label in labels], np.int16), option_names=names,
             dependency_offsets=np.cumsum([0, *(len(own) for own in self._waits)], dtype=np.int64),
             dependencies=np.array([other for own in self._waits for other in own], np.int64),
             memory_offsets=np.cumsum([0, *(len(own) for own in self._changes)], dtype=np.int64),
