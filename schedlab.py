@@ -291,19 +291,24 @@ def write_search(result: SearchResult, out: Path) -> None:
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Timed steps.")
 @click.option("--trace", "trace_path", type=click.Path(path_type=Path), help="Write a Chrome trace, predicted beside measured.")
+@click.option(
+    "--bundle", type=click.Path(path_type=Path), help="Write plan and program to run elsewhere, and run nothing here."
+)
 @reported
 def replay(
     model_name: str, seq_len: int | None, hardware_name: str, plan_path: Path | None, batch: int | None, device: str, steps: int,
-    trace_path: Path | None,
+    trace_path: Path | None, bundle: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Runs a plan for real, and sets what was predicted beside what is measured."""
+    """Runs a plan for real, and sets what was predicted beside what is measured; or writes it to run on a machine that has only torch."""
+    from validation.replay_comparison import bundle_replay, replay_case  # noqa: PLC0415
     from validation.replay_comparison import replay as run_replay  # noqa: PLC0415 - torch only where something runs
-    from validation.replay_comparison import replay_case  # noqa: PLC0415
 
     profile = device_profile(hardware_name, device=device)
     plan = read_plan(plan_path) if plan_path else Plan()
     source = model_source(model_name, batch=batch, seq_len=seq_len).with_plan_batch(plan)
     case = replay_case(plan, source, profile, folder=plan_path.parent if plan_path else None)
+    if bundle:
+        return bundle_replay(case, source, profile, bundle)
     outcome = run_replay(
         source, (case,), profile, repeats=steps, on=device, progress=lambda text: stderr.print(text, highlight=False)
     )

@@ -11,19 +11,13 @@ from hardware_models.kernel import Kernel
 from simulator.builder import Builder
 from simulator.host_schedule import HostSchedule, updated_groups
 from simulator.lower_host import HostIssuer, HostLanes, device_resident
+from simulator.optimizer_states import OPTIMIZER_PASSES, OPTIMIZER_STATES, STEP_COUNT_BYTES
 from simulator.program import Kind, MemoryClass, Program
 from simulator.sequence import Operation, check_sequence, runs_twice
 from simulator.workload import MemoryEvent, Pass, Workload
 
 Price = Callable[[Sequence[Kernel]], NDArray[np.float64]]
 """Seconds of each kernel, the time that its launch takes included."""
-
-OPTIMIZER_STATES = {"adamw": 2, "sgd": 0}
-"""Tensors of the parameter's own size that an optimizer keeps."""
-STEP_COUNT_BYTES = {"adamw": 4, "sgd": 0}
-"""The step count that torch's optimizers keep for each parameter tensor."""
-OPTIMIZER_PASSES = {"adamw": (4, 3), "sgd": (2, 1)}
-"""(reads, writes) of the parameter's size in one fused step: parameter, gradient and states."""
 
 
 class PassPrices:

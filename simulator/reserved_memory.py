@@ -24,7 +24,7 @@ from hardware_models.caching_allocator import (
     apply_event,
     peaks_of,
 )
-from simulator.lower import OPTIMIZER_STATES, STEP_COUNT_BYTES
+from simulator.optimizer_states import OPTIMIZER_STATES, STEP_COUNT_BYTES
 from simulator.program import MemoryClass
 from simulator.timeline import MemoryProfile
 from simulator.workload import Workload

@@ -17,8 +17,9 @@ from simulator import engine_compiled, engine_simpy
 from simulator.exposed_time import exposed_times
 from simulator.host_planner import host_schedule
 from simulator.host_schedule import HostSchedule, HostShares, host_shares
-from simulator.lower import OPTIMIZER_STATES, PassPrices, lower, optimizer_pass
+from simulator.lower import PassPrices, lower, optimizer_pass
 from simulator.lower_host import host_lanes
+from simulator.optimizer_states import OPTIMIZER_STATES
 from simulator.plan import Plan
 from simulator.precision import PRODUCTS_IN, STORED_AS, in_precision, price_in
 from simulator.program import Kind, MemoryClass, Program

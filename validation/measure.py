@@ -158,9 +158,9 @@ class SpanRecorder:
         ]
         for span in self._lanes.spans:
             kind = Kind.OPTIMIZER if span.label == "update" else Kind.TRANSFER
-            name = f"{span.label}{span.block if span.block >= 0 else ''}" + (
-                f" mb{span.micro_batch}" if span.micro_batch >= 0 else ""
-            )
+            block = str(span.block) if span.block >= 0 else ""
+            micro_batch = f" mb{span.micro_batch}" if span.micro_batch >= 0 else ""
+            name = f"{'step' if kind is Kind.OPTIMIZER else 'T'}{block}:{span.label}{micro_batch}"
             found.append(self._span(span.stream, kind, name, span.micro_batch, span.block, span.begin, span.end))
         return Timeline(spans=tuple(sorted(found, key=lambda span: (span.start_s, span.stream))))
 

@@ -7,16 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from hardware_models.errors import InputError
 from hardware_models.profile import DeviceProfile
 from search.recompute import sequence_of
 from simulator.host_schedule import HostShares
 from simulator.model_source import ModelSource
+from simulator.models import MODELS
 from simulator.plan import Plan
 from simulator.plan_file import plan_to_dict
 from simulator.sequence import Operation, keep_all
 from simulator.simulate import Simulation, StepSetting, simulate, step_setting
 from simulator.timeline import Timeline
 from simulator.tracing.trace import Traced
+from validation.bundle import BundleCase, write_bundle
 from validation.measure import PeakMemory, StepTimes, interleaved_times
 from validation.session import GradientsMatch, ReplaySession
 
@@ -169,3 +172,42 @@ def _predict(session: ReplaySession, case: ReplayCase, device: DeviceProfile) ->
     workload = session.traced(size).workload
     setting = replace(step_setting(case.plan, len(workload.blocks)), num_microbatches=session.global_batch // size)
     return simulate(workload, case.operations, device, setting)
+
+
+def bundle_replay(case: ReplayCase, source: ModelSource, device: DeviceProfile, path: Path) -> dict[str, Any]:
+    """Writes a case with its prediction to run on a machine that has only torch; what the command line says of it.
+
+    Raises:
+        InputError: the model is built by a package that such a machine does not have.
+    """
+    one = bundle_case(case, source, device)
+    write_bundle([one], path)
+    return {
+        "bundle": str(path),
+        "predicted": dict(one.predicted),
+        "_table": f"python -m validation.replay {path} --out results.zip --device {device.kind}",
+    }
+
+
+def bundle_case(case: ReplayCase, source: ModelSource, device: DeviceProfile) -> BundleCase:
+    """A case to run elsewhere, with its prediction from the trace that was made here."""
+    needs = MODELS[source.name].needs if source.name in MODELS else ""
+    if needs or source.config is not None:
+        plain = [name for name, entry in MODELS.items() if not entry.needs]
+        rule = f"this model is built by {needs or 'a configuration'}, which a bare machine does not have"
+        raise InputError(
+            source="--model",
+            key="name",
+            value=source.name,
+            rule=rule,
+            remedy=f"take one of {', '.join(plain)}, or package.module:function",
+        )
+    workload = source.workload(case.plan.batch.micro_batch or source.global_batch)
+    simulation = simulate(workload, case.operations, device, step_setting(case.plan, len(workload.blocks)))
+    program = simulation.program
+    labels = [program.label(index) for index in range(program.num_instructions)]
+    return BundleCase(
+        name=case.name, model=source.name, batch=source.global_batch, seq_len=source.seq_len, plan=case.plan, operations=case.operations,
+        predicted=simulation.to_json(),
+        program={"label": labels, "stream": program.stream.tolist(), "duration_s": program.duration_s.tolist()},
+    )  # fmt: skip

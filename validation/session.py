@@ -12,12 +12,13 @@ import torch
 from hardware_models.host_memory import keep_freed_pages
 from simulator.host_planner import host_schedule
 from simulator.host_schedule import HostShares
-from simulator.lower import OPTIMIZER_STATES
+from simulator.optimizer_states import OPTIMIZER_STATES
 from simulator.sequence import Operation
 from simulator.timeline import Timeline
 from simulator.tracing.trace import Traced, trace
 from simulator.tracing.traced_model import TracedModel, batch_size, micro_batches
-from validation.measure import PeakMemory, peak_memory
+from validation.hand_made import HandMadeRun
+from validation.measure import PeakMemory, peak_memory, synchronize
 from validation.optimizer import FusedOptimizer
 from validation.step_runs import PlainRun, ScheduledRun, StepOrder, StepRun
 
@@ -98,10 +99,19 @@ class ReplaySession:
         tensors = [_tensors(piece) for piece in pieces]
         return self._known(ScheduledRun(self.module, tensors, self.device, order, self.optimizer))
 
+    def wait(self) -> None:
+        """Returns once the device is idle."""
+        synchronize(self.device)
+
     def plain(self, micro_batch: int | None = None) -> PlainRun:
         """The module as it is, on the whole batch or on each micro-batch."""
         pieces = micro_batches(self.batch, micro_batch or self.global_batch)
         return self._known(PlainRun(self.module, pieces, self.device, self.optimizer, self.precision))
+
+    def hand_made(self, means: str, micro_batch: int) -> HandMadeRun:
+        """The module with torch's own means of saving memory (`validation.hand_made`)."""
+        pieces = micro_batches(self.batch, micro_batch)
+        return self._known(HandMadeRun(self.module, pieces, self.device, self.optimizer, self.precision, means=means))
 
     def _known(self, run: _Run) -> _Run:
         self._runs.append(run)

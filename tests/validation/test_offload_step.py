@@ -13,8 +13,9 @@ import torch
 from hardware_models.errors import InputError, UnknownNameError
 from simulator.host_planner import host_schedule
 from simulator.host_schedule import HostShares
-from simulator.lower import OPTIMIZER_STATES, PassPrices, lower
+from simulator.lower import PassPrices, lower
 from simulator.lower_host import HostLanes
+from simulator.optimizer_states import OPTIMIZER_STATES
 from simulator.program import Program, Stream
 from simulator.sequence import Operation
 from simulator.simulate import static_peak_bytes

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from hardware_models.errors import UnknownNameError
-from simulator.lower import OPTIMIZER_STATES, STEP_COUNT_BYTES
+from simulator.optimizer_states import OPTIMIZER_STATES, STEP_COUNT_BYTES
 from simulator.tracing.live_storages import LiveStorages
 from tests.small_steps import Level
 from validation.optimizer import FusedOptimizer
