@@ -83,7 +83,11 @@ class IntegerProgram:
             time_limit_s: None: as long as it takes.
             relaxed: integers may be fractions: the objective is a bound.
         """
-        rows, columns, values = (np.array(each) for each in zip(*self._entries, strict=True))
+        if not self._costs:
+            feasible = all(bound >= 0 for bound in self._bounds)
+            return ProgramAnswer(values=np.zeros(0) if feasible else None, objective=0.0, bound=0.0, is_infeasible=not feasible)
+        rows, columns = (np.array([entry[place] for entry in self._entries], np.int64) for place in (0, 1))
+        values = np.array([value for _, _, value in self._entries], np.float64)
         matrix = csr_array((values, (rows, columns)), shape=(len(self._bounds), len(self._costs)))
         options = {"mip_rel_gap": 0.0, "presolve": True} | ({} if time_limit_s is None else {"time_limit": time_limit_s})
         found = milp(

@@ -21,7 +21,9 @@ from simulator.tracing.side_values import fake_activations
 from simulator.workload import Block, BlockOption, Buffer, MemoryEvent, ParameterTensor, Pass, SavedTensor
 
 
-class _Phase(IntEnum):
+class Phase(IntEnum):
+    """Of a recorded run."""
+
     SETUP = 0
     FORWARD = 1
     LET_GO = 2
@@ -32,7 +34,7 @@ class _Phase(IntEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Event:
-    phase: _Phase
+    phase: Phase
     kernel: int
     serial: int
     delta_bytes: int
@@ -43,9 +45,9 @@ class Recorder(LiveStorages):
 
     def __init__(self) -> None:
         super().__init__(self._change)
-        self.phase = _Phase.SETUP
+        self.phase = Phase.SETUP
         self.events: list[_Event] = []
-        self.kernels: dict[_Phase, list[Kernel]] = {phase: [] for phase in _Phase}
+        self.kernels: dict[Phase, list[Kernel]] = {phase: [] for phase in Phase}
         self.origins: dict[int, SavedTensor] = {}
         """By serial: what each storage was when it appeared."""
         self.changes_products = False
@@ -154,30 +156,30 @@ def _num_bytes(tensors: Sequence[torch.Tensor]) -> int:
 
 def _record_option(setting: Setting, name: str) -> tuple[BlockOption, bool]:
     """The option, and whether the block changes the results of its products in place."""
-    first = _Run(setting)
+    first = RecordedRun(setting)
     first.train(name, accumulate=False)
-    later = _Run(setting)
+    later = RecordedRun(setting)
     later.train(name, accumulate=True)
     option = BlockOption(
-        name=name, forward=first.pass_of(_Phase.FORWARD), backward=first.pass_of(_Phase.BACKWARD),
-        backward_accumulate=later.pass_of(_Phase.BACKWARD), keeps_input=first.input_serial in first.kept,
+        name=name, forward=first.pass_of(Phase.FORWARD), backward=first.pass_of(Phase.BACKWARD),
+        backward_accumulate=later.pass_of(Phase.BACKWARD), keeps_input=first.input_serial in first.kept,
         keeps_output=first.output_serial in first.kept, saved=first.saved_tensors(),
     )  # fmt: skip
     return option, first.recorder.changes_products
 
 
 def _record_discard(setting: Setting) -> tuple[Pass, int]:
-    run = _Run(setting)
+    run = RecordedRun(setting)
     output_bytes = run.discard()
-    return run.pass_of(_Phase.FORWARD), output_bytes
+    return run.pass_of(Phase.FORWARD), output_bytes
 
 
-class _Run:
+class RecordedRun:
     """One recorded run of a block: who holds what is told apart by when it ends."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, recorder: Recorder | None = None) -> None:
         self.setting = setting
-        self.recorder = Recorder()
+        self.recorder = recorder or Recorder()
         self.input_serial = self.output_serial = -1
         self.kept: frozenset[int] = frozenset()
         self.packed: list[int] = []
@@ -190,10 +192,10 @@ class _Run:
         with fake_activations(self.setting.chain.capture.fake_mode):
             micro_batch, x = self._prepare(accumulate=False)
             with self.recorder:
-                self.recorder.phase = _Phase.FORWARD
+                self.recorder.phase = Phase.FORWARD
                 y = micro_batch.discard(self.setting.block, x)
                 self._name_outputs(micro_batch, y)
-                self.recorder.phase = _Phase.END
+                self.recorder.phase = Phase.END
         return y.untyped_storage().nbytes()
 
     def train(self, option: str, *, accumulate: bool) -> None:
@@ -202,23 +204,23 @@ class _Run:
         with fake_activations(self.setting.chain.capture.fake_mode):
             micro_batch, x = self._prepare(accumulate=accumulate)
             with self.recorder:
-                self.recorder.phase = _Phase.FORWARD
+                self.recorder.phase = Phase.FORWARD
                 y, tape = micro_batch.save(block, x, option, lambda tensor: self.packed.append(self.recorder.serial(tensor)))
                 self._name_outputs(micro_batch, y)
-                self.recorder.phase = _Phase.LET_GO
+                self.recorder.phase = Phase.LET_GO
                 grad = _like(y)
                 del x, y
                 self.kept = self.recorder.alive
                 self.recorder.add((grad,))
-                self.recorder.phase = _Phase.BACKWARD
+                self.recorder.phase = Phase.BACKWARD
                 grad_input = micro_batch.backward(tape, grad)
                 self._name_gradients(micro_batch, grad, grad_input)
-                self.recorder.phase = _Phase.END
+                self.recorder.phase = Phase.END
 
-    def pass_of(self, phase: _Phase) -> Pass:
+    def pass_of(self, phase: Phase) -> Pass:
         """The kernels and memory events of the forward or the backward phase."""
         events = [event for event in self.recorder.events if event.phase is phase]
-        if phase is _Phase.FORWARD:
+        if phase is Phase.FORWARD:
             events += self._let_go_events()
         net: dict[int, int] = {}
         for event in events:
@@ -233,17 +235,17 @@ class _Run:
 
     def _let_go_events(self) -> list[_Event]:
         """Storages other than the boundaries that ended with them: freed at the end of the forward pass."""
-        kernel = len(self.recorder.kernels[_Phase.FORWARD])
+        kernel = len(self.recorder.kernels[Phase.FORWARD])
         boundaries = {self.input_serial, self.output_serial}
         return [
-            _Event(phase=_Phase.FORWARD, kernel=kernel, serial=event.serial, delta_bytes=event.delta_bytes)
+            _Event(phase=Phase.FORWARD, kernel=kernel, serial=event.serial, delta_bytes=event.delta_bytes)
             for event in self.recorder.events
-            if event.phase is _Phase.LET_GO and event.delta_bytes < 0 and event.serial not in boundaries
+            if event.phase is Phase.LET_GO and event.delta_bytes < 0 and event.serial not in boundaries
         ]
 
     def saved_tensors(self) -> tuple[SavedTensor, ...]:
         """What the graph keeps, in the order in which it appeared."""
-        made = {event.serial for event in self.recorder.events if event.phase is _Phase.FORWARD}
+        made = {event.serial for event in self.recorder.events if event.phase is Phase.FORWARD}
         origins = self.recorder.origins
         kept = sorted(serial for serial in self.kept if serial in made or serial == self.input_serial)
         places = {serial: place for place, serial in enumerate(self.packed) if serial not in self.roles}
@@ -306,12 +308,12 @@ class _Run:
     def _pass_on(self, grad: torch.Tensor) -> None:
         """The block handed its output's gradient on as its input's: written down as a new one, as the old one is let go."""
         serial = self.recorder.serial(grad)
-        kernel = len(self.recorder.kernels[_Phase.BACKWARD])
+        kernel = len(self.recorder.kernels[Phase.BACKWARD])
         size = grad.untyped_storage().nbytes()
-        self.recorder.events.append(_Event(phase=_Phase.BACKWARD, kernel=kernel, serial=serial, delta_bytes=size))
+        self.recorder.events.append(_Event(phase=Phase.BACKWARD, kernel=kernel, serial=serial, delta_bytes=size))
 
-    def _buffer(self, phase: _Phase, serial: int, net_bytes: int) -> Buffer:
-        if phase is _Phase.FORWARD:
+    def _buffer(self, phase: Phase, serial: int, net_bytes: int) -> Buffer:
+        if phase is Phase.FORWARD:
             return self.roles.get(serial, "internal" if net_bytes else "transient")
         if serial == self.input_serial:
             return "saved_input"
