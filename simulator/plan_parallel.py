@@ -121,15 +121,9 @@ def _check_offload_parallel(memory: Memory) -> None:
         raise plan_refusal(
             "memory.delayed_update", memory.delayed_update, rule, "set memory.optimizer_offload, or leave it at False"
         )
-    if memory.offload_target == "nvme" and memory.optimizer_offload:
-        rule = "optimizer states on drives are not simulated yet on several devices"
-        raise plan_refusal("memory.offload_target", "nvme", rule, "leave it at host, or memory.optimizer_offload at 0")
-    if memory.offload_target == "nvme" and not (memory.activation_offload or memory.weight_offload):
-        rule = "drives hold what activation_offload and weight_offload send there, but both are 0"
+    if memory.offload_target == "nvme" and not (memory.activation_offload or memory.weight_offload or memory.optimizer_offload):
+        rule = "drives hold what activation_offload, weight_offload and optimizer_offload send there, but all are 0"
         raise plan_refusal("memory.offload_target", "nvme", rule, "set one of them, or leave it at host")
-    if memory.weight_offload and memory.zero_stage:
-        rule = f"weight_offload with sharded states is not simulated yet, but got zero_stage = {memory.zero_stage}"
-        raise plan_refusal("memory.weight_offload", memory.weight_offload, rule, "leave one of them at 0")
 
 
 def _check_gradients_parallel(plan: Plan) -> None:

@@ -48,11 +48,13 @@ class HostUpdate:
     each_bytes: tuple[float, ...] = ()
     """Of these, gradients that go after every micro-batch and that the host adds up; empty: none."""
     moved_bytes: float
-    """Read and written by the host's step in its memory."""
+    """Read and written by the host's step in its memory; where drives hold the states and need longer, what memory would move in their time."""
     up_bytes: float
     """Updated parameters that come back."""
     resident_bytes: float = 0.0
-    """On the host through the whole step: master copy, moments, gradients."""
+    """On the host (with its drives) through the whole step: master copy, moments, gradients."""
+    state_bytes: float = 0.0
+    """Of these, master copy and moments."""
     delayed: bool = False
     """The host updates with the gradients of the step before, beside this step's passes."""
 
@@ -103,13 +105,47 @@ def host_path(cluster: Cluster, target: str = "host") -> HostPath:
     dram = host.dram_link.achieved_bytes_per_s.value * host.sockets / used
     latency_s = link.latency_s.value
     if target == "nvme":
-        drive = _drive(cluster)
-        reads, writes, together = (rate * host.num_nvme / used for rate in duplex_capacities(drive, 0)[1])
-        forward, back, both = min(forward, reads), min(back, writes), min(both, together)
-        latency_s += drive.latency_s.value
+        drives = drive_share(cluster)
+        forward, back, both = (
+            min(forward, drives.reads_bytes_per_s),
+            min(back, drives.writes_bytes_per_s),
+            min(both, drives.both_bytes_per_s),
+        )
+        latency_s += drives.latency_s
     return HostPath(
         to_device_bytes_per_s=forward, to_host_bytes_per_s=back, both_bytes_per_s=both, dram_bytes_per_s=dram, latency_s=latency_s
     )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DriveShare:
+    """One rank's share of its node's drives while all ranks of the node use theirs."""
+
+    reads_bytes_per_s: float
+    writes_bytes_per_s: float
+    both_bytes_per_s: float
+    latency_s: float
+
+    def seconds(self, read_bytes: float, written_bytes: float) -> float:
+        """Of reading and writing at the same time."""
+        return max(
+            read_bytes / self.reads_bytes_per_s,
+            written_bytes / self.writes_bytes_per_s,
+            (read_bytes + written_bytes) / self.both_bytes_per_s,
+        )
+
+
+def drive_share(cluster: Cluster) -> DriveShare:
+    """The share of a node's drives; all of them work as one.
+
+    Raises:
+        InputError: nodes have none.
+    """
+    used, drive = min(cluster.num_gpus, cluster.devices_per_node), _drive(cluster)
+    reads, writes, both = (rate * cluster.host.num_nvme / used for rate in duplex_capacities(drive, 0)[1])
+    return DriveShare(
+        reads_bytes_per_s=reads, writes_bytes_per_s=writes, both_bytes_per_s=both, latency_s=drive.latency_s.value
+    )
 
 
 def _drive(cluster: Cluster) -> Link:
