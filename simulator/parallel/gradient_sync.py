@@ -10,7 +10,7 @@ from hardware_models.units import DTYPE_BYTES
 from simulator.parallel.communication import Communication
 from simulator.parallel.memory import GRADIENT_BYTES
 from simulator.parallel.mesh import Mesh, two_steps
-from simulator.parallel.parameter_gathers import Gathers, Unit, gathers_of, prefetched_units
+from simulator.parallel.parameter_gathers import FLAT_BUFFERS, Gathers, Unit, gathers_of, prefetched_units
 from simulator.parallel.wire_format import WireFormat
 from simulator.plan import Plan
 
@@ -68,6 +68,8 @@ def gradient_sync(
     ranks share one copy, gradients are scattered among them and the shards summed over the copies; parameters are gathered among them only. ZeRO 3 gathers and
     scatters unit by unit in each pass (`parameter_gathers`).
 
+    FSDP2 copies parameters out of the buffer that they are gathered in, on the compute stream, and gradients into one (`FLAT_BUFFERS`).
+
     **Source**: Rajbhandari et al. 2020 (ZeRO), section 7; Zhao et al. 2023 (PyTorch FSDP), section 3.2.2 (hybrid sharding).
 
     Args:
@@ -100,10 +102,12 @@ def gradient_sync(
         )  # fmt: skip
     gathers_s = [replicas.gather_s(unit.elements) for unit in load.units]
     prefetch = prefetched_units(load.units, plan.runtime) if ahead else 0
+    copy_s = [replicas.copied_out_s(unit.elements) for unit in load.units]
     return GradientSync(
-        chunks=min(MOST_CHUNKS, max(1, len(load.units))) if overlaps else 1, reduce_s=sum(replicas.reduce_s(unit.elements) for unit in load.units),
-        gather_s=0.0, every_micro_batch=True, forward_gathers=gathers_of(load.forward_s, gathers_s, prefetch),
-        backward_gathers=gathers_of(load.backward_s[::-1], gathers_s[::-1], prefetch),
+        chunks=min(MOST_CHUNKS, max(1, len(load.units))) if overlaps else 1,
+        reduce_s=sum(replicas.copied_in_s(unit.elements) + replicas.reduce_s(unit.elements) for unit in load.units),
+        gather_s=0.0, every_micro_batch=True, forward_gathers=gathers_of(load.forward_s, gathers_s, prefetch, copy_s=copy_s),
+        backward_gathers=gathers_of(load.backward_s[::-1], gathers_s[::-1], prefetch, copy_s=copy_s[::-1]),
     )  # fmt: skip
 
 
@@ -116,6 +120,7 @@ class _Replicas:
         self.wire, self.over, self.mesh, self.distance = wire, communication.over, communication.mesh, distance
         self.width, self.grads, self.parts = width, GRADIENT_BYTES[plan.precision.grads], parts
         self.sharded = plan.memory.zero_stage > 0
+        self.flat = plan.runtime.framework in FLAT_BUFFERS
         self.shards = plan.parallel.shard_ranks if self.sharded else 1
         self.whole = self.shards == plan.parallel.dp * plan.parallel.cp
 
@@ -135,6 +140,14 @@ class _Replicas:
             self._gathered_s(elements * self.parts, self.mesh.expert_group(self.distance), self.width) if self.parts else 0.0
         )
         return experts + self._gathered_s(elements * (1.0 - self.parts), group, self.width)
+
+    def copied_out_s(self, elements: float) -> float:
+        """Of gathered parameters, from the buffer that they came in to their own places."""
+        return self.wire.pass_s(elements, read_bytes=self.width, written_bytes=self.width) if self.flat else 0.0
+
+    def copied_in_s(self, elements: float) -> float:
+        """Of gradients, as the backward pass made them, into the buffer that they leave from."""
+        return self.wire.pass_s(elements, read_bytes=self.width, written_bytes=self.grads) if self.flat else 0.0
 
     def _summed_s(self, elements: float, group: CommGroup) -> float:
         return self._scattered_s(elements, group) if self.sharded else self._all_reduced_s(elements, group)

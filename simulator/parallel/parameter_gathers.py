@@ -14,6 +14,9 @@ PREFETCH_UNITS = 1
 """Units gathered ahead unless the plan says: while one computes, FSDP2 gathers the next (torchtitan docs/fsdp.md; pytorch torch/distributed/fsdp/_fully_shard)."""
 DEEPSPEED_PREFETCH_ELEMENTS = 50_000_000
 """Parameters that DeepSpeed's ZeRO 3 gathers ahead unless the plan says: ``stage3_prefetch_bucket_size`` (deepspeed/runtime/zero/config.py)."""
+FLAT_BUFFERS = ("pytorch", "torchtitan")
+"""Frameworks that gather a unit into one buffer and copy its parameters out of it on the compute stream, and copy gradients into one before they are scattered: FSDP2
+(``split_with_sizes_copy`` and ``chunk_cat``, pytorch torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py)."""
 _ATTENTION = "attention"
 
 
@@ -94,7 +97,9 @@ def unit_seconds(
     return tuple(forward), tuple(backward)
 
 
-def gathers_of(compute_s: Sequence[float], gather_s: Sequence[float], prefetch: int) -> Gathers:
+def gathers_of(
+    compute_s: Sequence[float], gather_s: Sequence[float], prefetch: int, *, copy_s: Sequence[float] = ()
+) -> Gathers:
     """What a pass over units waits for and hides.
 
     **Model**: gathers follow one another on one stream; that of unit k begins when unit k - 1 - ``prefetch`` has computed, unit k computes when it is there. Of the
@@ -105,15 +110,17 @@ def gathers_of(compute_s: Sequence[float], gather_s: Sequence[float], prefetch: 
         compute_s: of each unit, in the order of the pass.
         gather_s: of each unit.
         prefetch: units gathered ahead of the one that computes.
+        copy_s: of each unit, what the compute stream takes to lay gathered parameters out before it uses them; empty: nothing.
 
     Not modelled: a limit in bytes on what is gathered at once.
     """
     computed: list[float] = []
     gathered = 0.0
-    for place, (compute, gather) in enumerate(zip(compute_s, gather_s, strict=True)):
+    laid_out = copy_s or (0.0,) * len(compute_s)
+    for place, (compute, gather, copied) in enumerate(zip(compute_s, gather_s, laid_out, strict=True)):
         freed = place - 1 - prefetch
         gathered = max(gathered, computed[freed] if freed >= 0 else 0.0) + gather
-        computed.append(max(gathered, computed[-1] if computed else 0.0) + compute)
+        computed.append(max(gathered, computed[-1] if computed else 0.0) + copied + compute)
     if not computed:
         return Gathers()
     waited = computed[-1] - sum(compute_s)

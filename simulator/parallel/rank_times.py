@@ -18,14 +18,17 @@ RESOLUTION = 1e-3
 def rank_times(parts: StepParts) -> RankTimes:
     """Seconds of a micro-batch's passes on each rank, collectives included, and of a message.
 
+    **Model**: a pass takes its compute and its collectives, or the host's time to launch it, whichever is longer.
+
     Args:
         parts: of a step whose ranks have one stage each.
     """
     forward, back, weight = [], [], []
     for cost, communication in zip(parts.costs, parts.communication, strict=True):
-        forward.append(cost.forward.total_s + communication.forward.total_s)
-        back.append(cost.backward.total_s - cost.weight_s + communication.backward.total_s)
-        weight.append(cost.weight_s)
+        forward.append(max(cost.forward.total_s + communication.forward.total_s, cost.forward.host_s))
+        input_s = cost.backward.total_s - cost.weight_s + communication.backward.total_s
+        back.append(max(input_s, cost.backward.host_s - cost.weight_host_s))
+        weight.append(max(cost.weight_s, cost.weight_host_s))
     sent = max(communication.message_bytes for communication in parts.communication)
     comm_s = parts.message_latency_s + sent / parts.message_limit_bytes_per_s if parts.order.num_ranks > 1 else 0.0
     return RankTimes(forward_s=tuple(forward), input_gradient_s=tuple(back), weight_gradient_s=tuple(weight), comm_s=comm_s)

@@ -45,7 +45,11 @@ class WireFormat:
 
     def change_s(self, elements: float, *, read_bytes: float, written_bytes: float) -> float:
         """Seconds of a kernel that reads and writes so many bytes an element; 0 where nothing is quantised."""
-        if not self.quantizes or elements < 1.0:
+        return self.pass_s(elements, read_bytes=read_bytes, written_bytes=written_bytes) if self.quantizes else 0.0
+
+    def pass_s(self, elements: float, *, read_bytes: float, written_bytes: float) -> float:
+        """Seconds of a kernel that reads and writes so many bytes an element, whatever the format."""
+        if elements < 1.0:
             return 0.0
         count = round(elements)
         kernel = Kernel(

@@ -97,7 +97,8 @@ def test_smaller_groups_hold_more() -> None:
 
 
 def test_prefetching_holds_more_and_is_no_slower() -> None:
-    near, far = (simulated(plan(dp=16, zero_stage=3, prefetch=blocks)) for blocks in (0, 2))
+    plans = [plan(dp=16, zero_stage=3, prefetch=blocks) for blocks in (0, 2)]
+    near, far = (simulated(replace(own, runtime=replace(own.runtime, cuda_graphs=True))) for own in plans)
     assert far.step_time_s < near.step_time_s
     assert far.peak_memory_bytes[0] > near.peak_memory_bytes[0]
 
@@ -155,3 +156,19 @@ def test_bfloat16_halves_gradients_and_leaves_parameters() -> None:
     expected = seconds("reduce_scatter", 2.0 * ELEMENTS, {"num_ranks": 32, "ranks_per_node": 8})
     assert half.reduce_s == pytest.approx(expected, rel=1e-12)
     assert half.gather_s == full.gather_s
+
+
+def test_fsdp_copies_out_of_and_into_flat_buffers() -> None:
+    """Two bytes read and written of each gathered parameter in either pass; two read and four written of each gradient."""
+    own = plan(zero_stage=3)
+    flat, direct = (
+        synced(replace(own, runtime=replace(own.runtime, framework=name))) for name in ("torchtitan", "megatron-core")
+    )
+    wire = WireFormat(comm="same", price=price_in("bf16", load_hardware(cluster_of(own).device)))
+    out_s, in_s = (4 * wire.pass_s(ELEMENTS // 4, read_bytes=2, written_bytes=width) for width in (2, 4))
+    for own_gathers, other in (
+        (flat.forward_gathers, direct.forward_gathers),
+        (flat.backward_gathers, direct.backward_gathers),
+    ):
+        assert own_gathers.first_s - other.first_s == pytest.approx(out_s, rel=1e-6)
+    assert flat.reduce_s - direct.reduce_s == pytest.approx(in_s, rel=1e-6)

@@ -37,6 +37,12 @@ def test_waits_by_hand(compute: list[float], gather: list[float], prefetch: int,
     assert (own.first_s, own.rest_s) == expected
 
 
+def test_copies_lengthen_the_pass_and_hide_gathers() -> None:
+    """Gathers of 1 s, copies of 0.5 s, compute of 4 s: 1 + 3 * 4.5 s in all, of which 12 s compute."""
+    own = gathers_of([4.0] * 3, [1.0] * 3, 1, copy_s=[0.5] * 3)
+    assert (own.first_s, own.rest_s) == (2.5, 0.5)
+
+
 SECONDS = st.lists(st.tuples(st.floats(0.0, 10.0), st.floats(0.0, 10.0)), min_size=1, max_size=12)
 
 

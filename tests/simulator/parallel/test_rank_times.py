@@ -39,6 +39,18 @@ def test_times_are_of_passes_with_their_collectives() -> None:
     assert own.comm_s == pytest.approx(0.25 + 0.5)
 
 
+def test_a_pass_takes_at_least_what_its_launch_does() -> None:
+    plain = parts_of(one_f_one_b(2, 4))
+    cost = plain.costs[0]
+    slow = replace(
+        cost, forward=replace(cost.forward, host_s=4.0), backward=replace(cost.backward, host_s=10.0), weight_host_s=2.5
+    )
+    own = rank_times(replace(plain, costs=[slow, cost]))
+    assert own.forward_s == (4.0, FORWARD_S)
+    assert own.input_gradient_s == (7.5, BACKWARD_S - WEIGHT_S)
+    assert own.weight_gradient_s == (2.5, WEIGHT_S)
+
+
 def test_one_rank_sends_nothing() -> None:
     assert rank_times(parts_of(one_f_one_b(1, 4), rate=8.0, latency_s=0.25)).comm_s == 0.0
 
@@ -57,7 +69,8 @@ def source() -> ModelSource:
 
 def zero_bubble(*, limit: float | None = None, schedule: str = "zb-1p", num_microbatches: int = 8) -> Plan:
     plan = plan_of(pp=4, schedule=schedule, num_microbatches=num_microbatches)
-    return replace(plan, pipeline=replace(plan.pipeline, memory_limit=limit))
+    runtime = replace(plan.runtime, cuda_graphs=True)  # else the host, not the order, bounds so small a model
+    return replace(plan, pipeline=replace(plan.pipeline, memory_limit=limit), runtime=runtime)
 
 
 def test_an_order_for_the_stages_own_times_is_no_slower() -> None:

@@ -196,7 +196,7 @@ def test_every_schedule_runs_by_name(schedule: str) -> None:
     plan = plan_of(pp=4, schedule=schedule, virtual_stages=chunks, num_microbatches=16)
     result = simulate_source(source(), plan, load_cluster("selene"), gpus=4)
     bare = simulated(plan).step_time_s  # its order is made for equal times
-    assert result.step_time_s == bare if schedule not in TIMED_SCHEDULES else result.step_time_s <= bare * 1.001
+    assert result.step_time_s == bare if schedule not in TIMED_SCHEDULES else result.step_time_s <= bare * 1.02
     assert result.order.name
 
 
