@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from simulator.plan import SCHEDULES_TWO_WAYS, Plan
-from simulator.plan_sections import OFFLOADS, Memory, Runtime, plan_refusal
+from simulator.plan_sections import BLOCK_RECOMPUTES, OFFLOADS, Memory, Runtime, plan_refusal
 
 
 def check_parallel(plan: Plan, *, compute: Collection[str]) -> None:
@@ -20,7 +20,6 @@ def check_parallel(plan: Plan, *, compute: Collection[str]) -> None:
     """
     memory, runtime = plan.memory, plan.runtime
     limits: dict[str, tuple[object, tuple[object, ...]]] = {
-        "memory.block": (memory.block, ((),)),
         "precision.compute": (plan.precision.compute, tuple(compute)),
     }  # fmt: skip
     _check_compiled_parallel(runtime)
@@ -30,12 +29,31 @@ def check_parallel(plan: Plan, *, compute: Collection[str]) -> None:
     _check_optimizer_sync(plan)
     _check_offload_parallel(memory)
     _check_gradients_parallel(plan)
+    _check_blocks_parallel(memory)
     for key, (value, simulated) in limits.items():
         if value not in simulated:
             shown = " or ".join(str(one) for one in simulated if one not in {None, ()})
             raise plan_refusal(
                 key, value, "not simulated yet on several devices", f"leave it at {shown}" if shown else "leave it out"
             )
+
+
+def _check_blocks_parallel(memory: Memory) -> None:
+    """Refuses what exceptions for blocks do not change on several devices."""
+    for position, exception in enumerate(memory.block):
+        key = f"memory.block[{position}]"
+        for name in ("activation_offload", "weight_offload"):
+            if getattr(exception, name) is not None:
+                rule = "offload of single blocks is not simulated yet on several devices"
+                raise plan_refusal(f"{key}.{name}", getattr(exception, name), rule, f"leave it out, or set memory.{name}")
+        if exception.recompute is None:
+            continue
+        if memory.recompute not in BLOCK_RECOMPUTES:
+            rule = f'exceptions are from a memory.recompute of {", ".join(BLOCK_RECOMPUTES)}, but that is "{memory.recompute}"'
+            raise plan_refusal(f"{key}.recompute", exception.recompute, rule, "leave it out, or change memory.recompute")
+        if memory.activation_offload or memory.weight_offload:
+            rule = "recompute of single blocks beside offloaded activations or weights is not simulated yet on several devices"
+            raise plan_refusal(f"{key}.recompute", exception.recompute, rule, "leave it out, or the offload at 0")
 
 
 def _check_compiled_parallel(runtime: Runtime) -> None:

@@ -29,6 +29,24 @@ _SHAPES = (len(KINDS), 2, 2, 2, len(Sends))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StageVariant:
+    """A stage as some of its micro-batches meet it."""
+
+    cost: StageCost
+    communication: StageCommunication
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exceptions:
+    """Micro-batches that meet stages otherwise than `StepParts.costs` and `StepParts.communication` say."""
+
+    variants: Sequence[tuple[StageVariant, ...]]
+    """By stage."""
+    variant_of: NDArray[np.int64]
+    """[stages, micro-batches]: 0, or 1 + the place among the stage's variants."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepParts:
     """All that a step consists of, by stage."""
 
@@ -52,6 +70,8 @@ class StepParts:
     """What lives on the host; None: nothing."""
     check: GradientCheck | None = None
     """What is done to gradients before the optimizer steps; None: nothing."""
+    exceptions: Exceptions | None = None
+    """Micro-batches that are not as all others; None: none."""
     load_s: Sequence[float] = ()
     """Of each rank: copy of the first micro-batch, which its first pass waits for; empty: nothing is copied."""
 
@@ -96,17 +116,19 @@ class _Plan:
         self.holdings: dict[Holding, int] = {}
         """Distinct ones, numbered."""
         self.held: dict[tuple[int, int], Holding] = {}
-        """By rank and stage."""
+        """By rank and stage, as most micro-batches meet it."""
 
     def templates(self) -> tuple[list[Template], NDArray[np.int64]]:
         """Distinct templates, and the one of each block."""
-        number = np.zeros((self.parts.order.num_ranks, self.parts.order.num_stages), dtype=np.int64)
+        most = 1 + max((len(own) for own in self.parts.exceptions.variants), default=0) if self.parts.exceptions else 1
+        number = np.zeros((self.parts.order.num_ranks, self.parts.order.num_stages, most), dtype=np.int64)
         for rank, stages in enumerate(self.parts.order.stages_of_rank):
             dispatched = self._dispatched(rank)
             for place, stage in enumerate(stages):
-                held = self._holding(rank, place, stage, dispatched=dispatched)
-                self.held[rank, stage] = held
-                number[rank, stage] = self.holdings.setdefault(held, len(self.holdings))
+                for variant, own in enumerate(self._variants(stage)):
+                    held = self._holding(rank, place, stage, own, dispatched=dispatched)
+                    self.held.setdefault((rank, stage), held)
+                    number[rank, stage, variant] = self.holdings.setdefault(held, len(self.holdings))
         templates, template = self._passes(number)
         self._ends(templates, template)
         return templates, template
@@ -118,7 +140,9 @@ class _Plan:
         )
         columns = (blocks.kind, blocks.last, blocks.first, blocks.first_gradients, sends)
         shape = np.ravel_multi_index(columns, _SHAPES, mode="clip")
-        code = np.where(blocks.stage < 0, -1, number[blocks.rank, blocks.stage] * prod(_SHAPES) + shape)
+        code = np.where(
+            blocks.stage < 0, -1, number[blocks.rank, blocks.stage, self._variant_of_block()] * prod(_SHAPES) + shape
+        )
         found = np.flatnonzero(np.bincount(code + 1)) - 1
         place = np.zeros(code.max() + 2, dtype=np.int64)
         place[found + 1] = np.arange(len(found)) - 1
@@ -158,13 +182,27 @@ class _Plan:
 
     def _dispatched(self, rank: int) -> bool:
         """Whether the rank may wait for its host."""
-        return any(host_can_bind(self.parts.costs[stage], self.kinds) for stage in self.parts.order.stages_of_rank[rank])
+        return any(
+            host_can_bind(own.cost, self.kinds)
+            for stage in self.parts.order.stages_of_rank[rank]
+            for own in self._variants(stage)
+        )
 
-    def _holding(self, rank: int, place: int, stage: int, *, dispatched: bool) -> Holding:
+    def _variants(self, stage: int) -> tuple[StageVariant, ...]:
+        """How micro-batches meet a stage."""
+        usual = StageVariant(cost=self.parts.costs[stage], communication=self.parts.communication[stage])
+        return (usual, *(self.parts.exceptions.variants[stage] if self.parts.exceptions else ()))
+
+    def _variant_of_block(self) -> NDArray[np.int64]:
+        if self.parts.exceptions is None:
+            return np.zeros(len(self.blocks.stage), dtype=np.int64)
+        return self.parts.exceptions.variant_of[self.blocks.stage, self.blocks.micro_batch]
+
+    def _holding(self, rank: int, place: int, stage: int, own: StageVariant, *, dispatched: bool) -> Holding:
         parts, offload = self.parts, self.parts.offload
         update = offload.updates[rank] if offload and offload.updates else None
         return Holding(
-            cost=parts.costs[stage], communication=parts.communication[stage], sync=parts.sync[stage],
+            cost=own.cost, communication=own.communication, sync=parts.sync[stage],
             gradient_message_bytes=parts.communication[stage - 1].message_bytes if stage else 0.0,
             chunks=offload.chunks_of_stage[stage] if offload and offload.stages_passes else (),
             each_bytes=int(update.each_bytes[place]) if update and update.each_bytes else 0, down_bytes=update.down_bytes[place] if update else 0.0,

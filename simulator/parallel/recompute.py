@@ -74,7 +74,7 @@ def fit_framework(workload: Workload, plan: Plan, config: TransformerConfig, *, 
 
 def _fitted(block: Block, plan: Plan, config: TransformerConfig, *, dtype: str, seq_len: int) -> Block:
     options = block.options[:1]
-    if block.name == "attention" and (plan.memory.recompute not in WHOLE_LAYERS):
+    if block.name == "attention" and _recomputes_cores(plan):
         options = _core_attention(plan, config, dtype=dtype, seq_len=seq_len).options
     if plan.runtime.framework in FUSED_ACCUMULATION:
         options = tuple(accumulating(option, block.parameter_elements) for option in options)
@@ -84,6 +84,11 @@ def _fitted(block: Block, plan: Plan, config: TransformerConfig, *, dtype: str, 
             )
             options = tuple(with_spare_gradient(option, size_bytes=size_bytes) for option in options)
     return fuse_kernels(replace(block, options=options))
+
+
+def _recomputes_cores(plan: Plan) -> bool:
+    """Whether some blocks may run less than a layer again."""
+    return plan.memory.recompute not in WHOLE_LAYERS or any(one.recompute == "selective" for one in plan.memory.block)
 
 
 def _core_attention(plan: Plan, config: TransformerConfig, *, dtype: str, seq_len: int) -> Block:
@@ -121,7 +126,7 @@ def stage_operations(plan: Plan, stage: Stage) -> tuple[Operation, ...]:
         return ()
     if plan.memory.recompute != "full":
         return operations_of(plan, stage.workload)
-    runs = _layer_runs(stage.blocks)
+    runs = layer_runs(stage.blocks)
     forward: list[Operation] = []
     backward: list[Operation] = []
     for first, end, layer in runs:
@@ -189,7 +194,7 @@ def stage_sequence(sequence: Sequence[Operation], stage: Stage, *, source: str) 
     return tuple(own)
 
 
-def _layer_runs(blocks: tuple[Block, ...]) -> list[tuple[int, int, bool]]:
+def layer_runs(blocks: tuple[Block, ...]) -> list[tuple[int, int, bool]]:
     """First and last + 1 block of each layer, and of each block that belongs to none, and whether it is a layer."""
     runs: list[tuple[int, int, bool]] = []
     first = 0

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+from numpy.typing import NDArray
+
 from hardware_models.caching_allocator import AllocatorPeaks
 from hardware_models.kernel import Kernel
 from hardware_models.network.cluster import Cluster
@@ -24,7 +27,7 @@ from simulator.parallel.gradient_sync import PARAMETERS_SHARDED, GradientSync, S
 from simulator.parallel.host_dispatch import dispatch_of, host_seconds, with_dispatch
 from simulator.parallel.host_python import python_seconds
 from simulator.parallel.interference import overlap_of, slowdown_of
-from simulator.parallel.lower_step import StepParts, lower_step
+from simulator.parallel.lower_step import Exceptions, StageVariant, StepParts, lower_step
 from simulator.parallel.memory import static_memory
 from simulator.parallel.mesh import Mesh, mesh_of
 from simulator.parallel.messages import message_link, waits_for_messages
@@ -34,9 +37,10 @@ from simulator.parallel.offload_plan import offload_of, weights_away
 from simulator.parallel.optimizer_step import gradient_check, optimizer_seconds
 from simulator.parallel.overlapped_products import TensorOverlap, half_products
 from simulator.parallel.parameter_gathers import Unit, gathered_elements, prefetched_units, unit_seconds, units_of
-from simulator.parallel.recompute import fit_framework, stage_operations, stage_sequences
+from simulator.parallel.recompute import fit_framework, stage_sequences
 from simulator.parallel.simulation import ParallelSimulation
-from simulator.parallel.stages import ChunkCost, Stage, StageCost, chunk_costs, stage_cost, stages_of
+from simulator.parallel.stages import ChunkCost, Stage, chunk_costs, stage_cost, stages_of
+from simulator.parallel.variants import stage_variants
 from simulator.parallel.wire_format import WireFormat
 from simulator.pipeline.action import Order
 from simulator.plan import Plan
@@ -141,8 +145,10 @@ class _Assembly:
         self.workload: Workload = compiled_workload(fitted) if plan.runtime.compile else fitted
         cut = partition_of(self.workload, plan, self.prices, order, device, dtype=self.dtype)
         self.stages: tuple[Stage, ...] = stages_of(self.workload, plan, cut)
+        self.variants = [stage_variants(plan, stage) for stage in self.stages] if sequence is None else []
+        """How micro-batches run each stage; empty where a sequence says it for all."""
         self.operations = (
-            [stage_operations(plan, stage) for stage in self.stages] if sequence is None
+            [own.operations[0] for own in self.variants] if sequence is None
             else stage_sequences(sequence, self.stages, source=plan.memory.recompute)
         )  # fmt: skip
         self.chunks: tuple[tuple[ChunkCost, ...], ...] = (
@@ -209,19 +215,24 @@ class _Assembly:
         operations = self.operations
         dispatch, runtime = dispatch_of(self.device), self.plan.runtime
         python = python_seconds(runtime.framework, self.device.architecture)
-        costs = [
-            with_dispatch(stage_cost(stage, own, self.prices), host_seconds(stage, own, dispatch, runtime, python))
-            for stage, own in zip(self.stages, operations, strict=True)
-        ]
         attention_s = self._attention_s()
-        messages = [
-            self.communication.stage(stage, recomputed=cost.recomputed, attention_s=attention_s)
-            for stage, cost in zip(self.stages, costs, strict=True)
+
+        def priced(stage: Stage, own: Sequence[Operation]) -> StageVariant:
+            """A stage whose micro-batches run its blocks in this order."""
+            cost = with_dispatch(stage_cost(stage, own, self.prices), host_seconds(stage, own, dispatch, runtime, python))
+            sent = self.communication.stage(stage, recomputed=cost.recomputed, attention_s=attention_s)
+            return StageVariant(cost=cost, communication=sent)
+
+        usual = [priced(stage, own) for stage, own in zip(self.stages, operations, strict=True)]
+        others = [
+            tuple(priced(stage, own) for own in variants.operations[1:])
+            for stage, variants in zip(self.stages, self.variants, strict=False)
         ]
         limit, latency_s = message_link(self.mesh)
         tied = 0 if self._ends_together else self.stages[0].shared_elements
         return StepParts(
-            order=self.order, costs=costs, communication=messages, sync=[self._sync(stage) for stage in self.stages],
+            order=self.order, costs=[own.cost for own in usual], communication=[own.communication for own in usual],
+            exceptions=Exceptions(variants=others, variant_of=self._variant_of()) if any(others) else None, sync=[self._sync(stage) for stage in self.stages],
             optimizer_s=[optimizer_seconds(self.plan, self.device, elements=self._elements(rank), dtype=self.dtype) for rank in range(self.order.num_ranks)],
             tied_s=tied_seconds(self.plan, self.mesh, tied), message_limit_bytes_per_s=limit,
             message_latency_s=latency_s, link_bytes_per_s=[limit] * (2 * self.order.num_ranks), weight_share=WEIGHT_SHARE,
@@ -229,6 +240,14 @@ class _Assembly:
             check=gradient_check(self.plan, self.mesh, self.device, [self._elements(rank) for rank in range(self.order.num_ranks)]),
             load_s=copy_seconds(self.order, self.cluster, self.workload.batch_bytes),
         )  # fmt: skip
+
+    def _variant_of(self) -> NDArray[np.int64]:
+        """[stages, micro-batches of the order]: which of a stage's variants it is."""
+        count = self.order.num_microbatches
+        places = np.arange(count) * self.plan.num_microbatches // count
+        if not self.variants:
+            return np.zeros((len(self.stages), count), dtype=np.int64)
+        return np.stack([own.variant_of[places] for own in self.variants])
 
     def _offload(self) -> Offload | None:
         elements = [self._stage_elements(stage) for stage in self.stages]
@@ -238,7 +257,7 @@ class _Assembly:
         parts = self.parts()
         program = lower_step(parts, self.resident_bytes(), slowdown_of(overlap_of(self.device, self.cluster)))
         host_bytes = parts.offload.resident_bytes if parts.offload else ()
-        result = self._result(program, ENGINES[engine](program), parts.costs, host_bytes)
+        result = self._result(program, ENGINES[engine](program), self._recomputed_flops(parts), host_bytes)
         return replace(result, allocators=self._allocators(result)) if reserved and self.device.kind != "cpu" else result
 
     def _allocators(self, result: ParallelSimulation) -> tuple[AllocatorPeaks, ...]:
@@ -251,16 +270,28 @@ class _Assembly:
         if any(self.chunks):
             end_s = result.step_time_s
             return tuple(reserved_peaks(*own, update_s=end_s) for own in zip(result.profiles, resident, strict=True))
-        tensors = [stage_tensors(stage, own, self.prices) for stage, own in zip(self.stages, self.operations, strict=True)]
-        return rank_peaks(self.order, lambda action: tensors[action.stage], resident, weight_share=WEIGHT_SHARE)
+        every = [own.operations for own in self.variants] or [(own,) for own in self.operations]
+        tensors = [
+            [stage_tensors(stage, own, self.prices) for own in each] for stage, each in zip(self.stages, every, strict=True)
+        ]
+        variant_of = self._variant_of()
+        return rank_peaks(
+            self.order, lambda action: tensors[action.stage][variant_of[action.stage, action.micro_batch]], resident, weight_share=WEIGHT_SHARE
+        )  # fmt: skip
 
-    def _result(
-        self, program: Program, record: RunRecord, costs: Sequence[StageCost], host_bytes: Sequence[float]
-    ) -> ParallelSimulation:
+    def _recomputed_flops(self, parts: StepParts) -> float:
+        """Of a micro-batch on all stages, the mean."""
+        shares = [np.bincount(own) / len(own) for own in self._variant_of()]
+        others = parts.exceptions.variants if parts.exceptions else [()] * len(shares)
+        return sum(
+            float(share @ [cost.recomputed_flops, *(one.cost.recomputed_flops for one in more)][: len(share)])
+            for share, cost, more in zip(shares, parts.costs, others, strict=True)
+        )
+
+    def _result(self, program: Program, record: RunRecord, again: float, host_bytes: Sequence[float]) -> ParallelSimulation:
         plan, whole = self.plan, self._whole_workload()
         check_complete(program, record)
         steps = plan.num_microbatches * plan.parallel.dp
-        again = sum(cost.recomputed_flops for cost in costs)
         split = plan.parallel.tp * plan.parallel.cp
         kernels = [
             kernel
@@ -272,7 +303,7 @@ class _Assembly:
             plan=plan, cluster=self.cluster, device=self.device, order=self.order, program=program, record=record, profiles=profiles_of(program, record),
             price=price_together(kernels, self.device), tokens=whole.tokens * steps, model_flops=whole.model_flops * steps,
             peak_host_bytes=node_peak(host_peaks(program, record, host_bytes), self.mesh),
-            hardware_flops=(whole.model_flops + again * split) * steps, peak_flops_per_s=self.device.peak(PRODUCTS_IN.get(plan.precision.compute, self.dtype)),
+            hardware_flops=whole.model_flops * steps + round(again * split * steps), peak_flops_per_s=self.device.peak(PRODUCTS_IN.get(plan.precision.compute, self.dtype)),
         )  # fmt: skip
 
     def _attention_s(self) -> float:
