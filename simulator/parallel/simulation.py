@@ -9,7 +9,7 @@ import numpy as np
 from hardware_models.caching_allocator import AllocatorPeaks
 from hardware_models.network.cluster import Cluster
 from hardware_models.pricing import Price
-from hardware_models.profile import DeviceProfile
+from hardware_models.profile import EVIDENCE_KINDS, DeviceProfile, Evidence
 from simulator.exposed_time import exposed_times, longest_span
 from simulator.pipeline.action import Order
 from simulator.plan import Plan
@@ -95,6 +95,13 @@ class ParallelSimulation:
         return exposed_times(self.program, self.record, staggered=self.staggered)
 
     @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """Kinds that prices of kernels and of their launches rest on, strongest first."""
+        dispatch = self.device.host_dispatch
+        kinds = {*self.price.evidence, *([dispatch.evidence] if dispatch else [])}
+        return tuple(kind for kind in EVIDENCE_KINDS if kind in kinds)
+
+    @property
     def bottleneck(self) -> str:
         """The largest part of the breakdown."""
         breakdown = self.breakdown_s
@@ -112,5 +119,5 @@ class ParallelSimulation:
             "hfu": self.hardware_flops / step_s / gpus / self.peak_flops_per_s, "peak_memory_bytes": list(self.peak_memory_bytes),
             "peak_reserved_bytes": list(self.peak_reserved_bytes), "peak_host_bytes": self.peak_host_bytes, "peak_memory_breakdown": self.profiles[worst].peak_breakdown_bytes,
             "fits": self.fits, "time_breakdown_s": breakdown, "bottleneck": max(breakdown, key=lambda name: breakdown[name]),
-            "num_events": self.program.num_instructions + len(self.program.memory_bytes), "evidence": list(self.price.evidence),
+            "num_events": self.program.num_instructions + len(self.program.memory_bytes), "evidence": list(self.evidence),
         }  # fmt: skip

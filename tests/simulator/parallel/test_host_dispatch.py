@@ -121,3 +121,11 @@ def test_a_captured_step_leaves_no_gaps_between_kernels(framework: str) -> None:
 def test_graphs_that_cannot_be_captured_are_refused(plan: Plan, message: str) -> None:
     with pytest.raises(InputError, match=message):
         check_parallel(graphs(plan), compute=("bf16",))
+
+
+def test_results_say_what_launches_rest_on() -> None:
+    result = simulated(plan_of(pp=2))
+    dispatch = result.device.host_dispatch
+    assert dispatch is not None
+    known = replace(result, device=replace(result.device, host_dispatch=replace(dispatch, evidence="measured")))
+    assert known.to_json()["evidence"] == ["measured", *[kind for kind in result.evidence if kind != "measured"]]
