@@ -139,7 +139,7 @@ def plan_of(row: PublishedRow, facts: FrameworkFacts, *, layers: int, has_expert
         ),
         batch=batch,
         pipeline=Pipeline(schedule=schedule, partition=_partition(layers, pp * chunks) if pp > 1 else None),
-        memory=_memory(row),
+        memory=_memory(row, facts, pp=pp),
         precision=Precision(compute=compute, grads=_grads(facts, compute)),
         runtime=Runtime(
             framework=facts.runtime, flash_attention=_flash_attention(row, facts, assumed), overlap_grad_reduce=_overlaps(row, stated=facts.overlap_grad_reduce),
@@ -254,10 +254,11 @@ def _compiles(row: PublishedRow) -> bool:
     )
 
 
-def _memory(row: PublishedRow) -> Memory:
+def _memory(row: PublishedRow, facts: FrameworkFacts, *, pp: int) -> Memory:
     """Sharding, recompute and offload."""
-    words = row.text("zero_or_fsdp")
-    stage = _zero_stage(row, words)
+    stage = _zero_stage(row, row.text("zero_or_fsdp"))
+    if stage and pp > 1 and facts.zero_stage_in_pipelines is not None:
+        stage = facts.zero_stage_in_pipelines
     recompute = row.text("recompute").lower() or "none"
     if recompute not in {"none", "selective", "full"}:
         raise row.cells.error("recompute", recompute, "one of none, selective, full")

@@ -45,6 +45,8 @@ class FrameworkFacts:
     """Head and embedding share a matrix; None: as the model family has it."""
     micro_batches_per_stage: int = 0
     """Micro-batches per pipeline rank where a row states neither them nor their size; 0: one sample each."""
+    zero_stage_in_pipelines: int | None = None
+    """Sharding where there are pipeline stages, if it is another than the row's for all."""
     not_simulated: str = ""
     """Why runs of this framework cannot be expressed; empty if they can."""
 
@@ -98,8 +100,9 @@ FRAMEWORKS_KNOWN: tuple[FrameworkFacts, ...] = (
         vocab_multiple=1, source="Hagemann et al. 2023 (arXiv 2311.05610), section 3: tensor, pipeline (1F1B) and data parallelism with ZeRO-1 as in Megatron-LM and DeepSpeed, in bf16",
     ),
     FrameworkFacts(
-        name="torchtitan", pattern=r"torchtitan", runtime="torchtitan", micro_batches_per_stage=1,
-        source="pytorch/torchtitan docs/fsdp.md (fp32 reduction, bf16 parameters), torchtitan/config_manager.py of 12/2024: pipeline micro-batches default to the number of stages",
+        name="torchtitan", pattern=r"torchtitan", runtime="torchtitan", micro_batches_per_stage=1, zero_stage_in_pipelines=1,
+        source="pytorch/torchtitan docs/fsdp.md (fp32 reduction, bf16 parameters), torchtitan/config_manager.py of 12/2024: pipeline micro-batches default to the number of "
+        "stages; torchtitan/parallelisms/parallelize_llama.py, apply_fsdp: with pipeline stages parameters stay gathered after the forward pass, and gradients are reduced once a step",
     ),
     FrameworkFacts(
         name="llm-foundry", pattern=r"(llm-foundry|composer|mosaic)", runtime="pytorch", sequence_parallel=False,

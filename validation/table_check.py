@@ -44,6 +44,10 @@ class Compared:
         """``predicted / measured - 1``."""
         return self.predicted / self.measured - 1.0 if self.measured else None
 
+    def within(self, half: float) -> Compared:
+        """The same with an interval of this half-width, relative to the prediction."""
+        return replace(self, low=max(0.0, self.predicted * (1.0 - half)), high=self.predicted * (1.0 + half))
+
     @property
     def holds(self) -> bool:
         """Whether the interval holds the measurement."""
@@ -70,12 +74,23 @@ class RowCheck:
     assumed: tuple[str, ...]
     evidence: str
     kernel_error: float
-    breakdown_s: tuple[tuple[str, float], ...]
+    needed_bytes: float
+    """Reserved and context, of the rank that needs most."""
+    device_bytes: float
 
     @property
     def status_predicted(self) -> str:
         """``oom`` where that is more likely than not."""
         return "oom" if self.oom_probability > _LIKELY else "ok"
+
+    def with_spreads(self, discrepancy: Discrepancy, table: str) -> RowCheck:
+        """The same prediction with intervals and probability of other spreads."""
+        time_half = half_width(discrepancy.time_spread(table, self.evidence), self.kernel_error)
+        memory_spread = discrepancy.memory_spread(table, self.evidence)
+        return replace(
+            self, step_time=self.step_time.within(time_half), peak_memory=self.peak_memory.within(half_width(memory_spread, 0.0)),
+            oom_probability=probability_above(self.needed_bytes, self.device_bytes, memory_spread),
+        )  # fmt: skip
 
     @property
     def timed(self) -> bool:
@@ -136,6 +151,10 @@ class TableCheck:
             "regret_mean": mean_regret(keys, predicted, measured), "not_expressible": [{"row_id": name, "reason": reason} for name, reason in self.not_expressible],
         }  # fmt: skip
 
+    def with_spreads(self, discrepancy: Discrepancy) -> TableCheck:
+        """The same predictions with intervals of other spreads."""
+        return replace(self, rows=tuple(row.with_spreads(discrepancy, self.path.stem) for row in self.rows))
+
     def residuals(self) -> tuple[list[Residual], list[Residual]]:
         """Errors of step times and of peaks, for `validation.discrepancy`."""
         times = [
@@ -183,20 +202,15 @@ def check_row(row: PublishedRow, siblings: Sequence[PublishedRow], discrepancy: 
     """
     measured, expressed = measured_of(row), express(row, siblings)
     simulation, assumed = predicted_run(expressed)
-    evidence, kernel_error = "+".join(sorted(simulation.price.evidence)), simulation.price.relative_standard_error
-    time_half = half_width(discrepancy.time_spread(table, evidence), kernel_error)
-    memory_spread = discrepancy.memory_spread(table, evidence)
-    memory_half = half_width(memory_spread, 0.0)
-    peak = peak_on_basis(simulation, measured)
-    needed = max(simulation.peak_memory_bytes) + simulation.device.context_bytes
-    step_s = simulation.step_time_s
-    return RowCheck(
+    step_s, peak = simulation.step_time_s, peak_on_basis(simulation, measured)
+    found = RowCheck(
         row_id=row.row_id, group=(expressed.config.name, expressed.cluster.device, expressed.plan.num_gpus), tokens=simulation.tokens, status_measured=measured.status,
-        oom_probability=probability_above(needed, simulation.device.memory_bytes, memory_spread),
-        step_time=Compared(measured=measured.step_time_s, predicted=step_s, low=max(0.0, step_s * (1 - time_half)), high=step_s * (1 + time_half)),
-        peak_memory=Compared(measured=measured.peak_memory_bytes, predicted=peak, low=max(0.0, peak * (1 - memory_half)), high=peak * (1 + memory_half)),
-        assumed=assumed, evidence=evidence, kernel_error=kernel_error, breakdown_s=(),
+        oom_probability=0.0, step_time=Compared(measured=measured.step_time_s, predicted=step_s, low=step_s, high=step_s),
+        peak_memory=Compared(measured=measured.peak_memory_bytes, predicted=peak, low=peak, high=peak), assumed=assumed,
+        evidence="+".join(sorted(simulation.price.evidence)), kernel_error=simulation.price.relative_standard_error,
+        needed_bytes=max(simulation.peak_reserved_bytes) + simulation.device.context_bytes, device_bytes=simulation.device.memory_bytes,
     )  # fmt: skip
+    return found.with_spreads(discrepancy, table)
 
 
 def predicted_run(expressed: Expressed) -> tuple[ParallelSimulation, tuple[str, ...]]:
@@ -220,5 +234,5 @@ def peak_on_basis(simulation: ParallelSimulation, measured: Measured) -> float:
     """The largest peak over pipeline ranks, counted as the source counts: allocated, reserved, or reserved and the context (nvidia-smi)."""
     if measured.memory_basis == "allocated":
         return float(max(simulation.peak_memory_bytes))
-    reserved = float(max(simulation.peak_memory_bytes))
+    reserved = float(max(simulation.peak_reserved_bytes))
     return reserved + simulation.device.context_bytes if measured.memory_basis == "nvidia-smi" else reserved
