@@ -22,11 +22,13 @@ from validation.error_summary import (
     summary_of,
 )
 from validation.express import Expressed, express
-from validation.published_row import Measured, PublishedRow, measured_of, read_published
+from validation.published_row import Measured, MemoryBasis, PublishedRow, measured_of, read_published
 
 LEAST_RECOMPUTE = ("none", "selective", "full")
 """What is tried, in this order, where a row does not say what is recomputed."""
 _LIKELY = 0.5
+_FAR_BELOW = 0.7
+"""Part of a device up to which live bytes and context are too few for the allocator's slack to matter."""
 Report = Callable[[str, float], None]
 
 
@@ -201,7 +203,7 @@ def check_row(row: PublishedRow, siblings: Sequence[PublishedRow], discrepancy: 
         InfeasibleError: its schedule needs more memory than its own limit.
     """
     measured, expressed = measured_of(row), express(row, siblings)
-    simulation, assumed = predicted_run(expressed)
+    simulation, assumed = predicted_run(expressed, measured.memory_basis)
     step_s, peak = simulation.step_time_s, peak_on_basis(simulation, measured)
     found = RowCheck(
         row_id=row.row_id, group=(expressed.config.name, expressed.cluster.device, expressed.plan.num_gpus), tokens=simulation.tokens, status_measured=measured.status,
@@ -213,20 +215,25 @@ def check_row(row: PublishedRow, siblings: Sequence[PublishedRow], discrepancy: 
     return found.with_spreads(discrepancy, table)
 
 
-def predicted_run(expressed: Expressed) -> tuple[ParallelSimulation, tuple[str, ...]]:
+def predicted_run(expressed: Expressed, basis: MemoryBasis = "allocated") -> tuple[ParallelSimulation, tuple[str, ...]]:
     """The simulated step, and what was assumed for it: where a row does not say what is recomputed, the least that fits (all of it where nothing fits)."""
     if expressed.recompute_stated:
-        return _simulated(expressed, expressed.plan), expressed.assumed
+        return _simulated(expressed, expressed.plan, basis), expressed.assumed
     tried = [replace(expressed.plan, memory=replace(expressed.plan.memory, recompute=name)) for name in LEAST_RECOMPUTE]
     for plan in tried:
-        simulation = _simulated(expressed, plan)
+        simulation = _simulated(expressed, plan, basis)
         if simulation.fits:
             break
     return simulation, (*expressed.assumed, f"recompute = {plan.memory.recompute}: the least that fits")
 
 
-def _simulated(expressed: Expressed, plan: Plan) -> ParallelSimulation:
+def _simulated(expressed: Expressed, plan: Plan, basis: MemoryBasis) -> ParallelSimulation:
+    """The step; with the allocator replayed where reserved bytes are compared or decide whether it fits: a replay takes far longer than the step."""
     source = ModelSource(name=expressed.config.name, config=expressed.config, seq_len=expressed.seq_len)
+    if basis == "allocated":
+        live = simulate_source(source, plan, expressed.cluster, reserved=False)
+        if max(live.peak_memory_bytes) + live.device.context_bytes <= _FAR_BELOW * live.device.memory_bytes:
+            return live
     return simulate_source(source, plan, expressed.cluster)
 
 
