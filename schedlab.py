@@ -55,7 +55,7 @@ from validation.reports import (
     workload_summary,
     workload_table,
 )
-from validation.study_commands import what_if
+from validation.study_commands import export, what_if
 from validation.validate_files import validate_files
 
 __all__ = [
@@ -376,6 +376,7 @@ def validate(**files: Path | None) -> dict[str, Any]:
 
 
 main.add_command(what_if)
+main.add_command(export)
 
 if __name__ == "__main__":
     main()

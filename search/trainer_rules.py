@@ -38,30 +38,19 @@ def _whole_offloads(plan: Plan) -> Violation | None:
 
 
 def _torchtitan_offload(plan: Plan) -> Violation | None:
-    """``training.enable_cpu_offload`` moves parameters, gradients and optimizer states together (config/configs.py)."""
+    """FSDP2's CPUOffloadPolicy moves parameters, gradients and optimizer states together (torchtitan: ``training.enable_cpu_offload``)."""
     memory = plan.memory
     together = (memory.weight_offload, memory.grad_offload, memory.optimizer_offload)
     if len(set(together)) == 1:
         return None
-    rule = f"weight_offload == grad_offload == optimizer_offload must hold (training.enable_cpu_offload), but got {together}"
+    rule = f"weight_offload == grad_offload == optimizer_offload must hold (CPUOffloadPolicy), but got {together}"
     return Violation(key="memory.weight_offload", value=memory.weight_offload, rule=rule, remedy="set all three to 1, or to 0")
-
-
-def _torchtitan_context_shards(plan: Plan) -> Violation | None:
-    """FSDP shards over ``dp_shard * cp`` ranks (distributed/full_dtensor.py and parallel_dims.py), so the ranks of cp are always among them."""
-    split, stage = plan.parallel, plan.memory.zero_stage
-    if split.cp == 1 or (stage and not split.shard_ranks % split.cp):
-        return None
-    rule = f"context-parallel ranks always share parameters (FSDP shards over dp_shard * cp), but got cp = {split.cp}, zero_stage = {stage}"
-    return Violation(
-        key="memory.zero_stage", value=stage, rule=rule, remedy="take zero_stage >= 1 and a dp_shard that cp divides, or cp = 1"
-    )
 
 
 def _torchtitan_experts(plan: Plan) -> Violation | None:
     """``ep`` borrows ranks of FSDP and of tp, never of replicas: efsdp = dp_shard * cp * tp / ep (config/configs.py, expert_parallel_degree)."""
     split = plan.parallel
-    shards = split.shard_ranks if plan.memory.zero_stage else split.cp
+    shards = split.shard_ranks if plan.memory.zero_stage else 1
     if split.ep == 1 or (split.tp == 1 and not shards % split.ep):
         return None
     if split.tp > 1:
@@ -69,6 +58,26 @@ def _torchtitan_experts(plan: Plan) -> Violation | None:
         return Violation(key="parallel.ep", value=split.ep, rule=rule, remedy="take tp = 1 or ep = 1")
     rule = f"ep must divide the ranks that share parameters, but got {shards} % {split.ep} = {shards % split.ep}"
     return Violation(key="parallel.ep", value=split.ep, rule=rule, remedy="take a smaller ep, or a larger dp_shard")
+
+
+def _torchtitan_tensor(plan: Plan) -> Violation | None:
+    """``compile.enable_async_tensor_parallel`` is a pass of the compiler (config/configs.py, CompileConfig)."""
+    if not plan.runtime.overlap_tp or plan.parallel.tp == 1 or plan.runtime.compile:
+        return None
+    rule = "async tensor parallelism needs compiled layers"
+    return Violation(key="runtime.overlap_tp", value=True, rule=rule, remedy="set runtime.compile = true, or leave it at false")
+
+
+def _pytorch_axes(plan: Plan) -> Violation | None:
+    """How a layer is split over tp, cp or ep is the layer's own code, which a plan does not hold."""
+    for name in ("tp", "cp", "ep"):
+        value = getattr(plan.parallel, name)
+        if value > 1:
+            rule = f"{name} splits layers, which only their own code can"
+            return Violation(
+                key=f"parallel.{name}", value=value, rule=rule, remedy=f"take {name} = 1, or a trainer whose layers know {name}"
+            )
+    return None
 
 
 def _megatron_full_shards(plan: Plan) -> Violation | None:
@@ -180,7 +189,8 @@ SPECIAL_RULES: Mapping[str, tuple[Rule, ...]] = MappingProxyType(
     {
         "any": (),
         "megatron": (_megatron_full_shards, _megatron_interleaved, _megatron_offload, _megatron_gather),
-        "torchtitan": (_whole_offloads, _torchtitan_offload, _torchtitan_context_shards, _torchtitan_experts),
+        "torchtitan": (_whole_offloads, _torchtitan_offload, _torchtitan_experts, _torchtitan_tensor),
+        "pytorch": (_whole_offloads, _torchtitan_offload, _pytorch_axes),
         "deepspeed": (_whole_offloads, _deepspeed_offload, _deepspeed_gradients, _deepspeed_axes, _deepspeed_sequence, _deepspeed_shards),
     }
 )  # fmt: skip

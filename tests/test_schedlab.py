@@ -21,7 +21,19 @@ SIMULATE_KEYS = {
     "peak_reserved_bytes", "peak_host_bytes", "peak_memory_breakdown", "fits", "time_breakdown_s", "bottleneck", "num_events", "evidence",
 }  # fmt: skip
 TIME_CLASSES = {"compute", "recompute", "bubble", "tp", "cp", "ep", "pp", "dp", "offload", "optimizer", "host"}
-COMMANDS = ["calibrate", "hardware", "models", "pipeline", "replay", "search", "simulate", "trace", "validate", "what-if"]
+COMMANDS = [
+    "calibrate",
+    "export",
+    "hardware",
+    "models",
+    "pipeline",
+    "replay",
+    "search",
+    "simulate",
+    "trace",
+    "validate",
+    "what-if",
+]
 
 
 def run(*arguments: str) -> Result:

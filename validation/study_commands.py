@@ -1,4 +1,4 @@
-"""Commands that ask about a plan: what if the hardware or the plan were different."""
+"""Commands that take a plan further: what if the hardware or the plan were different, and how a trainer is told."""
 
 from __future__ import annotations
 
@@ -9,14 +9,20 @@ import click
 from rich.table import Table
 
 from hardware_models.catalogue import load_hardware
+from hardware_models.errors import UnknownNameError
+from hardware_models.files import whole_file
 from hardware_models.network.cluster_file import find_cluster, single_gpu_cluster
+from search.export import EXPORTERS, export_plan
+from search.export_case import Case, Exported, resolved_plan
 from search.stage_recompute import simulate_on_cluster
 from simulator.figures import save_figure, tornado_figure
-from simulator.model_source import model_source
-from simulator.plan import Plan
+from simulator.model_source import DEFAULT_SEQ_LEN, model_source
+from simulator.parallel.orders import order_of
+from simulator.plan import Plan, check_model
 from simulator.plan_file import read_plan
+from simulator.presets import PRESETS, TransformerConfig, load_config, preset
 from simulator.what_if import Effect, Prediction, Setting, effect_of, parse_change, sensitivities
-from validation.command_line import hardware_option, model_options, reported
+from validation.command_line import hardware_option, model_options, reported, stderr
 from validation.reports import table_of
 
 FACTOR = 2.0
@@ -82,3 +88,62 @@ def _row(effect: Effect) -> tuple[str, ...]:
         effect.bottleneck,
         "yes" if effect.fits else "no",
     )
+
+
+@click.command()
+@click.option("--plan", "plan_path", type=click.Path(path_type=Path), required=True, help="Plan TOML.")
+@click.option("--to", type=click.Choice(sorted(EXPORTERS)), required=True, help="Trainer.")
+@click.option("--model", "model_name", help="As for simulate: gives layers and tokens per sample where the trainer needs them.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder of the files (default: stdout).")
+@reported
+def export(plan_path: Path, to: str, model_name: str | None, out: Path | None) -> dict[str, Any]:
+    """Writes a plan as the flags or files of a trainer."""
+    made = export_plan(export_case(read_plan(plan_path), model_name, folder=plan_path.parent), to)
+    shown = _files_text(made) if out is None else ", ".join(map(str, _write(made, out)))
+    for note in made.notes:
+        stderr.print(note, markup=False, highlight=False, soft_wrap=True)
+    return {
+        "to": to,
+        "files": dict(made.files),
+        "notes": list(made.notes),
+        "folder": str(out) if out else None,
+        "_table": shown,
+    }
+
+
+def export_case(plan: Plan, model_name: str | None, *, folder: Path) -> Case:
+    """What a plan and the name of a model give an export; relative files of the plan begin at ``folder``."""
+    config = _configuration(model_name) if model_name else None
+    resolved = resolved_plan(plan, seq_len=None if config is None else min(config.max_positions, DEFAULT_SEQ_LEN))
+    if config is not None:
+        experts = config.experts.num_experts if config.experts else None
+        check_model(
+            resolved, heads=config.heads, kv_heads=config.num_kv_heads, layers=config.layers, experts=experts,
+            seq_len=resolved.batch.seq_len,
+        )  # fmt: skip
+    order = order_of(resolved, folder=folder) if resolved.parallel.pp > 1 else None
+    return Case(plan=resolved, layers=None if config is None else config.layers, model=model_name, order=order)
+
+
+def _configuration(name: str) -> TransformerConfig:
+    """The configuration of a preset or a file; a traced module has none, and a trainer builds its own."""
+    if name.endswith(".json"):
+        return load_config(Path(name))
+    if name not in PRESETS:
+        raise UnknownNameError(source="--model", key="name", value=name, known=tuple(PRESETS), remedy="or give a config.json")
+    return preset(name)
+
+
+def _write(made: Exported, folder: Path) -> list[Path]:
+    """The files' paths, once they are written."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in made.files:
+        with whole_file(folder / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    return [folder / name for name, _ in made.files]
+
+
+def _files_text(made: Exported) -> str:
+    """The texts; each one after its name where there are several."""
+    texts = [text if len(made.files) == 1 else f"==> {name} <==\n{text}" for name, text in made.files]
+    return "\n".join(texts).rstrip("\n")

@@ -45,11 +45,12 @@ BROKEN: list[tuple[str, Plan, str, str]] = [
     ("torchtitan", plan_of(parallel={"pp": 1}), "memory.zero_stage", "zero stages: 0, 2, 3"),
     ("torchtitan", plan_of(memory={"recompute": "selective"}), "memory.recompute", "SelectiveAC"),
     ("torchtitan", plan_of(precision={"grads": "bf16"}), "precision.grads", "float32 only"),
-    ("torchtitan", plan_of(parallel={"cp": 2, "cp_method": "all-to-all"}), "parallel.cp_method", "ring"),
-    ("torchtitan", plan_of(parallel={"cp": 2}, memory={"zero_stage": 0}), "memory.zero_stage", "dp_shard * cp"),
+    ("torchtitan", plan_of(parallel={"cp": 2}), "parallel.cp_method", "gathered whole"),
+    ("torchtitan", plan_of(parallel={"tp": 2}, runtime={"overlap_tp": True}), "runtime.overlap_tp", "compiled layers"),
+    ("pytorch", plan_of(parallel={"tp": 2}), "parallel.tp", "only their own code"),
     ("torchtitan", plan_of(parallel={"tp": 2, "ep": 2}), "parallel.ep", "tp = 2"),
     ("torchtitan", plan_of(parallel={"dp": 4, "dp_shard": 2, "ep": 4}), "parallel.ep", "2 % 4 = 2"),
-    ("torchtitan", plan_of(memory={"optimizer_offload": 1.0}), "memory.weight_offload", "enable_cpu_offload"),
+    ("torchtitan", plan_of(memory={"optimizer_offload": 1.0}), "memory.weight_offload", "CPUOffloadPolicy"),
     ("torchtitan", plan_of(memory=dict.fromkeys(("weight_offload", "grad_offload", "optimizer_offload"), 0.5)), "memory.weight_offload", "all or nothing"),
     ("deepspeed", plan_of(schedule="gpipe"), "pipeline.schedule", "schedules: 1f1b"),
     ("deepspeed", plan_of(memory={"zero_stage": 2}), "memory.zero_stage", "asserts a stage below 2"),
@@ -110,7 +111,7 @@ def test_every_limit_of_the_table_has_a_source(name: str) -> None:
 
 
 def test_an_unknown_trainer_lists_the_known() -> None:
-    with pytest.raises(UnknownNameError, match="megatron, torchtitan, deepspeed"):
+    with pytest.raises(UnknownNameError, match="megatron, torchtitan, pytorch, deepspeed"):
         trainer_of("nemo")
 
 
