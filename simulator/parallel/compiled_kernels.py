@@ -12,25 +12,28 @@ _FUSES = frozenset({"pointwise", "normalization", "softmax", "reduction", "copy"
 """Classes that inductor generates code for; products, attention and embeddings are calls of libraries."""
 _LIBRARY_OPS = frozenset({"sort", "topk", "histc"})
 """Memory-bound operators that stay calls of their own: inductor falls back to torch's for sorting, selecting and counting."""
+_EAGER_BLOCKS = frozenset({"embedding", "head"})
+"""Blocks outside the layers."""
 _MADE = frozenset({"gradient", "shared_gradient"})
 FUSED_OP = "fused"
 """Operator's name of a kernel that stands for several."""
 
 
 def compiled_workload(workload: Workload) -> Workload:
-    """The workload with each block compiled on its own, as trainers compile transformer layers.
+    """The workload with each block compiled on its own, as trainers compile transformer layers; embedding, head and loss stay eager.
 
     **Model**: a maximal run of memory-bound kernels is one kernel (`compiled_pass`). The graph keeps what the option ``selective`` keeps, the results of products and
     the block's input: all else follows from these without a product, so that the partition with the least saved bytes makes it again.
 
-    **Source**: pytorch torch/_functorch/partitioners.py (``min_cut_rematerialization_partition``) and torch/_inductor/scheduler.py (fusion); the rules, not a trace.
+    **Source**: pytorch torch/_functorch/partitioners.py (``min_cut_rematerialization_partition``) and torch/_inductor/scheduler.py (fusion); the rules, not a trace. torchtitan compiles each ``TransformerBlock`` (``apply_compile``), and not the loss (train.py, 2024-12: "compiling loss function
+    causes CUDA errors, turning off for now").
 
     **Not modelled**: products with fused epilogues (``max-autotune``), bounds on the size of a fused kernel, other attention kernels.
     """
     made: dict[int, Block] = {}
     for block in workload.blocks:
         if id(block) not in made:
-            made[id(block)] = _compiled_block(block)
+            made[id(block)] = block if block.name in _EAGER_BLOCKS else _compiled_block(block)
     return replace(workload, blocks=tuple(made[id(block)] for block in workload.blocks))
 
 

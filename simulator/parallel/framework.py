@@ -17,6 +17,7 @@ FUSED_ACCUMULATION = ("megatron-core",)
 OPERATORS: Mapping[str, Operators] = MappingProxyType(
     {
         "megatron-core": Operators(norm=True, gated=True, rotary=True, routed=True, attention_inputs=True, loss=True),
+        "torchtitan": Operators(alternate=True),
         "megatron-lm@2021": Operators(attention_inputs=True, loss=True),
     }
 )
@@ -24,6 +25,8 @@ OPERATORS: Mapping[str, Operators] = MappingProxyType(
 
 **Source**: Megatron-core 0.14: ``--transformer-impl transformer_engine`` (norms, rotary positions), ``bias_swiglu_fusion`` and ``apply_rope_fusion`` are on unless switched off;
 its attention makes query, key and value by one product (``linear_qkv``), its grouped experts (``TEGroupedMLP``) apply the router's weights in the activation. Megatron-LM of 2021: one such product, cross entropy over the vocabulary in place (``mpu/cross_entropy.py``).
+torchtitan: ``selective_ac_option = "op"`` saves attention and every odd ``mm`` of a layer (torchtitan/models/llama/parallelize_llama.py, 2024-12, ``_get_custom_policy``); a layer's
+attention half has an even number of them.
 """
 PRODUCTS = frozenset({"gemm", "batched_gemm"})
 """Classes of kernels that read a matrix of parameters, `bmm` excepted."""
@@ -38,8 +41,9 @@ _TORCH_LIBRARY_BYTES = MappingProxyType({True: 32 * _MIB, False: 8_519_680})
 
 
 def operators_of(plan: Plan) -> Operators:
-    """The kernels of the plan's framework."""
-    return OPERATORS.get(plan.runtime.framework, EAGER)
+    """The kernels of the plan's framework; what ``selective`` keeps is its own only where the plan says ``selective``."""
+    found = OPERATORS.get(plan.runtime.framework, EAGER)
+    return replace(found, alternate=found.alternate and plan.memory.recompute == "selective")
 
 
 def kept_bytes(blocks: Iterable[Block], plan: Plan, device: DeviceProfile, *, dtype: str) -> int:

@@ -12,6 +12,8 @@ MASTER_BYTES = 4
 """The float32 copy of a parameter that the optimizer updates where the model computes in less."""
 STATE_BYTES = {"adamw": 8, "sgd": 0, "adamw8bit": 2}
 """Optimizer states of one parameter: two float32 moments; eight-bit moments (their scales, 1/2048 of it, left out)."""
+SHARDED_MASTERS = ("pytorch", "torchtitan")
+"""Frameworks whose third stage is FSDP."""
 GRADIENT_BYTES = {"fp32": 4, "bf16": 2}
 
 
@@ -43,7 +45,10 @@ def static_memory(
     **Model**: K = 12 bytes of float32 master copy and moments for AdamW; stage 1 shards these over ``dp_shard`` ranks (dp * cp unless given), 2 the gradients too, 3 the
     parameters too; experts are replicated ``dp * cp / ep`` times only, and sharded over the ``dp_shard / ep`` of them that are in one group. States and gradients that are offloaded are not on the device.
 
-    **Source**: Rajbhandari et al. 2020 (ZeRO), section 5 and figure 1.
+    FSDP shards the float32 parameters themselves and gathers them in the compute's format: its shards are the master copy (unless states or parameters are offloaded, which
+    is counted as ZeRO's).
+
+    **Source**: Rajbhandari et al. 2020 (ZeRO), section 5 and figure 1; ``MixedPrecisionPolicy(param_dtype)`` of torch.distributed.fsdp ``fully_shard``.
 
     Args:
         dense: parameters that all dp * cp ranks hold.
@@ -65,6 +70,13 @@ def static_memory(
             for elements, replicas in ((dense, ranks), (expert, max(1, ranks // plan.parallel.ep)))
         )
 
+    offloaded = plan.memory.optimizer_offload or plan.memory.weight_offload
+    fsdp = stage >= 3 and plan.runtime.framework in SHARDED_MASTERS  # noqa: PLR2004 - ZeRO's third stage
+    if fsdp and not offloaded:
+        return StaticMemory(
+            parameters=copies * held(max(width, MASTER_BYTES), 3) + working * width, gradients=(1.0 - float(plan.memory.grad_offload)) * held(grads, 2),
+            states=held(STATE_BYTES[plan.precision.optimizer], 1),
+        )  # fmt: skip
     on_device = 1.0 - float(plan.memory.optimizer_offload)
     gathered = working * width if stage >= 3 else 0.0  # noqa: PLR2004 - ZeRO's third stage
     return StaticMemory(

@@ -112,7 +112,9 @@ def _boundary(tape: Tape, setting: Setting) -> Value:
 def _half(setting: Setting, name: str, half: Half) -> Section:
     tape = Tape()
     entering = _boundary(tape, setting)
-    return Section(name=name, tape=tape, entering=entering, leaving=half(tape, setting, entering))
+    return Section(
+        name=name, tape=tape, entering=entering, leaving=half(tape, setting, entering), alternate=setting.operators.alternate
+    )
 
 
 def _network_section(setting: Setting, *, experts: bool, final: bool) -> Section:

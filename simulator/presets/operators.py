@@ -19,6 +19,8 @@ class Operators:
     """Experts weight their tokens within the activation, so that their results are not kept, and sum them in the stream's dtype; the router reads the stream in its own dtype."""
     attention_inputs: bool = False
     """Query, key and value are one product whatever the configuration says."""
+    alternate: bool = False
+    """``selective`` keeps every second result of a linear layer only, the first, third, ... of each half."""
     loss: bool = False
     """Cross entropy in place: logits are cast to float32 once and become probabilities, and in the backward pass their gradient."""
 

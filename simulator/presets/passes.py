@@ -16,6 +16,8 @@ from simulator.workload import Block, BlockOption, Buffer, MemoryEvent, Paramete
 
 PRODUCTS = frozenset({"mm", "addmm", "bmm", "_grouped_mm", "attention"})
 """Operators whose results the option ``selective`` keeps; all others run again inside the backward pass."""
+LINEAR = frozenset({"mm", "addmm"})
+"""Of these, linear layers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -29,6 +31,8 @@ class Section:
     leaving: Value
     makes_shared: bool = False
     """Its backward pass is the first to make the gradients of the shared parameters that it uses."""
+    alternate: bool = False
+    """``selective`` leaves every second linear layer's result out."""
 
     @property
     def saved(self) -> tuple[Storage, ...]:
@@ -40,7 +44,11 @@ class Section:
     def products(self) -> tuple[Storage, ...]:
         """Storages made by products, and the block's input: what the option ``selective`` keeps."""
         kept = [] if self.entering is None else [self.entering.storage]
-        kept += [value.storage for step in self.tape.steps if step.op in PRODUCTS for value in step.outputs]
+        linear = [step for step in self.tape.steps if step.op in LINEAR]
+        left = linear[1::2] if self.alternate else []
+        kept += [
+            value.storage for step in self.tape.steps if step.op in PRODUCTS and step not in left for value in step.outputs
+        ]
         return tuple(dict.fromkeys(kept))
 
 

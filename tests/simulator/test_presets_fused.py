@@ -107,3 +107,17 @@ def test_each_pass_returns_memory_to_where_it_was() -> None:
                 left = sum(event.delta_bytes for event in option.forward.memory if event.buffer in {"internal", "transient"})
                 back = sum(event.delta_bytes for event in option.backward.memory if event.buffer in {"internal", "transient"})
                 assert left == -back
+
+
+def test_every_second_linear_layer_runs_again() -> None:
+    """Llama 3 8B, h = 4096, one token: of the attention half the input, query (h), values (h / 4), mixed values (h) and 32 sums stay; of the network the input, gate (3.5 h), down (h)."""
+    workload = build(replace(preset("llama3-8b"), layers=2), OPERATORS["torchtitan"])
+    stream = SEQ * 4096 * 2
+    attention, network = (
+        sum(tensor.size_bytes for tensor in named(workload, name).option("selective").saved)
+        for name in ("attention", "network")
+    )
+    assert attention == stream * 13 // 4 + SEQ * 32 * 4
+    assert network == stream * 11 // 2
+    option = named(workload, "network").option("selective")
+    assert sum(kernel.kernel_class == "gemm" for kernel in option.backward.kernels) == 7

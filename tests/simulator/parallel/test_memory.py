@@ -90,3 +90,12 @@ def test_deepspeeds_estimate_of_zero_2_counts_the_half_precision_gradients_besid
     ours = memory.parameters + memory.gradients + memory.states
     assert ours == pytest.approx(2 * T5_3B + 16 * T5_3B / NUM_GPUS)
     assert (ours + 2 * T5_3B) / GIB == pytest.approx(15.93, abs=0.01)
+
+
+@pytest.mark.parametrize("framework", ["pytorch", "torchtitan"])
+def test_fsdp_shards_its_master_copy(framework: str) -> None:
+    """16 bytes of each parameter over the ranks (4 + 4 + 8), and what is gathered in two."""
+    memory = static_memory(800.0, 0.0, plan_of(dp=8, zero_stage=3, framework=framework), dtype="bfloat16", working=10.0)
+    assert (memory.parameters, memory.gradients, memory.states) == (400.0 + 20.0, 400.0, 800.0)
+    ours = static_memory(800.0, 0.0, plan_of(dp=8, zero_stage=3), dtype="bfloat16", working=10.0)
+    assert ours.parameters + ours.states == memory.parameters + memory.states + 200.0
