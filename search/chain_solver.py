@@ -237,8 +237,8 @@ class ChainTable:
         best = self._least_memory_solution
         for operations in self._grid.answers(limit_bytes):
             best = self._better(best, operations, limit_bytes)
-        for time_s, options, num_segments in self._baselines:
-            if time_s < best.time_s:
+        for time_s, least_bytes, options, num_segments in self._baselines:
+            if time_s < best.time_s and least_bytes <= limit_bytes:
                 best = self._better(best, checkpoint_segments(self.problem, num_segments, options), limit_bytes)
         return best
 
@@ -264,16 +264,19 @@ class ChainTable:
         return ChainSolution(time_s=time_s, peak_bytes=peak_bytes, operations=operations)
 
     @cached_property
-    def _baselines(self) -> tuple[tuple[float, tuple[int, ...], int], ...]:
-        """Time, options and number of segments of each equal-segment schedule; one segment keeps everything."""
+    def _baselines(self) -> tuple[tuple[float, int, tuple[int, ...], int], ...]:
+        """Time, least bytes, options and number of segments of each equal-segment schedule; one segment keeps everything."""
         stages, run_until_s = self.problem.num_stages, np.concatenate(([0.0], np.cumsum(self._chain.discard_s)))
-        found: list[tuple[float, tuple[int, ...], int]] = []
+        found: list[tuple[float, int, tuple[int, ...], int]] = []
         for options in dict.fromkeys((fastest_options(self.problem), leanest_options(self.problem))):
-            once_s = float(self._chain.option_s[np.arange(stages), options].sum())
-            found += [
-                (once_s + float(run_until_s[stages // segments * (segments - 1)]), options, segments)
-                for segments in range(1, stages + 1)
-            ]
+            every = np.arange(stages)
+            once_s = float(self._chain.option_s[every, options].sum())
+            saved_until = np.concatenate(([0], np.cumsum(self._chain.saved_bytes[every, options])))
+            for segments in range(1, stages + 1):
+                starts = np.arange(segments) * (stages // segments)
+                graphs = saved_until[np.append(starts[1:], stages)] - saved_until[starts]
+                least_bytes = int((np.cumsum(self._chain.boundary_bytes[starts]) + graphs).max())
+                found.append((once_s + float(run_until_s[starts[-1]]), least_bytes, options, segments))
         return tuple(found)
 
 
