@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from search.solvers.stage_partition import PartitionProblem, solve_partition
-from search.solvers.stage_recompute import StageOption, solve_stage_recompute
+from search.solvers.stage_knapsack import StageOption, solve_stage_recompute
 
 from search.chain_schedules import evaluate, store_all
 from search.chain_solver import minimum_limit_bytes, solve_chain
