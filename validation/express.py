@@ -17,6 +17,7 @@ from validation.cluster_of_row import cluster_of
 from validation.framework_facts import FrameworkFacts, facts_of
 from validation.model_of_row import model_of
 from validation.published_row import PublishedRow
+from validation.software_of_run import flash_generation
 
 _PRECISIONS = {
     "half": "fp16",
@@ -53,6 +54,7 @@ class Expressed:
     assumed: tuple[str, ...]
     """What the row does not state and was taken from elsewhere, in words."""
     recompute_stated: bool
+    flash_generation: int
 
 
 def express(row: PublishedRow, siblings: Sequence[PublishedRow] = ()) -> Expressed:
@@ -86,7 +88,7 @@ def express(row: PublishedRow, siblings: Sequence[PublishedRow] = ()) -> Express
     device = device_named(row.text("gpu"), memory_gb=_memory_gb(row), source=row.row_id)
     cluster = _cluster(device, plan.num_gpus, row.count("gpus_per_node"), row.text("interconnect"))
     return Expressed(
-        config=config, plan=plan, cluster=cluster, seq_len=config.max_positions, facts=facts, assumed=tuple(assumed), recompute_stated=bool(row.text("recompute")),
+        config=config, plan=plan, cluster=cluster, seq_len=config.max_positions, facts=facts, assumed=tuple(assumed), recompute_stated=bool(row.text("recompute")), flash_generation=flash_generation(row, facts),
     )  # fmt: skip
 
 

@@ -29,6 +29,8 @@ class FrameworkFacts:
     overlap_param_gather: bool = True
     flash_attention: bool = True
     """Where a row says ``unknown`` or nothing."""
+    flash_generation: int = 2
+    """Of its flash attention kernels, where a row does not say: 1 or 2."""
     sequence_parallel: bool = True
     """Where a row with tensor parallelism does not say."""
     dropout: float = 0.0
@@ -105,8 +107,9 @@ FRAMEWORKS_KNOWN: tuple[FrameworkFacts, ...] = (
         "stages; torchtitan/parallelisms/parallelize_llama.py, apply_fsdp: with pipeline stages parameters stay gathered after the forward pass, and gradients are reduced once a step",
     ),
     FrameworkFacts(
-        name="llm-foundry", pattern=r"(llm-foundry|composer|mosaic)", runtime="pytorch", sequence_parallel=False,
-        source="mosaicml/llm-foundry scripts/train/benchmarking/README.md: FSDP, mixed_precision DEFAULT (reduces in fp32), limit_all_gathers; torch's FSDP prefetches one block",
+        name="llm-foundry", pattern=r"(llm-foundry|composer|mosaic)", runtime="pytorch", sequence_parallel=False, flash_generation=1,
+        source="mosaicml/llm-foundry scripts/train/benchmarking/README.md: FSDP, mixed_precision DEFAULT (reduces in fp32), limit_all_gathers; torch's FSDP prefetches one block; "
+        "scripts/train/benchmarking/submit_benchmarks.py: torch 1.13, attn_impl triton, a port of the first FlashAttention",
     ),
     FrameworkFacts(
         name="PyTorch FSDP", pattern=r"(fsdp|pytorch|ddp|accelerate|hugging|transformers|lightning|meta internal)", runtime="pytorch", sequence_parallel=False,

@@ -23,12 +23,13 @@ from validation.error_summary import (
 )
 from validation.express import Expressed, express
 from validation.published_row import Measured, MemoryBasis, PublishedRow, measured_of, read_published
+from validation.software_of_run import device_of_run
 
 LEAST_RECOMPUTE = ("none", "selective", "full")
 """What is tried, in this order, where a row does not say what is recomputed."""
 _LIKELY = 0.5
 _FAR_BELOW = 0.7
-"""Part of a device up to which live bytes and context are too few for the allocator's slack to matter."""
+"""Part of a device up to which live bytes and context are too few for the allocator's slack to matter; beyond all of it, it does not fit whatever the slack."""
 Report = Callable[[str, float], None]
 
 
@@ -230,11 +231,13 @@ def predicted_run(expressed: Expressed, basis: MemoryBasis = "allocated") -> tup
 def _simulated(expressed: Expressed, plan: Plan, basis: MemoryBasis) -> ParallelSimulation:
     """The step; with the allocator replayed where reserved bytes are compared or decide whether it fits: a replay takes far longer than the step."""
     source = ModelSource(name=expressed.config.name, config=expressed.config, seq_len=expressed.seq_len)
+    device = device_of_run(expressed.cluster.device, expressed.flash_generation)
     if basis == "allocated":
-        live = simulate_source(source, plan, expressed.cluster, reserved=False)
-        if max(live.peak_memory_bytes) + live.device.context_bytes <= _FAR_BELOW * live.device.memory_bytes:
+        live = simulate_source(source, plan, expressed.cluster, reserved=False, device=device)
+        needed = max(live.peak_memory_bytes) + live.device.context_bytes
+        if not _FAR_BELOW * live.device.memory_bytes < needed <= live.device.memory_bytes:
             return live
-    return simulate_source(source, plan, expressed.cluster)
+    return simulate_source(source, plan, expressed.cluster, device=device)
 
 
 def peak_on_basis(simulation: ParallelSimulation, measured: Measured) -> float:

@@ -1,0 +1,44 @@
+"""Attention kernels of the generation that a run had."""
+
+from __future__ import annotations
+
+import pytest
+
+from hardware_models.kernel import Kernel
+from hardware_models.pricing import price
+from tests.published_rows import row_of
+from validation.framework_facts import facts_of
+from validation.software_of_run import FIRST_OVER_SECOND, device_of_run, flash_generation
+
+ATTENTION = Kernel(
+    kernel_class="attention", op="_scaled_dot_product_flash_attention", shape=(2, 16, 16, 4096, 4096, 128, 128), dtype="bfloat16", flops=10**12, read_bytes=10**8, written_bytes=10**8
+)  # fmt: skip
+PRODUCT = Kernel(
+    kernel_class="gemm",
+    op="mm",
+    shape=(4096, 4096, 4096),
+    dtype="bfloat16",
+    flops=2 * 4096**3,
+    read_bytes=10**8,
+    written_bytes=10**8,
+)
+
+
+@pytest.mark.parametrize(
+    ("notes", "framework", "generation"),
+    [
+        ("flash_attention: flash_attentionv1.0.8", "AA-Scaling", 1),
+        ("flash_attention: flash_attention2 + RMS kernel", "AA-Scaling", 2),
+        ("", "AA-Scaling", 2),
+        ("attn_impl flash", "Composer/llm-foundry (PyTorch FSDP)", 1),
+    ],
+)
+def test_generations_by_row_and_framework(notes: str, framework: str, generation: int) -> None:
+    assert flash_generation(row_of(notes=notes), facts_of(framework)) == generation
+
+
+def test_the_first_generation_takes_twice_the_time_and_nothing_else_does() -> None:
+    first, second = device_of_run("a100-sxm-80gb", 1), device_of_run("a100-sxm-80gb", 2)
+    slow, fast = price([ATTENTION, PRODUCT], first, sustained=False), price([ATTENTION, PRODUCT], second, sustained=False)
+    assert slow[0] == pytest.approx(FIRST_OVER_SECOND * fast[0])
+    assert slow[1] == fast[1]
