@@ -40,7 +40,7 @@ PLANS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", ["zb-h1", *(pytest.param(name, marks=pytest.mark.slow) for name in PLANS if name != "zb-h1")])
 def test_it_keeps_the_budget_and_loses_to_no_expert(name: str) -> None:
     plan = PLANS[name]
     none, full = run(plan, None, "none"), run(plan, None, "full")
