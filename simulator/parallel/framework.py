@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
+from hardware_models.caching_allocator import DEFAULT_SETTINGS, AllocatorSettings
 from hardware_models.profile import DeviceProfile
 from hardware_models.units import DTYPE_BYTES
 from simulator.plan import Plan
@@ -28,6 +29,11 @@ its attention makes query, key and value by one product (``linear_qkv``), its gr
 torchtitan: ``selective_ac_option = "op"`` saves attention and every odd ``mm`` of a layer (torchtitan/models/llama/parallelize_llama.py, 2024-12, ``_get_custom_policy``); a layer's
 attention half has an even number of them.
 """
+ALLOCATORS: Mapping[str, AllocatorSettings] = MappingProxyType({"torchtitan": AllocatorSettings(expandable_segments=True)})
+"""PYTORCH_ALLOC_CONF of a framework's own launcher; torch's defaults elsewhere.
+
+**Source**: torchtitan run_train.sh @0168bd518f: ``expandable_segments:True``.
+"""
 PRODUCTS = frozenset({"gemm", "batched_gemm"})
 """Classes of kernels that read a matrix of parameters, `bmm` excepted."""
 _OWN_PRODUCTS = frozenset({"head", "embedding", "transform"})
@@ -44,6 +50,11 @@ def operators_of(plan: Plan) -> Operators:
     """The kernels of the plan's framework; what ``selective`` keeps is its own only where the plan says ``selective``."""
     found = OPERATORS.get(plan.runtime.framework, EAGER)
     return replace(found, alternate=found.alternate and plan.memory.recompute == "selective")
+
+
+def allocator_of(plan: Plan) -> AllocatorSettings:
+    """What the plan's framework sets for the caching allocator."""
+    return ALLOCATORS.get(plan.runtime.framework, DEFAULT_SETTINGS)
 
 
 def kept_bytes(blocks: Iterable[Block], plan: Plan, device: DeviceProfile, *, dtype: str) -> int:

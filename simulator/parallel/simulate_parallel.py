@@ -21,7 +21,7 @@ from simulator.parallel.communication import Behind, Beside, Communication
 from simulator.parallel.compiled_kernels import compiled_workload
 from simulator.parallel.default_cut import partition_of
 from simulator.parallel.experts import expert_elements
-from simulator.parallel.framework import FUSED_ACCUMULATION, kept_bytes, operators_of
+from simulator.parallel.framework import FUSED_ACCUMULATION, allocator_of, kept_bytes, operators_of
 from simulator.parallel.fused_kernels import column_products
 from simulator.parallel.gradient_sync import PARAMETERS_SHARDED, GradientSync, StageLoad, gradient_sync, tied_seconds
 from simulator.parallel.host_dispatch import dispatch_of, host_seconds, with_dispatch
@@ -269,14 +269,18 @@ class _Assembly:
         ]
         if any(self.chunks):
             end_s = result.step_time_s
-            return tuple(reserved_peaks(*own, update_s=end_s) for own in zip(result.profiles, resident, strict=True))
+            return tuple(
+                reserved_peaks(*own, update_s=end_s, settings=allocator_of(self.plan))
+                for own in zip(result.profiles, resident, strict=True)
+            )
         every = [own.operations for own in self.variants] or [(own,) for own in self.operations]
         tensors = [
             [stage_tensors(stage, own, self.prices) for own in each] for stage, each in zip(self.stages, every, strict=True)
         ]
         variant_of = self._variant_of()
         return rank_peaks(
-            self.order, lambda action: tensors[action.stage][variant_of[action.stage, action.micro_batch]], resident, weight_share=WEIGHT_SHARE
+            self.order, lambda action: tensors[action.stage][variant_of[action.stage, action.micro_batch]], resident, weight_share=WEIGHT_SHARE,
+            settings=allocator_of(self.plan),
         )  # fmt: skip
 
     def _recomputed_flops(self, parts: StepParts) -> float:

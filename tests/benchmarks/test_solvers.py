@@ -6,8 +6,6 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import pytest
-from search.solvers.stage_partition import PartitionProblem, solve_partition
-from search.solvers.stage_knapsack import StageOption, solve_stage_recompute
 
 from search.chain_schedules import evaluate, store_all
 from search.chain_solver import minimum_limit_bytes, solve_chain
@@ -19,6 +17,8 @@ from search.solvers.offload_problem import HostLink, OffloadProblem
 from search.solvers.offload_solver import solve_offload
 from search.solvers.order_solver import solve_order
 from search.solvers.proof import Proof
+from search.solvers.stage_knapsack import StageOption, solve_stage_recompute
+from search.solvers.stage_partition import PartitionProblem, solve_partition
 from search.solvers.weight_offload import solve_weight_offload
 from search.solvers.weight_problem import WeightProblem
 from simulator.pipeline.catalogue import OrderRequest, make_order

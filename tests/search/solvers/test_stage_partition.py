@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardware_models.errors import InfeasibleError, InputError
-from search.solvers.stage_partition import PartitionProblem, in_flight_of, solve_partition
 from search.solvers.stage_knapsack import StageOption, least_stage_bytes, solve_stage_recompute
+from search.solvers.stage_partition import PartitionProblem, in_flight_of, solve_partition
 from simulator.pipeline.catalogue import OrderRequest, make_order
 
 Blocks = tuple[tuple[StageOption, ...], ...]

@@ -7,12 +7,14 @@ from dataclasses import replace
 import pytest
 
 from hardware_models.catalogue import load_hardware
-from simulator.parallel.framework import kept_bytes, operators_of, with_spare_gradient
+from simulator.parallel.framework import allocator_of, kept_bytes, operators_of, with_spare_gradient
+from simulator.parallel.orders import order_of
 from simulator.parallel.recompute import fit_framework
+from simulator.parallel.simulate_parallel import simulate_parallel
 from simulator.presets import build_workload, preset
 from simulator.presets.operators import EAGER
 from simulator.workload import Workload
-from tests.simulator.parallel.step_cases import plan_of
+from tests.simulator.parallel.step_cases import SEQ_LEN, cluster_of, plan_of, small_config
 
 MIB = 2**20
 
@@ -66,3 +68,14 @@ def test_a_block_without_such_a_gradient_is_left_alone() -> None:
 def test_unknown_kernels_are_torchs_own() -> None:
     assert operators_of(plan_of(framework="pytorch")) == EAGER
     assert operators_of(plan_of(framework="megatron-core")) != EAGER
+
+
+def test_torchtitan_starts_with_expandable_segments() -> None:
+    """So that what it reserves is near what it allocates."""
+    assert allocator_of(plan_of(framework="torchtitan")).expandable_segments
+    assert not allocator_of(plan_of(framework="megatron-core")).expandable_segments
+    plan = plan_of(dp=8, zero_stage=3, framework="torchtitan")
+    cluster = cluster_of(plan)
+    device = load_hardware(cluster.device)
+    result = simulate_parallel(small_config(), plan, cluster, device, order_of(plan), seq_len=SEQ_LEN, reserved=True)
+    assert result.peak_reserved_bytes[0] <= 1.06 * result.peak_memory_bytes[0]
