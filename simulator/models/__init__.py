@@ -91,6 +91,8 @@ MODELS: Mapping[str, ModelEntry] = MappingProxyType({
         _operator("tfno2d", "neural_operators:tfno2d", "neuraloperator TFNO 2-D, Tucker weights of rank 0.1", size=64),
         _language("gpt-small", "gpt:gpt_small", "GPT-2 small's shape in plain torch, tied head, no dropout"),
         _language("llama-small", "gpt:llama_small", "a 12-layer Llama shape in plain torch: RMSNorm, SwiGLU, rotary, 4 key-value heads"),
+        _language("gpt-xl", "gpt:gpt_xl", "GPT-2 XL's shape in plain torch, tied head, no dropout"),
+        _language("llama-1b", "gpt:llama_1b", "Llama 3.2 1B's shape in plain torch, its head not tied", seq_len=2048, batch=1),
         _gpt2("gpt2", "transformers GPT-2 small, 124M (Radford et al. 2019)"),
         _gpt2("gpt2-medium", "transformers GPT-2 medium, 355M (Radford et al. 2019)"),
         _gpt2("gpt2-large", "transformers GPT-2 large, 774M (Radford et al. 2019)"),

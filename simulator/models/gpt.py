@@ -140,3 +140,19 @@ def llama_small(*, batch: int, seq_len: int) -> tuple[nn.Module, dict[str, Tenso
         layers=12, hidden=768, heads=12, kv_heads=4, ffn=2048, vocab=vocab, max_positions=max(2048, seq_len), llama=True
     )
     return module, token_inputs(batch=batch, seq_len=seq_len, vocab=vocab)
+
+
+def gpt_xl(*, batch: int, seq_len: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """GPT-2 XL's shape: 48 layers, 1600 wide, 25 heads, 50,257 tokens (1.56 billion parameters)."""
+    vocab = 50257
+    module = Decoder(layers=48, hidden=1600, heads=25, ffn=6400, vocab=vocab, max_positions=max(1024, seq_len))
+    return module, token_inputs(batch=batch, seq_len=seq_len, vocab=vocab)
+
+
+def llama_1b(*, batch: int, seq_len: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The shape of Llama 3.2 1B without its tied head: 16 layers, 2048 wide, 32 heads over 8 key-value heads, 128,256 tokens."""
+    vocab = 128256
+    module = Decoder(
+        layers=16, hidden=2048, heads=32, kv_heads=8, ffn=8192, vocab=vocab, max_positions=max(2048, seq_len), llama=True
+    )
+    return module, token_inputs(batch=batch, seq_len=seq_len, vocab=vocab)

@@ -110,6 +110,7 @@ def test_a_workload_makes_the_round_trip(name: str) -> None:
     assert workload_from_json(json.loads(json.dumps(workload_to_json(workload)))) == workload
 
 
+@pytest.mark.slow
 def test_a_bare_machine_runs_a_bundle_and_goes_on_after_a_failure(device: DeviceProfile, tmp_path: Path) -> None:
     case = small_case(device)
     kinds = [replace(case, name=kind, kind=kind, operations=()) for kind in ("plain", "checkpoint+save_on_cpu")]

@@ -1,0 +1,121 @@
+"""Which steps the replay suite runs: models by device kind, techniques one by one and together, what the search chooses at budgets, and torch's own means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from hardware_models.errors import InfeasibleError, InputError
+from hardware_models.profile import DeviceProfile
+from search.plan_search import PlanSearch, SearchRequest
+from simulator.model_source import ModelSource, model_source
+from simulator.plan import Batch, Memory, Plan, Precision
+from simulator.plan_sections import ComputePrecision
+from validation.bundle import BundleCase
+from validation.replay_comparison import ReplayCase, bundle_case, replay_case
+
+BUDGETS = (0.6, 0.4, 0.25)
+"""Of the plain step's peak."""
+HAND_MADE = ("checkpoint", "save_on_cpu", "checkpoint+save_on_cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuiteModel:
+    """A model of the suite."""
+
+    name: str
+    model: str
+    batch: int
+    seq_len: int | None = None
+    precisions: tuple[ComputePrecision, ...] = ("fp32",)
+
+
+def _small(function: str, batch: int, seq_len: int | None = None) -> SuiteModel:
+    return SuiteModel(name=function, model=f"validation.suite_models:{function}", batch=batch, seq_len=seq_len)
+
+
+SUITES = MappingProxyType({
+    "cpu": (_small("gpt", 8, 128), _small("llama", 8, 128), _small("vit", 8), _small("fno", 8), _small("resnet", 8), _small("unet", 2)),
+    "cuda": (
+        SuiteModel(name="gpt-xl", model="gpt-xl", batch=8, seq_len=1024, precisions=("bf16",)),
+        SuiteModel(name="llama-1b", model="llama-1b", batch=4, seq_len=2048, precisions=("bf16",)),
+        SuiteModel(name="vit-b16", model="vit-b16", batch=64, precisions=("bf16", "tf32")),
+        SuiteModel(name="fno2d", model="fno2d-plain", batch=64),
+        SuiteModel(name="fno3d", model="fno3d-plain", batch=16),
+        SuiteModel(name="resnet50", model="resnet50", batch=64, precisions=("tf32",)),
+        SuiteModel(name="unet2d", model="unet2d", batch=16, precisions=("tf32",)),
+    ),
+})  # fmt: skip
+"""By kind of device."""
+TECHNIQUES = MappingProxyType({
+    "none": Memory(), "selective": Memory(recompute="selective"), "full": Memory(recompute="full"),
+    "activations 50% on host": Memory(activation_offload=0.5), "activations on host": Memory(activation_offload=1.0),
+    "full, activations on host": Memory(recompute="full", activation_offload=1.0), "weights on host": Memory(weight_offload=1.0),
+    "optimizer on host": Memory(optimizer_offload=1.0), "all on host": Memory(activation_offload=1.0, weight_offload=1.0, optimizer_offload=1.0),
+})  # fmt: skip
+"""Each run with the whole batch at once."""
+
+
+def suite_cases(
+    device: DeviceProfile, *, models: tuple[str, ...] = (), tell: Callable[[str], None] = lambda _: None
+) -> list[BundleCase]:
+    """The cases of a device's suite, model by model.
+
+    Args:
+        device: prices kernels for the search and for what is predicted beforehand.
+        models: names of the suite's models to take; empty: all.
+        tell: told what is being made, and of budgets that nothing fits.
+
+    Raises:
+        InputError: no such model in the suite.
+    """
+    suite = SUITES[device.kind]
+    known = [model.name for model in suite]
+    for name in models:
+        if name not in known:
+            raise InputError(source="--model", key="name", value=name, rule=f"models of this suite are {', '.join(known)}")
+    chosen = [model for model in suite if not models or model.name in models]
+    return [case for model in chosen for precision in model.precisions for case in _cases(model, precision, device, tell)]
+
+
+def _cases(
+    model: SuiteModel, precision: ComputePrecision, device: DeviceProfile, tell: Callable[[str], None]
+) -> Iterator[BundleCase]:
+    base = Plan(batch=Batch(global_batch=model.batch, seq_len=model.seq_len), precision=Precision(compute=precision))
+    source = model_source(model.model, batch=model.batch, seq_len=model.seq_len).with_plan_batch(base)
+    title = model.name if len(model.precisions) == 1 else f"{model.name} {precision}"
+    tell(f"{title}: tracing")
+    plain = bundle_case(replay_case(base, source, device, name=f"{title}: plain"), source, device)
+    yield replace(plain, kind="plain", operations=())
+    for name, memory in TECHNIQUES.items():
+        yield bundle_case(replay_case(replace(base, memory=memory), source, device, name=f"{title}: {name}"), source, device)
+    halves = replace(base, batch=replace(base.batch, micro_batch=max(1, model.batch // 2)), memory=Memory(recompute="full"))
+    yield bundle_case(replay_case(halves, source, device, name=f"{title}: full, half the batch"), source, device)
+    yield from _searched(base, source, device, title, tell)
+    for means in HAND_MADE:
+        yield replace(plain, name=f"{title}: {means}", kind=means, operations=(), predicted={}, program={})
+
+
+def _searched(
+    base: Plan, source: ModelSource, device: DeviceProfile, title: str, tell: Callable[[str], None]
+) -> Iterator[BundleCase]:
+    """What the search chooses at each budget that something fits."""
+    space = PlanSearch(
+        SearchRequest(model=source, device=device, global_batch=source.global_batch, budget_bytes=device.memory_bytes)
+    )
+    plain = space.plain().peak_bytes
+    for share in BUDGETS:
+        budget = round(share * plain)
+        try:
+            size, found = space.best_within(budget)
+        except InfeasibleError as error:
+            tell(f"{title}: {share:.0%} of the plain peak: {error.smallest_change}")
+            continue
+        memory = Memory(
+            recompute="optimal" if found.name not in {"none", "selective", "full"} else found.name, budget_bytes=budget
+        )
+        plan = replace(base, batch=replace(base.batch, micro_batch=size), memory=memory)
+        yield bundle_case(
+            ReplayCase(name=f"{title}: searched, {share:.0%}", plan=plan, operations=found.operations), source, device
+        )

@@ -1,0 +1,238 @@
+"""What a suite's archive says beside its predictions: errors of time and memory, their causes, the order of plans, and a folder of results."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hardware_models.errors import InputError
+from hardware_models.files import whole_file
+from hardware_models.profile import DeviceProfile
+from hardware_models.units import GIB, MS_PER_S
+from simulator.plan_file import write_plan
+from simulator.sequence import format_sequence, keep_all
+from simulator.simulate import Simulation, simulate, step_setting
+from simulator.workload import Workload
+from simulator.workload_json import workload_from_json
+from validation.bundle import BundleCase
+from validation.error_summary import rank_correlation
+from validation.replay import CASE_FILE, ENVIRONMENT_FILE, WORKLOAD_FILE
+from validation.replay_causes import Cause, cause_of
+
+TOLD_APART = 0.05
+"""Measured step times that differ by less than this are not asked to be in order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SuiteRow:
+    """One case, measured and, where it is a plan or the plain step, predicted."""
+
+    case: BundleCase
+    measured: Mapping[str, Any]
+    predicted: Simulation | None
+    cause: Cause | None
+
+    @property
+    def model(self) -> str:
+        """The part of the name before the colon."""
+        return self.case.name.partition(":")[0]
+
+    @property
+    def failed(self) -> str:
+        """Why it did not run; empty where it did."""
+        return str(self.measured.get("failed", "")).partition("\n")[0]
+
+    @property
+    def time_error(self) -> float | None:
+        """Predicted step time over the measured median, minus 1."""
+        return (
+            None
+            if self.predicted is None or self.failed
+            else self.predicted.step_time_s / self.measured["step_time_s"]["median"] - 1
+        )
+
+    @property
+    def memory_error(self) -> float | None:
+        """The same of allocated bytes."""
+        return (
+            None
+            if self.predicted is None or self.failed
+            else self.predicted.peak_allocated_bytes[0] / self.measured["allocated_bytes"] - 1
+        )
+
+    @property
+    def reserved_error(self) -> float | None:
+        """The same of reserved bytes."""
+        return (
+            None
+            if self.predicted is None or self.failed
+            else self.predicted.peak_reserved_bytes[0] / self.measured["reserved_bytes"] - 1
+        )
+
+    @property
+    def bitwise(self) -> bool | None:
+        """Whether loss and gradients are the plain module's on the same micro-batches; None where they were not compared."""
+        matches = self.measured.get("gradients_match", ())
+        same = [match for match in matches if match["reference"] == "same micro-batches"] or list(matches[:1])
+        return bool(same[0]["bitwise"]) if same else None
+
+    def to_json(self) -> dict[str, Any]:
+        """One row of ``summary.json``."""
+        return {
+            "name": self.case.name, "kind": self.case.kind, "failed": self.failed, "time_error": self.time_error, "memory_error": self.memory_error,
+            "reserved_error": self.reserved_error, "bitwise": self.bitwise, "cause": None if self.cause is None else self.cause.to_json(),
+            "measured_s": None if self.failed else self.measured["step_time_s"]["median"],
+            "predicted_s": None if self.predicted is None else self.predicted.step_time_s,
+        }  # fmt: skip
+
+
+def suite_rows(
+    cases: Sequence[BundleCase], archive: Path, device: DeviceProfile
+) -> tuple[tuple[SuiteRow, ...], dict[str, Any]]:
+    """Rows of a bundle's cases in its archive, predicted from what was traced where it ran, and the environment there.
+
+    Raises:
+        InputError: no such archive, or one of another bundle.
+    """
+    if not archive.is_file():
+        raise InputError(
+            source=str(archive),
+            key="",
+            value=None,
+            rule="no such file",
+            remedy="run the bundle: python -m validation.replay BUNDLE --out FILE",
+        )
+    rows = []
+    with zipfile.ZipFile(archive) as files:
+        names = set(files.namelist())
+        for number, case in enumerate(cases):
+            if CASE_FILE.format(number) not in names:
+                continue
+            measured = json.loads(files.read(CASE_FILE.format(number)))
+            if measured["name"] != case.name:
+                rule = f"the archive's case {number} is {measured['name']!r}, the bundle's {case.name!r}"
+                raise InputError(
+                    source=str(archive), key="name", value=measured["name"], rule=rule, remedy="name the bundle that was run"
+                )
+            traced = WORKLOAD_FILE.format(number)
+            workload = workload_from_json(json.loads(files.read(traced))) if traced in names else None
+            rows.append(_row(case, measured, workload, device))
+        environment: dict[str, Any] = json.loads(files.read(ENVIRONMENT_FILE))
+    return tuple(rows), environment
+
+
+def _row(case: BundleCase, measured: Mapping[str, Any], workload: Workload | None, device: DeviceProfile) -> SuiteRow:
+    predicted = None if workload is None or "failed" in measured else predict(case, workload, device)
+    cause = None if predicted is None else cause_of(predicted, measured)
+    return SuiteRow(case=case, measured=measured, predicted=predicted, cause=cause)
+
+
+def predict(case: BundleCase, workload: Workload, device: DeviceProfile) -> Simulation:
+    """A case on a device, from the workload of one of its micro-batches."""
+    operations = case.operations or keep_all(len(workload.blocks))
+    setting = replace(step_setting(case.plan, len(workload.blocks)), num_microbatches=case.batch // workload.micro_batch)
+    return simulate(workload, operations, device, setting)
+
+
+def summary_of(rows: Sequence[SuiteRow]) -> dict[str, Any]:
+    """Errors over all rows, and over pairs of plans of one model whether the faster is known beforehand.
+
+    ``spearman`` is the mean over models of the rank correlation between predicted and measured times; ``pairs_in_order`` the share of pairs that differ by
+    more than `TOLD_APART` in measured time whose order is predicted.
+    """
+    times = np.abs([row.time_error for row in rows if row.time_error is not None])
+    memory = np.abs([row.memory_error for row in rows if row.memory_error is not None])
+    reserved = np.abs([row.reserved_error for row in rows if row.reserved_error is not None])
+    compared = [row.bitwise for row in rows if row.bitwise is not None and row.case.kind == "plan"]
+    orders = [found for model in dict.fromkeys(row.model for row in rows) if (found := _order(rows, model)) is not None]
+    return {
+        "num": len(rows), "num_failed": sum(bool(row.failed) for row in rows), "num_predicted": len(times),
+        "time": _errors(times), "allocated": _errors(memory), "reserved": _errors(reserved), "num_compared": len(compared), "num_bitwise": sum(compared),
+        "spearman": float(np.mean([one[0] for one in orders])) if orders else None,
+        "pairs_in_order": sum(one[1] for one in orders) / max(1, sum(one[2] for one in orders)), "num_pairs": sum(one[2] for one in orders),
+    }  # fmt: skip
+
+
+def _errors(errors: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float] | None:
+    return (
+        {"median": float(np.median(errors)), "p90": float(np.quantile(errors, 0.9)), "max": float(errors.max())}
+        if len(errors)
+        else None
+    )
+
+
+def _order(rows: Sequence[SuiteRow], model: str) -> tuple[float, int, int] | None:
+    """Rank correlation, pairs in order, pairs told apart, of one model's plans; None for fewer than two."""
+    chosen = [
+        row for row in rows if row.model == model and row.predicted is not None and not row.failed and row.case.kind == "plan"
+    ]
+    measured = np.array([row.measured["step_time_s"]["median"] for row in chosen])
+    predicted = np.array([row.predicted.step_time_s for row in chosen if row.predicted is not None])
+    pairs = [
+        (i, j) for i in range(len(chosen)) for j in range(i) if abs(measured[i] / measured[j] - 1) > TOLD_APART
+    ]  # fmt: skip
+    if not pairs:
+        return None
+    right = sum((measured[i] > measured[j]) == (predicted[i] > predicted[j]) for i, j in pairs)
+    correlation = rank_correlation(predicted.tolist(), measured.tolist())
+    return None if correlation is None else (correlation, int(right), len(pairs))
+
+
+def suite_table(rows: Sequence[SuiteRow]) -> str:
+    """The rows as a Markdown table."""
+    lines = [
+        "| step | predicted ms | measured ms (p10, p90) | error | allocated GiB: predicted | measured | error | gradients | largest residual |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row.failed:
+            lines.append(f"| {row.case.name} | | failed: {row.failed[:80]} | | | | | | |")
+            continue
+        times = row.measured["step_time_s"]
+        measured = f"{times['median'] * MS_PER_S:.1f} ({times['p10'] * MS_PER_S:.1f}, {times['p90'] * MS_PER_S:.1f})"
+        allocated = f"{row.measured['allocated_bytes'] / GIB:.4f}"
+        gradients = (
+            ""
+            if row.bitwise is None
+            else "bitwise"
+            if row.bitwise
+            else f"rel {row.measured['gradients_match'][0]['max_rel']:.0e}"
+        )
+        if row.predicted is None:
+            lines.append(f"| {row.case.name} | | {measured} | | | {allocated} | | {gradients} | |")
+            continue
+        lines.append(
+            f"| {row.case.name} | {row.predicted.step_time_s * MS_PER_S:.1f} | {measured} | {row.time_error:+.1%} "
+            f"| {row.predicted.peak_allocated_bytes[0] / GIB:.4f} | {allocated} | {row.memory_error:+.2%} | {gradients} "
+            f"| {'' if row.cause is None else row.cause.text} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def write_results(rows: Sequence[SuiteRow], environment: Mapping[str, Any], device: DeviceProfile, out: Path) -> dict[str, Any]:
+    """Writes plans, predicted, measured, environment, summary and table into a folder; the summary."""
+    summary = summary_of(rows) | {"device": device.name, "provenance": device.provenance}
+    for row in rows:
+        if row.case.kind == "plan":
+            name = "".join(letter if letter.isalnum() else "-" for letter in row.case.name)
+            memory = replace(row.case.plan.memory, recompute=f"file:{name}.seq")
+            (out / "plans").mkdir(parents=True, exist_ok=True)
+            write_plan(replace(row.case.plan, memory=memory), out / "plans" / f"{name}.toml")
+            (out / "plans" / f"{name}.seq").write_text(format_sequence(row.case.operations), encoding="utf-8")
+    tables = {
+        "environment.json": environment, "summary.json": summary | {"rows": [row.to_json() for row in rows]},
+        "measured.json": [{key: value for key, value in row.measured.items() if key != "spans"} for row in rows],
+        "predicted.json": {row.case.name: row.predicted.to_json() for row in rows if row.predicted is not None},
+    }  # fmt: skip
+    for name, table in tables.items():
+        with whole_file(out / name) as temporary:
+            temporary.write_text(json.dumps(table, indent=1), encoding="utf-8")
+    with whole_file(out / "table.md") as temporary:
+        temporary.write_text(suite_table(rows), encoding="utf-8")
+    return summary
