@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,6 +116,10 @@ def stage_setting(
     )
 
 
+_workload_of = lru_cache(maxsize=64)(build_workload)
+"""Plans that a search compares share few workloads, and these are frozen."""
+
+
 class _Assembly:
     """What `simulate_parallel` puts together."""
 
@@ -199,7 +204,7 @@ class _Assembly:
         return Beside(overlap=overlap, products={name: products for name, products in found.items() if products})
 
     def _workload(self, *, tp: int, cp: int, ep: int, config: TransformerConfig | None = None) -> Workload:
-        return build_workload(
+        return _workload_of(
             config or self.config, micro_batch=self.plan.batch.micro_batch or 1, seq_len=self.seq_len, dtype=self.dtype, tp=tp, cp=cp, ep=ep,
             sequence_parallel=self.plan.parallel.sequence_parallel and tp > 1, flash_attention=self.plan.runtime.flash_attention,
             operators=operators_of(self.plan),
@@ -217,8 +222,16 @@ class _Assembly:
         python = python_seconds(runtime.framework, self.device.architecture)
         attention_s = self._attention_s()
 
+        known: dict[tuple[object, ...], StageVariant] = {}
+
         def priced(stage: Stage, own: Sequence[Operation]) -> StageVariant:
-            """A stage whose micro-batches run its blocks in this order."""
+            """A stage whose micro-batches run its blocks in this order; stages of the same blocks share it."""
+            key = (tuple(map(id, stage.blocks)), stage.receives, stage.sends, tuple(own))
+            if key not in known:
+                known[key] = price_stage(stage, own)
+            return known[key]
+
+        def price_stage(stage: Stage, own: Sequence[Operation]) -> StageVariant:
             cost = with_dispatch(stage_cost(stage, own, self.prices), host_seconds(stage, own, dispatch, runtime, python))
             sent = self.communication.stage(stage, recomputed=cost.recomputed, attention_s=attention_s)
             return StageVariant(cost=cost, communication=sent)
