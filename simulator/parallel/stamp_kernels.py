@@ -98,7 +98,7 @@ def waits_kernel(  # noqa: C901, PLR0912 - one branch for each member of `templa
     return offsets, out[:size].copy()
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
 def _append(out: Integers, size: int, value: int) -> tuple[Integers, int]:
     """Adds a number, if there is one (not below 0), and makes room first."""
     if value < 0:
@@ -111,7 +111,7 @@ def _append(out: Integers, size: int, value: int) -> tuple[Integers, int]:
     return out, size + 1
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
 def _extend(out: Integers, size: int, lists: Lists, template: Integers, base: Integers, block: int) -> tuple[Integers, int]:
     """Adds the instructions that a list of a block's template names; nothing where there is no block."""
     if block >= 0:
@@ -120,7 +120,7 @@ def _extend(out: Integers, size: int, lists: Lists, template: Integers, base: In
     return out, size
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
 def _tidy(out: Integers, start: int, size: int) -> int:
     """Sorts ``out[start:size]`` and keeps each number once; returns where it ends."""
     for at in range(start + 1, size):
@@ -137,7 +137,7 @@ def _tidy(out: Integers, start: int, size: int) -> int:
     return kept
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
 def _remember(recent: Integers, lists: Lists, template: int, base: int) -> None:
     """Appends a template's transfers to the rank's last ones."""
     for position in range(lists.offsets[template], lists.offsets[template + 1]):
