@@ -98,6 +98,25 @@ def test_links_carry_no_more_than_their_rate(program: Program) -> None:
             assert sum(transfers.size_bytes[rows]) <= rate * (max(ends) - min(starts)) * (1 + 1e-9)
 
 
+@settings(max_examples=60, deadline=None)
+@given(programs())
+def test_without_a_clock_times_are_the_same(program: Program) -> None:
+    free = replace(program, transfers=no_transfers(), slowdown=no_slowdown())
+    record = engine_compiled.record(free)
+    start_s, end_s = engine_compiled.times(free)
+    np.testing.assert_array_equal(start_s, record.start_s)
+    np.testing.assert_array_equal(end_s, record.end_s)
+
+
+def test_times_without_a_clock_are_refused_where_links_are_shared_or_nothing_can_end() -> None:
+    program = two_copies(slowdown=no_slowdown())
+    with pytest.raises(ValueError, match="only where no transfers and no slow-down are, use record"):
+        engine_compiled.times(program)
+    stuck = replace(program, transfers=no_transfers(), dependency_offsets=np.array([0, 1, 2]), dependencies=np.array([1, 0]))
+    with pytest.raises(ValueError, match="only 0 of 2 instructions can end"):
+        engine_compiled.times(stuck)
+
+
 def test_without_slowdown_a_link_that_nobody_shares_is_full() -> None:
     rates = max_min_rates([[0], [1]], [3.0, 5.0])
     assert rates.tolist() == [3.0, 5.0]
