@@ -64,7 +64,7 @@ def every_way(problem: GraphProblem) -> list[tuple[int, float]]:
     return ways
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(graphs())
 def test_equals_brute_force_at_every_budget(problem: GraphProblem) -> None:
     if len(problem.size_bytes) > 7:
@@ -127,6 +127,7 @@ def test_less_memory_never_costs_less_time() -> None:
     assert times == sorted(times, reverse=True)
 
 
+@pytest.mark.slow
 def test_options_of_traced_blocks_keep_what_autograd_keeps_and_make_the_chain_no_slower() -> None:
     from simulator.tracing.record import Setting
     from simulator.tracing.record_graph import record_graph
