@@ -14,7 +14,7 @@ from simulator.lower_host import HostIssuer, HostLanes, device_resident
 from simulator.optimizer_states import OPTIMIZER_PASSES, OPTIMIZER_STATES, STEP_COUNT_BYTES
 from simulator.program import Kind, MemoryClass, Program
 from simulator.sequence import Operation, check_sequence, runs_twice
-from simulator.workload import MemoryEvent, Pass, Workload
+from simulator.workload import BlockOption, MemoryEvent, Pass, Workload
 
 Price = Callable[[Sequence[Kernel]], NDArray[np.float64]]
 """Seconds of each kernel, the time that its launch takes included."""
@@ -60,13 +60,19 @@ def optimizer_pass(workload: Workload, *, optimizer: str, tensors: Sequence[int]
         tensors: elements of each parameter that it updates; None: of all.
     """
     element_bytes = workload.gradient_bytes // max(1, sum(workload.optimizer_tensors))
+    updated = workload.optimizer_tensors if tensors is None else tensors
+    return optimizer_elements_pass([(elements, elements * element_bytes) for elements in updated], optimizer=optimizer)
+
+
+def optimizer_elements_pass(tensors: Sequence[tuple[int, int]], *, optimizer: str) -> Pass:
+    """The optimizer's fused step over tensors of (elements, bytes), one kernel each."""
     reads, writes = OPTIMIZER_PASSES[optimizer]
     kernels = tuple(
         Kernel(
             kernel_class="optimizer", op=optimizer, shape=(elements,), dtype="float32", flops=0,
-            read_bytes=reads * elements * element_bytes, written_bytes=writes * elements * element_bytes,
+            read_bytes=reads * size_bytes, written_bytes=writes * size_bytes,
         )
-        for elements in (workload.optimizer_tensors if tensors is None else tensors)
+        for elements, size_bytes in tensors
     )  # fmt: skip
     return Pass(kernels=kernels, memory=())
 
@@ -163,7 +169,12 @@ class MicroBatchLowering:
 
     def run(self, operations: Sequence[Operation]) -> None:
         """Issues the operations in their order."""
-        for position, operation in enumerate(operations):
+        self.run_part(operations, 0, len(operations))
+        self._finish()
+
+    def run_part(self, operations: Sequence[Operation], first: int, end: int) -> None:
+        """Issues the operations from ``first`` up to ``end``."""
+        for position, operation in enumerate(operations[first:end], start=first):
             if self.issuer is not None:
                 self.issuer.before()
             if operation.kind == "B":
@@ -174,7 +185,6 @@ class MicroBatchLowering:
                 self._forward(operation, output_needed=consumed)
             if self.issuer is not None:
                 self.issuer.after()
-        self._finish()
 
     def _boundary_bytes(self, boundary: int) -> int:
         if boundary:
@@ -200,8 +210,7 @@ class MicroBatchLowering:
             Kind.RECOMPUTE if again else Kind.FORWARD, offsets[-1], micro_batch=self.micro_batch, block=index, option=name
         )
         if index == 0 and not again and self.receives:
-            self.builder.change(0.0, self._boundary_bytes(0), MemoryClass.ACTIVATIONS)
-            self.holders[0] = {"flow"}
+            self._receive_input()
         self._copy_state(index, again=again)
         for event in run.memory:
             self._forward_event(event, offsets, index, again=again)
@@ -217,14 +226,35 @@ class MicroBatchLowering:
         if option:
             self.tapes[index] = name
             if option.keeps_input:
-                self.holders.setdefault(index, set()).add(f"tape {index}")
+                self.holders.setdefault(index, set()).add(self._tape(index))
             if option.keeps_output:
-                self.holders[index + 1].add(f"tape {index}")
+                self.holders[index + 1].add(self._tape(index))
         self._let_go(index, "flow", end)
         if kind != "F_ck":
             self._let_go(index, "checkpoint", end)
         if not output_needed:
-            self._let_go(index + 1, "flow", end)
+            self._hand_on(index + 1, end)
+
+    def _tape(self, index: int) -> str:
+        """Name of a block's graph among the holders of its boundaries."""
+        return f"tape {index}"
+
+    def _receive_input(self) -> None:
+        self.builder.change(0.0, self._boundary_bytes(0), MemoryClass.ACTIVATIONS)
+        self.holders[0] = {"flow"}
+
+    def _hand_on(self, boundary: int, time_s: float) -> None:
+        """No operation of this sequence takes the boundary next."""
+        self._let_go(boundary, "flow", time_s)
+
+    def _receive_gradient(self, boundary: int) -> None:
+        """The gradient of the last boundary."""
+        self.gradient_of[boundary] = self._boundary_bytes(boundary)
+        self.builder.change(0.0, self.gradient_of[boundary], MemoryClass.ACTIVATIONS)
+
+    def _hand_back(self) -> None:
+        """The input's gradient goes to the rank before."""
+        self.builder.change(self.builder.last_duration_s, -self.gradient_of.pop(0, 0), MemoryClass.ACTIVATIONS)
 
     def _copy_state(self, index: int, *, again: bool) -> None:
         """A block that runs twice keeps its state before the first run, and sets the present one aside while it runs again."""
@@ -254,26 +284,27 @@ class MicroBatchLowering:
     def _backward(self, index: int) -> None:
         block = self.workload.blocks[index]
         option = block.option(self.tapes.pop(index))
-        run = option.backward if self.first_micro_batch else option.backward_accumulate
-        offsets = self.prices.offsets(run)
+        offsets = self.prices.offsets(run := self._backward_pass(option, index))
         self.builder.issue(Kind.BACKWARD, offsets[-1], micro_batch=self.micro_batch, block=index)
         recomputes = option.name != "all"
         if recomputes:
             self._copy_state(index, again=True)
         if index == len(self.workload.blocks) - 1:
-            self.gradient_of[index + 1] = self._boundary_bytes(index + 1)
-            self.builder.change(0.0, self.gradient_of[index + 1], MemoryClass.ACTIVATIONS)
+            self._receive_gradient(index + 1)
         for event in run.memory:
             self._backward_event(event, float(offsets[event.kernel]), index)
         self._drop_state_copy(index, float(offsets[-1]), again=recomputes)
         self.builder.change(float(offsets[-1]), -self.gradient_of.pop(index + 1), MemoryClass.ACTIVATIONS)
 
+    def _backward_pass(self, option: BlockOption, _index: int) -> Pass:
+        return option.backward if self.first_micro_batch else option.backward_accumulate
+
     def _backward_event(self, event: MemoryEvent, time_s: float, index: int) -> None:
         if event.buffer == "saved_input":
-            self._let_go(index, f"tape {index}", time_s)
+            self._let_go(index, self._tape(index), time_s)
             return
         if event.buffer == "saved_output":
-            self._let_go(index + 1, f"tape {index}", time_s)
+            self._let_go(index + 1, self._tape(index), time_s)
             return
         memory_class = MemoryClass.ACTIVATIONS
         if event.buffer == "transient":
@@ -292,8 +323,8 @@ class MicroBatchLowering:
             offsets = self.prices.offsets(self.workload.shared_accumulate)
             self.builder.issue(Kind.REDUCE, offsets[-1], micro_batch=self.micro_batch)
             self.builder.change(float(offsets[-1]), -self.shared_bytes, MemoryClass.GRADIENTS)
-        if self.receives:  # the input's gradient goes to the rank before
-            self.builder.change(self.builder.last_duration_s, -self.gradient_of.pop(0, 0), MemoryClass.ACTIVATIONS)
+        if self.receives:
+            self._hand_back()
         if not self.first_micro_batch and not self.sends:
             loss_bytes = self.workload.blocks[
                 -1

@@ -10,7 +10,9 @@ from simulator.sequence import Operation, check_sequence, checkpoint_blocks, par
 from simulator.workload import Workload
 
 
-def operations_of(plan: Plan, workload: Workload, *, folder: Path | None = None) -> tuple[Operation, ...]:
+def operations_of(
+    plan: Plan, workload: Workload, *, folder: Path | None = None, stage: int = 0, ends: bool = True
+) -> tuple[Operation, ...]:
     """The order in which each micro-batch runs the workload's blocks under a plan on one device.
 
     ``none`` keeps what autograd keeps, ``selective`` keeps the results of products in every block that can, ``full`` keeps each
@@ -18,6 +20,8 @@ def operations_of(plan: Plan, workload: Workload, *, folder: Path | None = None)
 
     Args:
         folder: where a relative ``file:SEQ`` begins.
+        stage: of a pipeline, whose blocks the workload has; ``[[memory.block]]`` sections of other stages do not concern it.
+        ends: whether its last block is the model's.
 
     Raises:
         InputError: ``optimal`` (to be resolved by the search), a file that is not there or no legal sequence, a block number too
@@ -31,9 +35,11 @@ def operations_of(plan: Plan, workload: Workload, *, folder: Path | None = None)
             "memory.recompute", "optimal", "stands for what the search finds", "resolve it with search.optimal_recompute"
         )
     choices = [memory.recompute] * len(workload.blocks)
-    if memory.recompute == "full":
+    if memory.recompute == "full" and ends:
         choices[-1] = "none"
     for position, exception in enumerate(memory.block):
+        if exception.stage != stage:
+            continue
         key = f"memory.block[{position}]"
         if exception.microbatches != "all":
             rule = "recompute per micro-batch is not simulated yet on a single device"

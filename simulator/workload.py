@@ -22,6 +22,8 @@ Buffer = Literal[
     "grad_input",  # gradient of boundary i, allocated by the backward pass
     "gradient",  # a parameter's .grad, allocated by the first micro-batch's backward pass, alive until the optimizer step
     "shared_gradient",  # gradient of a parameter that several blocks use, alive until the micro-batch's backward ends
+    "kept_grad_input",  # gradient of boundary i, let go by what waits for the weights' gradients
+    "kept_grad_output",  # gradient of boundary i + 1, let go by what waits for the weights' gradients
 ]
 
 
@@ -93,6 +95,21 @@ class BlockOption:
     def saved_internal_bytes(self) -> int:
         """Bytes kept between forward and backward beyond the boundaries."""
         return sum(event.delta_bytes for event in self.forward.memory if event.buffer == "internal")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitBackward:
+    """A block's backward pass under the option ``all`` in two: its input's gradient, then its parameters' ones (zero-bubble pipelines)."""
+
+    inputs: Pass
+    weights: Pass
+    """Creates the parameters' gradients (first micro-batch)."""
+    weights_accumulate: Pass
+    """Adds to them (later ones)."""
+    keeps_grad_input: bool
+    """Whether the gradient of boundary i stays until the weights' gradients are made."""
+    keeps_grad_output: bool
+    """Whether the gradient of boundary i + 1 does."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

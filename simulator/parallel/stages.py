@@ -181,8 +181,7 @@ def _lowered(stage: Stage, operations: Sequence[Operation], prices: PassPrices) 
     if not operations:
         return builder, 0
     lowering.run(operations)
-    turn = next(place for place, operation in enumerate(operations) if operation.kind == "B")
-    return builder, _first_recompute(operations, turn, {operation.block for operation in operations[:turn]})
+    return builder, backward_start(operations)
 
 
 def pass_changes(
@@ -255,8 +254,10 @@ def _recomputed_flops(stage: Stage, operations: Sequence[Operation], recomputed:
     return whole + sum(block.option(name).backward.flops - block.options[0].backward.flops for block, name in taped)
 
 
-def _first_recompute(operations: Sequence[Operation], turn: int, seen: set[int]) -> int:
+def backward_start(operations: Sequence[Operation]) -> int:
     """The first operation of the backward half: the loss's own last forward runs belong to it where they repeat."""
+    turn = next(place for place, operation in enumerate(operations) if operation.kind == "B")
+    seen = {operation.block for operation in operations[:turn]}
     ran: set[int] = set()
     for place, operation in enumerate(operations[:turn]):
         if operation.block in ran and len(ran) == len(seen):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.autograd.grad_mode import _force_original_view_tracking
-from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge, saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -115,7 +115,7 @@ class MicroBatch:
             on_save: told of each storage of the block's own that autograd saves (see `own_storages`).
         """
         inbox: list[torch.Tensor] = []
-        with torch.enable_grad(), _views_replayed(), self._same_state(block):
+        with torch.enable_grad(), views_replayed(), self._same_state(block):
             if x is not None:
                 anchor = torch.empty(0, device=x.device, requires_grad=True)
                 x = _Boundary.apply(anchor, x, inbox)  # type: ignore[no-untyped-call]
@@ -132,7 +132,7 @@ class MicroBatch:
     def backward(self, tape: BlockTape, grad: torch.Tensor) -> torch.Tensor | None:
         """Gradient of the boundary before the block (None for the first); parameters' gradients go to ``.grad``."""
         again = self._same_state(tape.block) if tape.again else nullcontext()
-        with _views_replayed(), again, float32_products(self.precision, self._device):
+        with views_replayed(), again, float32_products(self.precision, self._device):
             torch.autograd.backward([tape.edge], [grad])
         return tape.inbox.pop() if tape.inbox else None
 
@@ -166,20 +166,20 @@ class MicroBatch:
         if first:
             self._buffer_states[block.name] = tuple(buffer.clone() for buffer in buffers)
             if block.uses_randomness:
-                self._random_states[block.name] = _random_state(device)
+                self._random_states[block.name] = random_state(device)
             yield
             return
         buffers_after = tuple(buffer.clone() for buffer in buffers)
-        random_after = _random_state(device) if block.uses_randomness else None
+        random_after = random_state(device) if block.uses_randomness else None
         _restore(buffers, self._buffer_states[block.name])
         if block.uses_randomness:
-            _set_random_state(device, self._random_states[block.name])
+            set_random_state(device, self._random_states[block.name])
         try:
             yield
         finally:
             _restore(buffers, buffers_after)
             if block.uses_randomness:
-                _set_random_state(device, random_after)
+                set_random_state(device, random_after)
 
 
 @contextmanager
@@ -201,7 +201,20 @@ def own_storages(arguments: Sequence[Any], on_save: OnSave) -> Iterator[None]:
         yield
 
 
-def _views_replayed() -> AbstractContextManager[object]:
+def boundary_of(root: Node) -> Node | None:
+    """The node through which a block's input entered the graph of its output; None where it has none."""
+    seen, stack = {root}, [root]
+    while stack:
+        node = stack.pop()
+        if isinstance(node, _Boundary._backward_cls):  # noqa: SLF001 - torch's only name of the class
+            return node
+        new = [child for child, _ in node.next_functions if child is not None and child not in seen]
+        seen.update(new)
+        stack.extend(new)
+    return None
+
+
+def views_replayed() -> AbstractContextManager[object]:
     """Views that are changed in place enter the graph as themselves, on real tensors as on fakes.
 
     By default only fakes do so: real ones enter as ``as_strided`` of their base, whose backward pass needs one temporary more.
@@ -237,11 +250,13 @@ def _selective_policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any)
     return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+def random_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """States of the host's generator and, on an accelerator, of the device's."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
-def _set_random_state(device: torch.device, state: Any) -> None:
+def set_random_state(device: torch.device, state: Any) -> None:
+    """Puts the generators where `random_state` found them."""
     host, accelerator = state
     torch.set_rng_state(host)
     if accelerator is not None:

@@ -153,13 +153,14 @@ def _last_writes(nodes: Sequence[Node], values: dict[Node, _Value]) -> dict[int,
     """Storage -> position of the last operator that changes it in place."""
     writes: dict[int, int] = {}
     for position, node in enumerate(nodes):
-        for argument in _mutated_arguments(node):
+        for argument in mutated_arguments(node):
             for storage in values[argument].storages if argument in values else ():
                 writes[storage] = position
     return writes
 
 
-def _mutated_arguments(node: Node) -> Iterable[Node]:
+def mutated_arguments(node: Node) -> Iterable[Node]:
+    """Arguments that an operator changes in place."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return
@@ -261,7 +262,7 @@ def _block(
     return BlockGraph(
         name=f"block{index}", graph=GraphModule(source, graph), arguments=tuple(arguments),
         carried_out=tuple(node.name for node in carried_out), mutated_buffers=_mutated_buffers(section, names),
-        uses_randomness=any(_uses_randomness(node) for node in section),
+        uses_randomness=any(uses_randomness(node) for node in section),
         mixes_samples=any(_uses_batch_statistics(node) for node in section), operators=operators,
     )  # fmt: skip
 
@@ -272,7 +273,7 @@ def _mutated_buffers(section: Sequence[Node], names: dict[Node, str]) -> tuple[s
     return tuple(dict.fromkeys(name[2:] for name in changed if name.startswith("b:")))
 
 
-def _uses_randomness(node: Node) -> bool:
+def uses_randomness(node: Node) -> bool:
     """Whether an operator draws random numbers; attention and dropout do so only with a probability."""
     name = operator_name(node)
     if name == "scaled_dot_product_attention":
@@ -302,7 +303,7 @@ def _uses_batch_statistics(node: Node) -> bool:
 
 def _buffers_changed(node: Node, names: dict[Node, str]) -> Iterable[Node]:
     """Placeholders that an operator changes; normalisation changes its running statistics without saying so in its schema."""
-    yield from (argument for argument in _mutated_arguments(node) if argument in names)
+    yield from (argument for argument in mutated_arguments(node) if argument in names)
     if _uses_batch_statistics(node):
         yield from (argument for argument in node.all_input_nodes if argument in names)
 

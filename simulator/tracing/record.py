@@ -18,7 +18,8 @@ from simulator.tracing.cut import Chain
 from simulator.tracing.kernels_of import dtype_name, kernels_of
 from simulator.tracing.live_storages import LiveStorages, storage_of
 from simulator.tracing.side_values import fake_activations
-from simulator.workload import Block, BlockOption, Buffer, MemoryEvent, ParameterTensor, Pass, SavedTensor
+from simulator.tracing.split_backward import input_gradient, weight_gradients
+from simulator.workload import Block, BlockOption, Buffer, MemoryEvent, ParameterTensor, Pass, SavedTensor, SplitBackward
 
 
 class Phase(IntEnum):
@@ -29,7 +30,10 @@ class Phase(IntEnum):
     LET_GO = 2
     """The runner drops the block's input and output; what stays alive is held by the graph."""
     BACKWARD = 3
-    END = 4
+    HAND_ON = 4
+    """Between a backward pass for the input and one for the weights: the runner drops the boundaries' gradients."""
+    WEIGHTS = 5
+    END = 6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +172,17 @@ def _record_option(setting: Setting, name: str) -> tuple[BlockOption, bool]:
     return option, first.recorder.changes_products
 
 
+def record_split(setting: Setting) -> SplitBackward:
+    """The backward pass of a block that has an input, in two: recorded like the whole one."""
+    first, later = RecordedRun(setting), RecordedRun(setting)
+    first.train_split(accumulate=False)
+    later.train_split(accumulate=True)
+    return SplitBackward(
+        inputs=first.pass_of(Phase.BACKWARD), weights=first.pass_of(Phase.WEIGHTS), weights_accumulate=later.pass_of(Phase.WEIGHTS),
+        keeps_grad_input=first.grad_input_serial in first.waiting, keeps_grad_output=first.grad_serial in first.waiting,
+    )  # fmt: skip
+
+
 def _record_discard(setting: Setting) -> tuple[Pass, int]:
     run = RecordedRun(setting)
     output_bytes = run.discard()
@@ -180,10 +195,12 @@ class RecordedRun:
     def __init__(self, setting: Setting, recorder: Recorder | None = None) -> None:
         self.setting = setting
         self.recorder = recorder or Recorder()
-        self.input_serial = self.output_serial = -1
+        self.input_serial = self.output_serial = self.grad_serial = self.grad_input_serial = -1
         self.kept: frozenset[int] = frozenset()
         self.packed: list[int] = []
         """Serials of the block's own storages in the order in which autograd first saves them."""
+        self.waiting: frozenset[int] = frozenset()
+        """What is alive between the input's gradient and the weights' ones."""
         self.roles: dict[int, Buffer] = {}
         self.gradient_roles: dict[int, Buffer] = {}
 
@@ -215,6 +232,35 @@ class RecordedRun:
                 self.recorder.phase = Phase.BACKWARD
                 grad_input = micro_batch.backward(tape, grad)
                 self._name_gradients(micro_batch, grad, grad_input)
+                self.recorder.phase = Phase.END
+
+    def train_split(self, *, accumulate: bool) -> None:
+        """Runs forward with a graph, drops input and output, makes the input's gradient, drops gradients, makes the weights' ones."""
+        block = self.setting.block
+        with fake_activations(self.setting.chain.capture.fake_mode):
+            micro_batch, x = self._prepare(accumulate=accumulate)
+            with self.recorder:
+                self.recorder.phase = Phase.FORWARD
+                y, tape = micro_batch.save(block, x, "all")
+                self._name_outputs(micro_batch, y)
+                self.recorder.phase = Phase.LET_GO
+                grad = _like(y)
+                del x, y
+                self.kept = self.recorder.alive
+                self.recorder.add((grad,))
+                self.grad_serial = self.recorder.serial(grad)
+                self.recorder.phase = Phase.BACKWARD
+                grad_input, weight_tape = input_gradient(tape, grad)
+                del tape
+                self._name_gradients(micro_batch, grad, grad_input)
+                self.grad_input_serial = -1 if grad_input is None else self.recorder.serial(grad_input)
+                self.recorder.phase = Phase.HAND_ON
+                del grad, grad_input
+                self.waiting = self.recorder.alive
+                self.kept |= self.waiting
+                self.recorder.phase = Phase.WEIGHTS
+                weight_gradients(weight_tape)
+                self._name_gradients(micro_batch, None, None)
                 self.recorder.phase = Phase.END
 
     def pass_of(self, phase: Phase) -> Pass:
@@ -291,9 +337,9 @@ class RecordedRun:
         self.output_serial = self.recorder.serial(y)
         self.roles[self.output_serial] = "output"
 
-    def _name_gradients(self, micro_batch: MicroBatch, grad: torch.Tensor, grad_input: torch.Tensor | None) -> None:
+    def _name_gradients(self, micro_batch: MicroBatch, grad: torch.Tensor | None, grad_input: torch.Tensor | None) -> None:
         """Which storages, alive after the backward pass, are whose gradient."""
-        if grad_input is not None and self.recorder.serial(grad_input) == self.recorder.serial(grad):
+        if grad is not None and grad_input is not None and self.recorder.serial(grad_input) == self.recorder.serial(grad):
             self._pass_on(grad)
         named: list[tuple[Buffer, torch.Tensor | None]] = [("grad_input", grad_input)]
         for name in self.setting.block.names("p"):
@@ -319,6 +365,8 @@ class RecordedRun:
             return "saved_input"
         if serial == self.output_serial:
             return "saved_output"
+        if phase is Phase.WEIGHTS and serial in {self.grad_serial, self.grad_input_serial}:
+            return "kept_grad_output" if serial == self.grad_serial else "kept_grad_input"
         if serial in self.gradient_roles:
             return self.gradient_roles[serial]
         return "transient" if serial not in self.kept else "internal"

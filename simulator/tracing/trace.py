@@ -45,16 +45,25 @@ def trace(
     Raises:
         InputError: the module cannot be traced (operator and line are named).
     """
-    chain = cut(capture(module, example_inputs, loss=loss, name=name, precision=precision))
+    return trace_chain(cut(capture(module, example_inputs, loss=loss, name=name, precision=precision)), name, {})
+
+
+def trace_chain(chain: Chain, name: str, recorded: dict[Any, Block]) -> Traced:
+    """The workload of a chain that is cut already.
+
+    Args:
+        chain: of a module, or of one pipeline stage of it.
+        name: the model's name in reports.
+        recorded: blocks of other chains of the same module, which are not recorded again; this chain's are added.
+    """
     users = Counter(parameter for block in chain.blocks for parameter in block.names("p"))
     shared = frozenset(parameter for parameter, count in users.items() if count > 1)
-    blocks = _record_chain(chain, shared)
+    blocks = _record_chain(chain, shared, recorded)
     return Traced(workload=_workload(chain, blocks, shared, name), chain=chain, shared=shared)
 
 
-def _record_chain(chain: Chain, shared: frozenset[str]) -> tuple[Block, ...]:
+def _record_chain(chain: Chain, shared: frozenset[str], recorded: dict[Any, Block]) -> tuple[Block, ...]:
     """Blocks in order; those with the same graph and shapes are recorded once and are one object."""
-    recorded: dict[Any, Block] = {}
     blocks: list[Block] = []
     for index, graph in enumerate(chain.blocks):
         later = {name for block in chain.blocks[index + 1 :] for name in block.names("p")}
