@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from simulator.chrome_trace import write_chrome_trace
 from simulator.figures import memory_figure, save_figure, timeline_figure
 from simulator.model_source import ModelSource, model_source
 from simulator.models import MODELS
+from simulator.parallel.simulate_traced import TracedSimulation
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.pipeline.catalogue import OrderRequest
 from simulator.pipeline.play_order import WEIGHT_SHARE
@@ -34,6 +36,7 @@ from simulator.presets import PRESETS
 from simulator.sequence import format_sequence
 from simulator.simulate import ENGINES, Simulation, step_setting
 from simulator.simulate import simulate as run_simulation
+from simulator.timeline import MemoryProfile, Timeline
 from validation.command_line import (
     EXIT_INFEASIBLE,
     EXIT_INPUT,
@@ -306,19 +309,28 @@ def replay(
     profile = device_profile(hardware_name, device=device)
     plan = read_plan(plan_path) if plan_path else Plan()
     source = model_source(model_name, batch=batch, seq_len=seq_len).with_plan_batch(plan)
-    case = replay_case(plan, source, profile, folder=plan_path.parent if plan_path else None)
+    folder, tell = plan_path.parent if plan_path else None, partial(stderr.print, highlight=False)
+    if plan.num_gpus > 1:
+        from validation.distributed.replay import replay_processes  # noqa: PLC0415
+
+        several = replay_processes(source, plan, profile, steps=steps, on=device, folder=folder, bundle=bundle, progress=tell)
+        write_replay_trace(trace_path, several.predicted, several.timeline, ())
+        return several.to_json() | {"_table": several.table()}
+    case = replay_case(plan, source, profile, folder=folder)
     if bundle:
         return bundle_replay(case, source, profile, bundle)
-    outcome = run_replay(
-        source, (case,), profile, repeats=steps, on=device, progress=lambda text: stderr.print(text, highlight=False)
-    )
+    outcome = run_replay(source, (case,), profile, repeats=steps, on=device, progress=tell)
     (result,) = outcome.results
-    if trace_path:
-        measured = (result.timeline, (result.memory.profile,) if result.memory.profile else ())
-        write_chrome_trace(
-            trace_path, {"predicted": (result.predicted.timeline, result.predicted.profiles), "measured": measured}
-        )
+    write_replay_trace(trace_path, result.predicted, result.timeline, (result.memory.profile,) if result.memory.profile else ())
     return result.to_json() | {"plain": outcome.plain_json(), "_table": replay_table([(model_name, outcome)])}
+
+
+def write_replay_trace(
+    path: Path | None, predicted: Simulation | TracedSimulation, timeline: Timeline, profiles: tuple[MemoryProfile, ...]
+) -> None:  # fmt: skip
+    """Predicted beside measured, if a trace was asked for."""
+    if path:
+        write_chrome_trace(path, {"predicted": (predicted.timeline, predicted.profiles), "measured": (timeline, profiles)})
 
 
 @main.command()

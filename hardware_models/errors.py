@@ -44,3 +44,7 @@ class InfeasibleError(ValueError):
     def __init__(self, *, limit: str, smallest_change: str, needed_bytes: int = 0) -> None:
         self.limit, self.smallest_change, self.needed_bytes = limit, smallest_change, needed_bytes
         super().__init__(f"infeasible: {limit}; {smallest_change}")
+
+
+class RunFailedError(RuntimeError):
+    """A run on real processes that did not come to its end: says which one failed and why (exit status 1)."""

@@ -12,9 +12,9 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hardware_models.errors import InfeasibleError, InputError
+from hardware_models.errors import InfeasibleError, InputError, RunFailedError
 
-EXIT_INPUT, EXIT_INFEASIBLE = 2, 3
+EXIT_FAILED, EXIT_INPUT, EXIT_INFEASIBLE = 1, 2, 3
 THIS = "this"
 PIPE_COLUMNS = 150
 """Width of tables that go to a file or a pipe."""
@@ -52,6 +52,9 @@ def reported(command: Command) -> Callable[..., None]:
         except InputError as error:
             stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
             sys.exit(EXIT_INPUT)
+        except RunFailedError as error:
+            stderr.print(f"run failed: {error}", markup=False, highlight=False, soft_wrap=True)
+            sys.exit(EXIT_FAILED)
         table = result.pop("_table", None)
         if as_json:
             click.echo(json.dumps(result))

@@ -1,0 +1,158 @@
+"""Real processes: gradients and memory as predicted under every kind of plan; failures end all of them with one message."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from hardware_models.catalogue import load_hardware
+from hardware_models.errors import InfeasibleError, InputError, RunFailedError
+from schedlab import main
+from simulator.model_source import model_source
+from simulator.plan import Batch, Memory, Parallel, Pipeline, Plan, Precision
+from validation.distributed.check import check_devices, check_processes
+from validation.distributed.mesh import groups_of, place_of
+from validation.distributed.replay import ProcessesReplay, replay_processes
+
+MODEL = "tests.small_models:residual_mlp"
+FAILING = "tests.validation.distributed.failing_models"
+MEMORY_TOLERANCE = 0.01
+ROUNDING = 1e-5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def plan_of(schedule: str = "1f1b", chunks: int = 1, *, pp: int = 2, dp: int = 1, memory: Memory | None = None) -> Plan:
+    return Plan(
+        parallel=Parallel(pp=pp, dp=dp, virtual_stages=chunks), batch=Batch(global_batch=4 * dp, micro_batch=1),
+        pipeline=Pipeline(schedule=schedule), memory=memory or Memory(),
+    )  # fmt: skip
+
+
+def run(plan: Plan, model: str = MODEL, *, timeout_s: float = 120.0) -> ProcessesReplay:
+    source = model_source(model, batch=plan.batch.global_batch if model == MODEL else None)
+    return replay_processes(source, plan, load_hardware("h100-sxm"), steps=1, timeout_s=timeout_s)
+
+
+def children() -> set[int]:
+    """Processes that this one started and that are still there (Linux)."""
+    tasks = Path("/proc/self/task").glob("*/children")
+    return {int(word) for path in tasks for word in path.read_text().split()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "plan",
+    [
+        plan_of("zb-v", 2),
+        plan_of("1f1b", pp=4, memory=Memory(recompute="full")),
+        plan_of("gpipe", dp=2, memory=Memory(recompute="selective")),
+    ],
+    ids=["zb-v", "1f1b4", "dp2"],
+)
+def test_a_pipeline_is_the_plain_module_and_takes_the_memory_predicted(plan: Plan) -> None:
+    before = children()
+    found = run(plan)
+    assert found.match.max_rel < ROUNDING
+    assert found.match.bitwise or plan.parallel.dp > 1
+    assert max(map(abs, found.memory_errors)) < MEMORY_TOLERANCE
+    assert len(found.measured.ranks) == plan.num_gpus
+    result = found.to_json()
+    json.dumps(result)
+    assert result["gradients_match"]["reference"] == "same micro-batches"
+    assert len(result["measured"]["peak_memory_bytes"]) == plan.num_gpus
+    assert children() == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "message"), [("dies", r"rank 1 was ended by signal 9 \(SIGKILL\)"), ("hangs", r"^rank 0: |no progress for 15 s")]
+)
+def test_a_rank_that_fails_ends_all(model: str, message: str) -> None:
+    before = children()
+    with pytest.raises(RunFailedError, match=message):
+        run(plan_of(), f"{FAILING}:{model}", timeout_s=15.0)
+    assert children() == before
+
+
+@pytest.mark.slow
+def test_the_command_line_says_why_and_ends_with_1(tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text("[parallel]\npp = 2\n[batch]\nmicro_batch = 1\n")
+    result = CliRunner().invoke(
+        main, ["replay", "--model", f"{FAILING}:raises", "--plan", str(path), "--hardware", "h100-sxm", "--steps", "1"]
+    )
+    assert result.exit_code == 1
+    assert "run failed: rank 1: ArithmeticError: this rank cannot count" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_processes_that_torchrun_starts_join(tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text("[parallel]\npp = 2\n[batch]\nmicro_batch = 1\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "schedlab", "replay"]
+    arguments = ["--model", f"{FAILING}:works", "--plan", str(path), "--hardware", "h100-sxm", "--steps", "1", "--json"]
+    done = subprocess.run(
+        command + arguments,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo"},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout)["gradients_match"]["max_rel"] < ROUNDING
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (plan_of("chimera"), "chimera keeps each stage on two ranks"),
+        (plan_of("pipedream-2bw"), "two versions of the weights"),
+        (Plan(parallel=Parallel(pp=2, cp=2)), r"parallel.cp = 2: not replayed over several processes yet; leave it at 1"),
+        (Plan(parallel=Parallel(pp=2), precision=Precision(compute="bf16")), "precision.compute = 'bf16'"),
+        (Plan(parallel=Parallel(pp=2), memory=Memory(activation_offload=0.5)), "memory.activation_offload = 0.5"),
+    ],
+)
+def test_what_cannot_run_is_refused_by_name(plan: Plan, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_processes(plan)
+
+
+def test_a_process_needs_a_gpu_of_its_own() -> None:
+    check_devices(plan_of(), on="cpu", num_devices=0, processes_here=2)
+    with pytest.raises(InputError, match="a GPU of its own, but got 2 > 1"):
+        check_devices(plan_of(), on="cuda", num_devices=1, processes_here=2)
+
+
+def test_more_than_the_machine_has_is_infeasible_before_anything_starts() -> None:
+    before = children()
+    source = model_source(MODEL, batch=4)
+    small = load_hardware("h100-sxm").changed(memory_bytes=1000, context_bytes=0)
+    with pytest.raises(InfeasibleError, match=r"a rank needs .* of "):
+        replay_processes(source, plan_of(), small)
+    assert children() == before
+
+
+def test_ranks_lie_in_the_plans_order() -> None:
+    plan = plan_of(pp=2, dp=2)
+    assert groups_of("pp", plan) == [[0, 2], [1, 3]]
+    assert groups_of("dp", plan) == [[0, 1], [2, 3]]
+    assert place_of(3, plan).pp == 1
+    turned = Plan(parallel=Parallel(pp=2, dp=2, order="pp-dp-tp-cp-ep"))
+    assert groups_of("pp", turned) == [[0, 1], [2, 3]]

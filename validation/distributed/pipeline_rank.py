@@ -1,0 +1,129 @@
+"""One rank of a pipeline: its stages of the user's module, its share of the batch, its optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from simulator.tracing.plan_stages import PlannedStage
+from validation.distributed.job import Job
+from validation.distributed.mesh import Place
+from validation.distributed.pipeline_runtime import BlockStage, Layout, PipelineStep, layout_of
+from validation.distributed.stage_run import OnBlock, RandomStates, StageRun
+from validation.optimizer import FusedOptimizer
+
+Groups = Mapping[str, dist.ProcessGroup]
+
+
+class PipelineRank:
+    """Holds the parameters of a rank's stages and nothing else of the module, and runs steps.
+
+    Gradients of replicas, and those of a table that stages on several ranks share, are summed when all passes are over.
+
+    Args:
+        job: what is replayed.
+        place: of this rank.
+        module: real, with the weights that every rank draws alike; its other parameters may go afterwards.
+        planned: all stages of the model.
+        pieces: micro-batches of this replica.
+        pipeline: processes of this replica, in the order of the pipeline.
+        replicas: processes that hold the same stages; None: this one only.
+        tied: per parameter that other ranks of the pipeline hold too, the processes that do.
+    """
+
+    def __init__(
+        self, job: Job, place: Place, module: torch.nn.Module, planned: Sequence[PlannedStage], pieces: Sequence[Mapping[str, Any]],
+        *, device: torch.device, pipeline: dist.ProcessGroup | None, replicas: dist.ProcessGroup | None, tied: Mapping[str, dist.ProcessGroup],
+    ) -> None:  # fmt: skip
+        self.replicas, self.tied = replicas, tied
+        own = job.order.stages_of_rank[place.pp]
+        names = {name for index in own for name in planned[index].stage.parameters}
+        buffer_names = {name for index in own for name in planned[index].stage.buffers}
+        input_names = {name for index in own for name in planned[index].stage.inputs}
+        self.parameters = {
+            name: torch.nn.Parameter(value.detach().to(device, copy=True), requires_grad=value.requires_grad)
+            for name, value in module.named_parameters()
+            if name in names
+        }
+        self.buffers = {name: value.to(device, copy=True) for name, value in module.named_buffers() if name in buffer_names}
+        self.micro_batches = [{name: piece[name].to(device, copy=True) for name in sorted(input_names)} for piece in pieces]
+        self.optimizer = FusedOptimizer(self.parameters.values(), name=job.plan.precision.optimizer, learning_rate=0.0)
+        scale = 1.0 / (len(pieces) * job.plan.parallel.dp)
+        self.runs = [self._run(planned[index], scale) for index in own]
+        stages = [
+            self._stage(run, planned, index, next_is_here=index + 1 in own, device=device, group=pipeline)
+            for run, index in zip(self.runs, own, strict=True)
+        ]
+        self._step = PipelineStep(job.order, stages)
+
+    def _run(self, planned: PlannedStage, scale: float) -> StageRun:
+        stage = planned.stage
+        return StageRun(
+            planned.traced, self.parameters, self.buffers, stage.operations,
+            first_block=planned.first_block, receives=stage.receives, sends=stage.sends, scale=scale,
+        )  # fmt: skip
+
+    def _stage(
+        self, run: StageRun, planned: Sequence[PlannedStage], index: int, *, next_is_here: bool, device: torch.device, group: dist.ProcessGroup | None
+    ) -> BlockStage:  # fmt: skip
+        return BlockStage(
+            run, index=index, num_stages=len(planned), device=device, group=group, entering=_entering(planned, index),
+            leaving=_entering(planned, index + 1), next_is_here=next_is_here,
+        )  # fmt: skip
+
+    @property
+    def resident(self) -> list[torch.Tensor]:
+        """Tensors alive between steps."""
+        batch = [value for piece in self.micro_batches for value in piece.values()]
+        return [*self.parameters.values(), *self.buffers.values(), *self.optimizer.state_tensors, *batch]
+
+    def watch(self, on_block: OnBlock | None) -> None:
+        """Has the end of every block's runs told."""
+        for run in self.runs:
+            run.on_block = on_block
+
+    def draw_as(self, states: RandomStates) -> None:
+        """Has blocks draw the random numbers that the plain module draws; without states whatever comes."""
+        for run in self.runs:
+            run.random_states = states
+
+    def gradients(self) -> None:
+        """All passes; the gradients are left in ``.grad``."""
+        self._step(self.micro_batches)
+        for name, group in sorted(self.tied.items()):
+            dist.all_reduce(_flat(self.parameters[name].grad), group=group)
+        if self.replicas is not None:
+            for name in sorted(self.parameters):
+                grad = self.parameters[name].grad
+                if grad is not None:
+                    dist.all_reduce(_flat(grad), group=self.replicas)
+
+    def step(self) -> None:
+        """A whole step."""
+        self.gradients()
+        self.optimizer.step()
+
+    def take_gradients(self) -> dict[str, torch.Tensor | None]:
+        """The gradients, which are let go here."""
+        found = {name: parameter.grad for name, parameter in self.parameters.items()}
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        return found
+
+
+def _entering(planned: Sequence[PlannedStage], index: int) -> Layout | None:
+    """Layout of the boundary before a stage; None where there is none."""
+    if not 0 < index < len(planned):
+        return None
+    boundary = planned[index].traced.chain.boundaries[0]
+    assert boundary is not None
+    return layout_of(boundary)
+
+
+def _flat(grad: torch.Tensor | None) -> torch.Tensor:
+    """A gradient as real numbers, which collectives sum."""
+    assert grad is not None
+    return torch.view_as_real(grad) if grad.is_complex() else grad

@@ -1,0 +1,114 @@
+"""What a plan over several processes of one machine is predicted to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from hardware_models.errors import InfeasibleError
+from hardware_models.profile import DeviceProfile
+from hardware_models.units import format_bytes
+from simulator.parallel.orders import order_of
+from simulator.parallel.simulate_traced import TracedSimulation, simulate_traced
+from simulator.parallel.traced_step import Link, TracedStep
+from simulator.pipeline.action import Order
+from simulator.plan import Plan
+from simulator.program import Kind
+from simulator.tracing.plan_stages import PlannedStage, plan_stages
+from simulator.tracing.trace import Traced
+from validation.distributed.check import check_processes
+from validation.distributed.job import LinkFacts
+
+_UNKNOWN_LINK = LinkFacts(latency_s=0.0, bytes_per_s=float("inf"))
+"""Memory does not depend on it."""
+
+
+class Prediction:
+    """A traced model under a plan.
+
+    Args:
+        traced: at the plan's micro-batch.
+        plan: with its batch resolved.
+        device: prices kernels; on a CPU all its cores.
+        cores: of this machine.
+        folder: where relative files of the plan begin.
+
+    Raises:
+        InputError: the plan cannot be run over processes.
+    """
+
+    def __init__(self, traced: Traced, plan: Plan, device: DeviceProfile, *, cores: int, folder: Path | None = None) -> None:
+        check_processes(plan)
+        self.plan, self.device, self.cores, self._tokens = plan, device, cores, traced.workload.tokens
+        self.order: Order = order_of(plan, folder=folder)
+        self.planned: tuple[PlannedStage, ...] = plan_stages(traced, plan, self.order)
+
+    def memory(self) -> TracedSimulation:
+        """With peaks as they will be and times without messages.
+
+        Raises:
+            InfeasibleError: the ranks together need more than this machine has, or a rank more than its device.
+        """
+        found = self._simulate(_UNKNOWN_LINK, 1.0)
+        if not found.fits_device:
+            shared = self.device.kind == "cpu"
+            limit = f"{'all ranks together need' if shared else 'a rank needs'} {format_bytes(found.needed_bytes)} of {format_bytes(self.device.memory_bytes)}"
+            raise InfeasibleError(
+                limit=limit,
+                smallest_change="take smaller micro-batches, recompute more, or fewer replicas",
+                needed_bytes=found.needed_bytes,
+            )
+        return found
+
+    def times(self, link: LinkFacts) -> TracedSimulation:
+        """With messages over a link that was measured.
+
+        **Model**: a process has ``n = max(1, cores / processes)`` threads, so that a kernel takes ``cores / n`` times what all cores take. Where more ranks compute at a
+        time (on average over the step) than there are cores for, they take turns: times again by ``ranks at a time * n / cores``. GPUs are not shared.
+
+        **Not modelled**: kernels that gain nothing from more cores; memory bandwidth that one core alone could use.
+        """
+        if self.device.kind != "cpu":
+            return self._simulate(link, 1.0)
+        threads = max(1, self.cores // self.plan.num_gpus)
+        alone = self._simulate(link, self.cores / threads)
+        at_a_time = (
+            self.plan.parallel.dp
+            * float(np.sum([_busy_s(alone, rank) for rank in range(len(alone.profiles))]))
+            / alone.step_time_s
+        )
+        return self._simulate(link, self.cores / threads * max(1.0, at_a_time * threads / self.cores))
+
+    def _simulate(self, link: LinkFacts, slowdown: float) -> TracedSimulation:
+        ends = self.planned[0].stage.parameters.keys() & self.planned[-1].stage.parameters.keys()
+        apart = self.order.ranks_of_stage[0] != self.order.ranks_of_stage[-1]
+        tied_bytes = sum(self.planned[0].stage.parameters[name].size_bytes for name in ends) if apart else 0
+        step = TracedStep(
+            order=self.order, stages=[one.stage for one in self.planned], link=Link(latency_s=link.latency_s, bytes_per_s=link.bytes_per_s),
+            tied_s=_all_reduce_s(tied_bytes, 2, link),
+            replicas_s=tuple(_all_reduce_s(size, self.plan.parallel.dp, link) for size in self._gradient_bytes()), optimizer=self.plan.precision.optimizer,
+        )  # fmt: skip
+        return simulate_traced(step, self.plan, self.device, tokens=self._tokens, slowdown=slowdown)
+
+    def _gradient_bytes(self) -> list[int]:
+        """Of each pipeline rank, tables once."""
+        held = [
+            {name: one for stage in stages for name, one in self.planned[stage].stage.parameters.items()}
+            for stages in self.order.stages_of_rank
+        ]
+        return [sum(one.size_bytes for one in own.values() if one.trained) for own in held]
+
+
+def _all_reduce_s(size_bytes: int, ranks: int, link: LinkFacts) -> float:
+    """A ring: each of ``2 (n - 1)`` rounds sends a share of the bytes on (Patarasuk and Yuan 2009, section 3)."""
+    if ranks == 1 or not size_bytes:
+        return 0.0
+    return 2 * (ranks - 1) * (link.latency_s + size_bytes / ranks / link.bytes_per_s)
+
+
+def _busy_s(simulation: TracedSimulation, rank: int) -> float:
+    return sum(
+        simulation.timeline.busy_s(kind, device=rank)
+        for kind in (Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD, Kind.OPTIMIZER, Kind.REDUCE)
+    )
