@@ -51,6 +51,22 @@ def compute_seconds(rows: Sequence[Sequence[Any]]) -> dict[str, float]:
     return dict(found)
 
 
+def predicted_rows(predicted: Simulation) -> list[tuple[str, str, float, float]]:
+    """(stream, name, start, end) of every predicted span, in the form of measured ones."""
+    return [(span.stream.name, span.name, span.start_s, span.end_s) for span in predicted.timeline.spans]
+
+
+def instruction_seconds(predicted: Simulation, measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Predicted and measured seconds of each instruction of the compute stream, by name; empty where they were not measured."""
+    if "spans" not in measured:
+        return {}
+    ours, theirs = compute_seconds(predicted_rows(predicted)), compute_seconds(measured["spans"])
+    return {
+        name: {"predicted_s": ours.get(name, 0.0), "measured_s": theirs.get(name, 0.0)}
+        for name in dict.fromkeys([*ours, *theirs])
+    }
+
+
 def cause_of(predicted: Simulation, measured: Mapping[str, Any]) -> Cause | None:
     """The largest cause of the difference in step time; None where instructions were not measured.
 
@@ -61,7 +77,7 @@ def cause_of(predicted: Simulation, measured: Mapping[str, Any]) -> Cause | None
     """
     if "spans" not in measured:
         return None
-    rows = [(span.stream.name, span.name, span.start_s, span.end_s) for span in predicted.timeline.spans]
+    rows = predicted_rows(predicted)
     ours, theirs = compute_seconds(rows), compute_seconds(measured["spans"])
     step_s = measured["step_time_s"]["median"]
     end_s = max(row[3] for row in measured["spans"])

@@ -23,7 +23,7 @@ from simulator.workload_json import workload_from_json
 from validation.bundle import BundleCase
 from validation.error_summary import rank_correlation
 from validation.replay import CASE_FILE, ENVIRONMENT_FILE, WORKLOAD_FILE
-from validation.replay_causes import Cause, cause_of
+from validation.replay_causes import Cause, cause_of, instruction_seconds
 
 TOLD_APART = 0.05
 """Measured step times that differ by less than this are not asked to be in order."""
@@ -216,7 +216,7 @@ def suite_table(rows: Sequence[SuiteRow]) -> str:
 
 
 def write_results(rows: Sequence[SuiteRow], environment: Mapping[str, Any], device: DeviceProfile, out: Path) -> dict[str, Any]:
-    """Writes plans, predicted, measured, environment, summary and table into a folder; the summary."""
+    """Writes plans, predicted, measured (also instruction by instruction), environment, summary and table into a folder; the summary."""
     summary = summary_of(rows) | {"device": device.name, "provenance": device.provenance}
     for row in rows:
         if row.case.kind == "plan":
@@ -228,6 +228,7 @@ def write_results(rows: Sequence[SuiteRow], environment: Mapping[str, Any], devi
     tables = {
         "environment.json": environment, "summary.json": summary | {"rows": [row.to_json() for row in rows]},
         "measured.json": [{key: value for key, value in row.measured.items() if key != "spans"} for row in rows],
+        "instructions.json": {row.case.name: instruction_seconds(row.predicted, row.measured) for row in rows if row.predicted is not None},
         "predicted.json": {row.case.name: row.predicted.to_json() for row in rows if row.predicted is not None},
     }  # fmt: skip
     for name, table in tables.items():

@@ -94,10 +94,12 @@ def test_a_run_suite_is_reported_with_plans_and_figures(cases: list[BundleCase],
     assert "| mlp: all on host |" in table
     assert "bitwise" in table
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "environment.json", "measured.json", "plans", "predicted.json", "summary.json", "table.md",
+        "environment.json", "instructions.json", "measured.json", "plans", "predicted.json", "summary.json", "table.md",
     }  # fmt: skip
     assert len(list((tmp_path / "out" / "plans").iterdir())) == 4
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["rows"][0]["name"] == "mlp: plain"
+    instructions = json.loads((tmp_path / "out" / "instructions.json").read_text())["mlp: full"]
+    assert all(seconds["predicted_s"] > 0 and seconds["measured_s"] > 0 for seconds in instructions.values())
     write_figures(rows, tmp_path / "out")
     assert (tmp_path / "out" / "scatter.png").stat().st_size > 0
     assert (tmp_path / "out" / "timeline-mlp.png").stat().st_size > 0
