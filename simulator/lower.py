@@ -35,6 +35,15 @@ class PassPrices:
             self._offsets[key] = (run, np.concatenate(([0.0], np.cumsum(times))))
         return self._offsets[key][1]
 
+    def fill(self, runs: Sequence[Pass]) -> None:
+        """Prices passes together, which is faster than one by one."""
+        new = list({id(run): run for run in runs if id(run) not in self._offsets and run.kernels}.values())
+        times = self._price([kernel for run in new for kernel in run.kernels]) if new else np.zeros(0)
+        end = 0
+        for run in new:
+            first, end = end, end + len(run.kernels)
+            self._offsets[id(run)] = (run, np.concatenate(([0.0], np.cumsum(times[first:end]))))
+
     def seconds(self, run: Pass) -> float:
         """Duration of a pass."""
         return float(self.offsets(run)[-1])

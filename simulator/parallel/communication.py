@@ -111,14 +111,17 @@ class Communication:
         self.plan, self.mesh, self.config, self.behind, self.beside = plan, mesh, config, behind, beside
         self.element_bytes, self.factors = DTYPE_BYTES[dtype], factors
         self.tokens = (plan.batch.micro_batch or 1) * seq_len // plan.parallel.cp
+        self._known: dict[tuple[str, str, float], float] = {}
 
     def seconds(self, axis: str, collective: str, size_bytes: float) -> float:
-        """Of a collective over an axis."""
-        return (
-            collective_seconds(collective, size_bytes, self.mesh.group(axis), self.mesh.cluster)
-            if self.mesh.degree(axis) > 1
-            else 0.0
-        )
+        """Of a collective over an axis; layers of one kind ask for the same ones."""
+        key = (axis, collective, size_bytes)
+        if key not in self._known:
+            spread = self.mesh.degree(axis) > 1
+            self._known[key] = (
+                collective_seconds(collective, size_bytes, self.mesh.group(axis), self.mesh.cluster) if spread else 0.0
+            )
+        return self._known[key]
 
     def over(self, collective: str, size_bytes: float, group: CommGroup) -> float:
         """Of a collective over a group."""

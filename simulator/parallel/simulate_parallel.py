@@ -4,29 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hardware_models.caching_allocator import AllocatorPeaks
-from hardware_models.kernel import Kernel
 from hardware_models.network.cluster import Cluster
-from hardware_models.pricing import price, price_together
 from hardware_models.profile import DeviceProfile
 from hardware_models.units import DTYPE_BYTES
 from simulator.lower import PassPrices
 from simulator.parallel.allocations import rank_peaks, rank_resident, stage_tensors
 from simulator.parallel.batch_copy import copy_seconds
 from simulator.parallel.communication import Behind, Beside, Communication
-from simulator.parallel.compiled_kernels import compiled_workload
 from simulator.parallel.default_cut import partition_of
 from simulator.parallel.experts import expert_elements
-from simulator.parallel.framework import FUSED_ACCUMULATION, allocator_of, kept_bytes, operators_of
-from simulator.parallel.fused_kernels import column_products
+from simulator.parallel.framework import FUSED_ACCUMULATION, allocator_of, kept_bytes
 from simulator.parallel.gradient_sync import PARAMETERS_SHARDED, GradientSync, StageLoad, gradient_sync, tied_seconds
-from simulator.parallel.host_dispatch import dispatch_of, host_seconds, with_dispatch
-from simulator.parallel.host_python import python_seconds
 from simulator.parallel.interference import overlap_of, slowdown_of
 from simulator.parallel.lower_step import Exceptions, StageVariant, StepParts, lower_step
 from simulator.parallel.memory import static_memory
@@ -38,15 +32,16 @@ from simulator.parallel.offload_plan import offload_of, weights_away
 from simulator.parallel.optimizer_step import gradient_check, optimizer_seconds
 from simulator.parallel.overlapped_products import TensorOverlap, half_products
 from simulator.parallel.parameter_gathers import Unit, gathered_elements, prefetched_units, unit_seconds, units_of
-from simulator.parallel.recompute import fit_framework, stage_sequences
+from simulator.parallel.priced_model import PricedModel, priced_model
+from simulator.parallel.recompute import stage_sequences
 from simulator.parallel.simulation import ParallelSimulation
-from simulator.parallel.stages import ChunkCost, Stage, chunk_costs, stage_cost, stages_of
+from simulator.parallel.stages import ChunkCost, Stage, chunk_costs, stages_of
 from simulator.parallel.variants import stage_variants
 from simulator.parallel.wire_format import WireFormat
 from simulator.pipeline.action import Order
-from simulator.plan import Plan
-from simulator.precision import PRODUCTS_IN, STORED_AS, price_in
-from simulator.presets import TransformerConfig, build_workload
+from simulator.plan import Memory, Parallel, Pipeline, Plan
+from simulator.precision import PRODUCTS_IN, STORED_AS
+from simulator.presets import TransformerConfig
 from simulator.program import Program
 from simulator.reserved_memory import reserved_peaks
 from simulator.run_record import RunRecord, check_complete, profiles_of
@@ -116,10 +111,6 @@ def stage_setting(
     )
 
 
-_workload_of = lru_cache(maxsize=64)(build_workload)
-"""Plans that a search compares share few workloads, and these are frozen."""
-
-
 class _Assembly:
     """What `simulate_parallel` puts together."""
 
@@ -143,11 +134,8 @@ class _Assembly:
         )
         self.dtype = STORED_AS[plan.precision.compute]
         self.mesh: Mesh = mesh_of(plan, cluster)
-        self.price = price_in(plan.precision.compute, device, launch="graph" if plan.runtime.cuda_graphs else "stream")
-        self.prices = PassPrices(self.price)
-        own = self._workload(tp=plan.parallel.tp, cp=plan.parallel.cp, ep=plan.parallel.ep)
-        fitted = fit_framework(own, plan, config, dtype=self.dtype, seq_len=seq_len)
-        self.workload: Workload = compiled_workload(fitted) if plan.runtime.compile else fitted
+        self.model: PricedModel = priced_model(config, plan, device, seq_len=seq_len)
+        self.price, self.prices, self.workload = self.model.price, self.model.prices, self.model.workload
         cut = partition_of(self.workload, plan, self.prices, order, device, dtype=self.dtype)
         self.stages: tuple[Stage, ...] = stages_of(self.workload, plan, cut)
         self.variants = [stage_variants(plan, stage) for stage in self.stages] if sequence is None else []
@@ -179,11 +167,8 @@ class _Assembly:
 
     def _behind(self) -> Behind | None:
         """What sums over tensor parallel ranks hide behind; Megatron-LM of 2021 waited for them."""
-        if self.plan.runtime.framework not in FUSED_ACCUMULATION:
-            return None
-        products = {block.name: column_products(block, self.config.hidden, self._tokens) for block in self.workload.blocks}
-        seconds = {name: float(self.price(kernels).sum()) for name, kernels in products.items() if kernels}
-        return Behind(product_s=seconds, factors=overlap_of(self.device, self.cluster))
+        product_s = self.model.product_s()
+        return None if product_s is None else Behind(product_s=product_s, factors=overlap_of(self.device, self.cluster))
 
     @property
     def _tokens(self) -> int:
@@ -203,24 +188,18 @@ class _Assembly:
         )  # fmt: skip
         return Beside(overlap=overlap, products={name: products for name, products in found.items() if products})
 
-    def _workload(self, *, tp: int, cp: int, ep: int, config: TransformerConfig | None = None) -> Workload:
-        return _workload_of(
-            config or self.config, micro_batch=self.plan.batch.micro_batch or 1, seq_len=self.seq_len, dtype=self.dtype, tp=tp, cp=cp, ep=ep,
-            sequence_parallel=self.plan.parallel.sequence_parallel and tp > 1, flash_attention=self.plan.runtime.flash_attention,
-            operators=operators_of(self.plan),
-        )  # fmt: skip
-
     def _whole_workload(self) -> Workload:
         """Of the model on one device, as model FLOPs count it: without padding of experts."""
-        experts = self.config.experts
+        experts, plan = self.config.experts, self.plan
         config = self.config if experts is None else replace(self.config, experts=experts.uniform)
-        return self._workload(tp=1, cp=1, ep=1, config=config)
+        alone = replace(plan, parallel=Parallel(), pipeline=Pipeline(), memory=Memory())
+        return priced_model(
+            config, replace(alone, runtime=replace(plan.runtime, compile=False)), self.device, seq_len=self.seq_len
+        ).workload
 
     def parts(self) -> StepParts:
         operations = self.operations
-        dispatch, runtime = dispatch_of(self.device), self.plan.runtime
-        python = python_seconds(runtime.framework, self.device.architecture)
-        attention_s = self._attention_s()
+        attention_s = self.model.attention_s()
 
         known: dict[tuple[object, ...], StageVariant] = {}
 
@@ -232,7 +211,7 @@ class _Assembly:
             return known[key]
 
         def price_stage(stage: Stage, own: Sequence[Operation]) -> StageVariant:
-            cost = with_dispatch(stage_cost(stage, own, self.prices), host_seconds(stage, own, dispatch, runtime, python))
+            cost = self.model.stage_cost(stage, own)
             sent = self.communication.stage(stage, recomputed=cost.recomputed, attention_s=attention_s)
             return StageVariant(cost=cost, communication=sent)
 
@@ -310,24 +289,14 @@ class _Assembly:
         check_complete(program, record)
         steps = plan.num_microbatches * plan.parallel.dp
         split = plan.parallel.tp * plan.parallel.cp
-        kernels = [
-            kernel
-            for stage in self.stages
-            for block in stage.blocks
-            for kernel in _kernels(block.options[0].forward, block.options[0].backward)
-        ]
+        options = [block.options[0] for stage in self.stages for block in stage.blocks]
+        kernels = tuple(chain.from_iterable((*option.forward.kernels, *option.backward.kernels) for option in options))
         return ParallelSimulation(
             plan=plan, cluster=self.cluster, device=self.device, order=self.order, program=program, record=record, profiles=profiles_of(program, record),
-            price=price_together(kernels, self.device), tokens=whole.tokens * steps, model_flops=whole.model_flops * steps,
+            kernels=kernels, tokens=whole.tokens * steps, model_flops=whole.model_flops * steps,
             peak_host_bytes=node_peak(host_peaks(program, record, host_bytes), self.mesh),
             hardware_flops=whole.model_flops * steps + round(again * split * steps), peak_flops_per_s=self.device.peak(PRODUCTS_IN.get(plan.precision.compute, self.dtype)),
         )  # fmt: skip
-
-    def _attention_s(self) -> float:
-        """Seconds of one layer's attention kernels, forward."""
-        block = next((block for block in self.workload.blocks if block.name == "attention"), None)
-        kernels = [kernel for kernel in block.discard.kernels if kernel.kernel_class == "attention"] if block else []
-        return float(price(kernels, self.device).sum()) if kernels else 0.0
 
     def _sync(self, stage: Stage) -> GradientSync:
         plan, holders, units = self.plan, self.order.ranks_of_stage[stage.index], self._units(stage)
@@ -383,7 +352,3 @@ class _Assembly:
             kept = kept_bytes([block for stage in stages for block in stage.blocks], plan, self.device, dtype=self.dtype)
             resident.append(memory.by_class(batch + (self.workload.buffer_bytes if 0 in ends else 0), kept))
         return resident
-
-
-def _kernels(*runs: object) -> list[Kernel]:
-    return [kernel for run in runs for kernel in run.kernels]  # type: ignore[attr-defined]

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from hardware_models.caching_allocator import AllocatorPeaks
+from hardware_models.kernel import Kernel
 from hardware_models.network.cluster import Cluster
-from hardware_models.pricing import Price
+from hardware_models.pricing import Price, price_together
 from hardware_models.profile import EVIDENCE_KINDS, DeviceProfile, Evidence
 from simulator.exposed_time import exposed_times, longest_span
 from simulator.pipeline.action import Order
@@ -30,8 +31,8 @@ class ParallelSimulation:
     program: Program
     record: RunRecord
     profiles: tuple[MemoryProfile, ...]
-    price: Price
-    """All kernels of one micro-batch on all stages."""
+    kernels: tuple[Kernel, ...]
+    """Of one micro-batch on all stages."""
     tokens: int
     """Of a step, over all replicas."""
     model_flops: int
@@ -43,6 +44,11 @@ class ParallelSimulation:
     """Most bytes that the step keeps on the host of one node (on its drives, where they are the target)."""
     allocators: tuple[AllocatorPeaks, ...] = ()
     """Per pipeline rank, what a run of such steps does to CUDA's caching allocator; empty where that was not asked for."""
+
+    @property
+    def price(self) -> Price:
+        """All kernels of one micro-batch on all stages, with its error: worked out with each call, a search asks for none."""
+        return price_together(self.kernels, self.device)
 
     @property
     def step_time_s(self) -> float:
@@ -111,7 +117,8 @@ class ParallelSimulation:
         """The keys of ``schedlab simulate --json``."""
         step_s, gpus = self.step_time_s, self.plan.num_gpus
         breakdown = self.breakdown_s
-        half = INTERVAL_Z * self.price.relative_standard_error * step_s
+        price = self.price
+        half = INTERVAL_Z * price.relative_standard_error * step_s
         worst = int(np.argmax(self.peak_memory_bytes))
         return {
             "step_time_s": step_s, "step_time_interval_s": [max(0.0, step_s - half), step_s + half], "tokens_per_s_per_gpu": self.tokens / step_s / gpus,
