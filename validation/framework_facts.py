@@ -98,8 +98,9 @@ FRAMEWORKS_KNOWN: tuple[FrameworkFacts, ...] = (
         source=f"{_MEGATRON_ARGUMENTS} core_r0.8: gradients in fp32 for bf16, --overlap-grad-reduce and --overlap-param-gather with the distributed optimizer",
     ),
     FrameworkFacts(
-        name="AA-Scaling", pattern=r"(aa-scaling|aleph)", runtime="megatron-lm@2021", overlap_grad_reduce=False, overlap_param_gather=False, sequence_parallel=False,
-        vocab_multiple=1, source="Hagemann et al. 2023 (arXiv 2311.05610), section 3: tensor, pipeline (1F1B) and data parallelism with ZeRO-1 as in Megatron-LM and DeepSpeed, in bf16",
+        name="AA-Scaling", pattern=r"(aa-scaling|aleph)", runtime="pytorch", grads="half", bf16_grads="half", overlap_grad_reduce=False, overlap_param_gather=False, sequence_parallel=False,
+        source="Hagemann et al. 2023 (arXiv 2311.05610), section 3: 1F1B and ZeRO-1; Aleph-Alpha/scaling @01b9d21dba: every replica keeps all gradients in the model's format "
+        "(src/scaling/core/optimizer/parameter_group.py), torch's own cross entropy on logits in float32 (src/scaling/transformer/model/losses/cross_entropy.py)",
     ),
     FrameworkFacts(
         name="torchtitan", pattern=r"torchtitan", runtime="torchtitan", micro_batches_per_stage=1, zero_stage_in_pipelines=1,
