@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hardware_models.errors import InputError
+import torch
+
+from hardware_models.errors import InfeasibleError, InputError
 from hardware_models.profile import DeviceProfile
+from hardware_models.units import format_bytes
 from search.recompute import sequence_of
 from simulator.host_schedule import HostShares
 from simulator.model_source import ModelSource
@@ -129,12 +133,22 @@ def replay(
 
     Raises:
         InputError: the model has no definition that can run.
+        InfeasibleError: a schedule does not fit the device, as predicted (nothing is run) or when it is run.
     """
+    with memory_kept(device):
+        return _replay(source, cases, device, repeats=repeats, on=on, progress=progress)
+
+
+def _replay(
+    source: ModelSource, cases: Sequence[ReplayCase], device: DeviceProfile, *, repeats: int, on: str, progress: Callable[[str], None]
+) -> Replay:  # fmt: skip
     progress(f"building {source.name}")
     session = ReplaySession(
         source.definition, device=on, optimizer=cases[0].plan.precision.optimizer, precision=source.precision
     )
     predictions = [_predict(session, case, device) for case in cases]
+    for case, prediction in zip(cases, predictions, strict=True):
+        check_fits(case.name, prediction)
     plain_blocks = session.traced(session.global_batch).workload
     plain_predicted = simulate(
         plain_blocks,
@@ -172,6 +186,37 @@ def _predict(session: ReplaySession, case: ReplayCase, device: DeviceProfile) ->
     workload = session.traced(size).workload
     setting = replace(step_setting(case.plan, len(workload.blocks)), num_microbatches=session.global_batch // size)
     return simulate(workload, case.operations, device, setting)
+
+
+@contextmanager
+def memory_kept(device: DeviceProfile) -> Iterator[None]:
+    """Turns torch's running out of memory into what the command line says of plans that do not fit.
+
+    Raises:
+        InfeasibleError: the device ran out of memory though the prediction fits, as others use it too or the prediction is wrong.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = str(error).partition("\n")[0]
+        change = "free the device of other processes, or take a smaller batch.micro_batch, memory.recompute or an offload"
+        raise InfeasibleError(limit=f"{device.name} ran out of memory: {first}", smallest_change=change) from error
+
+
+def check_fits(name: str, prediction: Simulation) -> None:
+    """Refuses a schedule that needs more than its device has.
+
+    Raises:
+        InfeasibleError: says how much, and what takes less.
+    """
+    device = prediction.device
+    needed = max(prediction.peak_reserved_bytes) + device.context_bytes
+    if needed > device.memory_bytes:
+        raise InfeasibleError(
+            limit=f"{name} needs {format_bytes(needed)}, but {device.name} has {format_bytes(device.memory_bytes)}",
+            smallest_change=f"{needed - device.memory_bytes} bytes less: a smaller batch.micro_batch, memory.recompute or an offload",
+            needed_bytes=needed,
+        )
 
 
 def bundle_replay(case: ReplayCase, source: ModelSource, device: DeviceProfile, path: Path) -> dict[str, Any]:

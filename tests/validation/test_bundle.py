@@ -10,15 +10,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from hardware_models.errors import InputError
+from hardware_models.errors import InfeasibleError, InputError
 from hardware_models.profile import CopyEngine, DeviceProfile
 from simulator.model_source import model_source
 from simulator.plan import Batch, Memory, MemoryBlock, Pipeline, Plan, Precision
 from simulator.workload_json import workload_from_json, workload_to_json
 from tests.small_models import traced
 from validation.bundle import BundleCase, read_bundle, write_bundle
-from validation.replay_comparison import bundle_case, replay_case
+from validation.replay_comparison import bundle_case, memory_kept, replay, replay_case
 
 ROOT = Path(__file__).parents[2]
 
@@ -137,3 +138,19 @@ def test_a_bare_machine_runs_a_bundle_and_goes_on_after_a_failure(device: Device
     assert {"COMPUTE", "H2D", "D2H", "HOST"} == {span[0] for span in found[0]["spans"]}
     assert "ends before the backward of block 0" in found[1]["failed"]
     assert [one["step_time_s"]["num"] for one in found[2:]] == [2, 2]
+
+
+def test_a_schedule_that_the_device_cannot_hold_is_not_run(device: DeviceProfile) -> None:
+    small = device.changed(memory_bytes=1_000_000)
+    source = model_source("tests.small_models:residual_mlp", batch=6).with_plan_batch(PLAN)
+    case = replay_case(PLAN, source, small, name="all at once")
+    with pytest.raises(InfeasibleError, match=r"all at once needs .* but h100-sxm has .* less: a smaller batch.micro_batch"):
+        replay(source, [case], small)
+
+
+def test_running_out_of_memory_is_told_as_such(device: DeviceProfile) -> None:
+    with (
+        pytest.raises(InfeasibleError, match="h100-sxm ran out of memory: no room; free the device of other processes"),
+        memory_kept(device),
+    ):
+        raise torch.OutOfMemoryError("no room\nfor anything")
