@@ -174,13 +174,25 @@ class StageLowering(MicroBatchLowering):
         return option.backward if self._makes_gradients(index) else option.backward_accumulate
 
     def _makes_gradients(self, index: int) -> bool:
-        """Whether a block's parameters have no gradient yet; a table that another stage of the rank shares may have one."""
-        names = self.stage.parameters_of_block[index]
-        makes = self.first_micro_batch and not any(name in self.ledger.gradients for name in names)
-        if self.first_micro_batch:
-            trained = {name: self.stage.parameters[name] for name in names}
-            self.ledger.gradients |= {name: held.size_bytes for name, held in trained.items() if held.trained}
-        return makes
+        """Whether all of a block's parameters have no gradient yet; a table that another stage of the rank shares may have one."""
+        return self.first_micro_batch and not any(
+            name in self.ledger.gradients for name in self.stage.parameters_of_block[index]
+        )
+
+    def _note_gradients(self, index: int, *, made: bool) -> None:
+        """The block's parameters have gradients now; beside a table that had one, those that had none come at the end of the pass."""
+        if not self.first_micro_batch:
+            return
+        held = {name: self.stage.parameters[name] for name in self.stage.parameters_of_block[index]}
+        new = {name: one.size_bytes for name, one in held.items() if one.trained and name not in self.ledger.gradients}
+        self.ledger.gradients |= new
+        if not made:
+            self.builder.change(self.builder.last_duration_s, sum(new.values()), MemoryClass.GRADIENTS)
+
+    def _backward(self, index: int) -> None:
+        made = self._makes_gradients(index)
+        super()._backward(index)
+        self._note_gradients(index, made=made)
 
     def _hand_back(self) -> None:
         if 0 not in self.gradient_of:  # handed back when it was made
@@ -212,11 +224,13 @@ class StageLowering(MicroBatchLowering):
 
     def _weights_of(self, index: int) -> None:
         split = self.stage.split[index]
-        run = split.weights if self._makes_gradients(index) else split.weights_accumulate
+        made = self._makes_gradients(index)
+        run = split.weights if made else split.weights_accumulate
         offsets = self.prices.offsets(run)
         self.builder.issue(Kind.BACKWARD, offsets[-1], micro_batch=self.micro_batch, block=index, option="W")
         for event in run.memory:
             self._backward_event(event, float(offsets[event.kernel]), index)
+        self._note_gradients(index, made=made)
 
     def _backward_event(self, event: MemoryEvent, time_s: float, index: int) -> None:
         if event.buffer == "kept_grad_output":

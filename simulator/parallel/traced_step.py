@@ -163,10 +163,15 @@ class _Assembly:
         seconds = self.prices.seconds(
             optimizer_elements_pass([(held.elements, held.size_bytes) for held in trained], optimizer=self.step.optimizer)
         )
-        changes = [(seconds, -sum(held.size_bytes for held in trained), MemoryClass.GRADIENTS)]
+        changes = [(seconds, -self._gradient_bytes(rank), MemoryClass.GRADIENTS)]
         if self.step.order.num_stages - 1 in self.step.order.stages_of_rank[rank]:
             changes.append((seconds, -self.step.stages[-1].workload.blocks[-1].output_bytes, MemoryClass.ACTIVATIONS))
         writer.issue(Kind.OPTIMIZER, rank, Stream.COMPUTE, seconds, after=after, memory=changes)
+
+    def _gradient_bytes(self, rank: int) -> int:
+        """Bytes of gradients after a rank's passes: less than its parameters' where two gradients are views of one tensor."""
+        changes = [change for own in self.ledgers[rank].builder.memory for change in own]
+        return sum(delta_bytes for _, delta_bytes, memory_class in changes if memory_class is MemoryClass.GRADIENTS)
 
     def _resident(self, rank: int) -> tuple[int, ...]:
         """Bytes alive before the step: parameters, buffers, optimizer states and the parts of the batch that the rank's stages read."""

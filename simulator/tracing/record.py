@@ -178,7 +178,7 @@ def record_split(setting: Setting) -> SplitBackward:
     first.train_split(accumulate=False)
     later.train_split(accumulate=True)
     return SplitBackward(
-        inputs=first.pass_of(Phase.BACKWARD), weights=first.pass_of(Phase.WEIGHTS), weights_accumulate=later.pass_of(Phase.WEIGHTS),
+        inputs=later.pass_of(Phase.BACKWARD), weights=first.weights_pass(), weights_accumulate=later.pass_of(Phase.WEIGHTS),
         keeps_grad_input=first.grad_input_serial in first.waiting, keeps_grad_output=first.grad_serial in first.waiting,
     )  # fmt: skip
 
@@ -278,6 +278,21 @@ class RecordedRun:
             for event in events
         )
         return Pass(kernels=tuple(self.recorder.kernels[phase]), memory=memory)
+
+    def weights_pass(self) -> Pass:
+        """The kernels and events of the weights' phase; what arrived before and is a parameter's gradient as it stands becomes one at its end."""
+        run = self.pass_of(Phase.WEIGHTS)
+        arrived = {
+            event.serial: event.delta_bytes
+            for event in self.recorder.events
+            if event.phase is Phase.BACKWARD and event.delta_bytes > 0
+        }
+        became: list[MemoryEvent] = []
+        for serial, role in self.gradient_roles.items():
+            if serial in arrived and role in {"gradient", "shared_gradient"}:
+                changes: tuple[tuple[Buffer, int], ...] = (("internal", -arrived[serial]), (role, arrived[serial]))
+                became += [MemoryEvent(kernel=len(run.kernels), buffer=buffer, delta_bytes=size) for buffer, size in changes]
+        return Pass(kernels=run.kernels, memory=(*run.memory, *became))
 
     def _let_go_events(self) -> list[_Event]:
         """Storages other than the boundaries that ended with them: freed at the end of the forward pass."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class PipelineRank:
         module: real, with the weights that every rank draws alike; its other parameters may go afterwards.
         planned: all stages of the model.
         pieces: micro-batches of this replica.
-        pipeline: processes of this replica, in the order of the pipeline.
+        pipeline: processes of this replica, in the order of the pipeline; None: this one only.
         replicas: processes that hold the same stages; None: this one only.
         tied: per parameter that other ranks of the pipeline hold too, the processes that do.
     """
@@ -51,8 +51,12 @@ class PipelineRank:
         self.buffers = {name: value.to(device, copy=True) for name, value in module.named_buffers() if name in buffer_names}
         self.micro_batches = [{name: piece[name].to(device, copy=True) for name in sorted(input_names)} for piece in pieces]
         self.optimizer = FusedOptimizer(self.parameters.values(), name=job.plan.precision.optimizer, learning_rate=0.0)
+        self._step: Callable[[Sequence[Mapping[str, torch.Tensor]]], object]
         scale = 1.0 / (len(pieces) * job.plan.parallel.dp)
         self.runs = [self._run(planned[index], scale) for index in own]
+        if pipeline is None:
+            self._step = self._alone
+            return
         stages = [
             self._stage(run, planned, index, next_is_here=index + 1 in own, device=device, group=pipeline)
             for run, index in zip(self.runs, own, strict=True)
@@ -73,6 +77,13 @@ class PipelineRank:
             run, index=index, num_stages=len(planned), device=device, group=group, entering=_entering(planned, index),
             leaving=_entering(planned, index + 1), next_is_here=next_is_here,
         )  # fmt: skip
+
+    def _alone(self, micro_batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """The passes of a rank that holds the whole model: each micro-batch forward and back."""
+        (run,) = self.runs
+        for number, inputs in enumerate(micro_batches):
+            run.forward(number, inputs, None)
+            run.backward(number, None)
 
     @property
     def resident(self) -> list[torch.Tensor]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
@@ -32,6 +33,8 @@ from validation.measure import StepTimes, peak_memory, synchronize
 JOB_FILE, REPORT_FILE, ERROR_FILE = "job.pickle", "report.pickle", "error{rank}.txt"
 _LINK_BYTES = (8, 8 << 20)
 _LINK_REPEATS = 5
+_PARENT_S = 1.0
+"""How often a process looks whether its parent is still there."""
 _LETTERS = {Kind.FORWARD: "F", Kind.RECOMPUTE: "R", Kind.BACKWARD: "B"}
 Progress = Callable[[str], None]
 
@@ -257,8 +260,16 @@ def _link(rank: int, device: torch.device) -> LinkFacts:
     return LinkFacts(latency_s=small, bytes_per_s=_LINK_BYTES[1] / max(large - small, 1e-9))
 
 
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent is gone, however that ended."""
+    while os.getppid() == parent:
+        time.sleep(_PARENT_S)
+    os._exit(1)
+
+
 def main(folder: Path) -> int:
     """The exit status of a process that `validation.distributed.launch` started."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     job: Job = pickle.loads((folder / JOB_FILE).read_bytes())  # noqa: S301 - written by our own parent
     try:
         report = run_job(job, lambda text: print(text, file=sys.stderr, flush=True))  # noqa: T201 - the parent shows it

@@ -14,6 +14,7 @@ from simulator.parallel.orders import order_of
 from simulator.parallel.simulate_traced import TracedSimulation, simulate_traced
 from simulator.parallel.traced_step import Link, TracedStep
 from simulator.plan import Batch, Memory, MemoryBlock, Parallel, Pipeline, Plan
+from simulator.program import MemoryClass
 from simulator.recompute import operations_of
 from simulator.simulate import StepSetting, simulate
 from simulator.tracing.plan_stages import PlannedStage, plan_stages
@@ -67,6 +68,16 @@ def test_memory_comes_back(name: str, recompute: str, schedule: str, chunks: int
     found = simulated(plan_of(schedule, chunks, memory=Memory(recompute=recompute)), name)
     for profile in found.profiles:
         assert (profile.alive_bytes[-1] == profile.alive_bytes[0]).all()
+
+
+def test_a_table_that_two_stages_of_a_rank_share_has_one_gradient() -> None:
+    """ZB-V puts the first stage (embedding) and the last one (head) on rank 0."""
+    plan = plan_of("zb-v", 2)
+    first, *_, last = (one.stage for one in planned("transformer", plan))
+    assert "embedding.weight" in first.parameters.keys() & last.parameters.keys()
+    names = first.parameters | last.parameters
+    gradients = simulated(plan, "transformer").profiles[0].alive_bytes[:, MemoryClass.GRADIENTS]
+    assert names["embedding.weight"].size_bytes <= gradients.max() <= sum(one.size_bytes for one in names.values()) * 1.01
 
 
 def test_bytes_of_a_stage_by_hand() -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,10 +49,14 @@ def run(plan: Plan, model: str = MODEL, *, timeout_s: float = 120.0) -> Processe
     return replay_processes(source, plan, load_hardware("h100-sxm"), steps=1, timeout_s=timeout_s)
 
 
-def children() -> set[int]:
-    """Processes that this one started and that are still there (Linux)."""
-    tasks = Path("/proc/self/task").glob("*/children")
+def children_of(process: int | str) -> set[int]:
+    """Processes that a process started and that are still there (Linux)."""
+    tasks = Path(f"/proc/{process}/task").glob("*/children")
     return {int(word) for path in tasks for word in path.read_text().split()}
+
+
+def children() -> set[int]:
+    return children_of("self")
 
 
 @pytest.mark.slow
@@ -61,8 +66,9 @@ def children() -> set[int]:
         plan_of("zb-v", 2),
         plan_of("1f1b", pp=4, memory=Memory(recompute="full")),
         plan_of("gpipe", dp=2, memory=Memory(recompute="selective")),
+        plan_of("1f1b", pp=1, dp=2, memory=Memory(recompute="full")),
     ],
-    ids=["zb-v", "1f1b4", "dp2"],
+    ids=["zb-v", "1f1b4", "pp2dp2", "dp2"],
 )
 def test_a_pipeline_is_the_plain_module_and_takes_the_memory_predicted(plan: Plan) -> None:
     before = children()
@@ -87,6 +93,29 @@ def test_a_rank_that_fails_ends_all(model: str, message: str) -> None:
     with pytest.raises(RunFailedError, match=message):
         run(plan_of(), f"{FAILING}:{model}", timeout_s=15.0)
     assert children() == before
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    path = tmp_path / "plan.toml"
+    path.write_text("[parallel]\npp = 2\n[batch]\nmicro_batch = 1\n")
+    arguments = ["--model", f"{FAILING}:hangs", "--plan", str(path), "--hardware", "h100-sxm", "--steps", "1"]
+    parent = subprocess.Popen(
+        [sys.executable, "-m", "schedlab", "replay", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    started: set[int] = set()
+    deadline = time.monotonic() + 120.0
+    while len(started) < 2 and time.monotonic() < deadline:
+        time.sleep(0.2)
+        started = children_of(parent.pid)
+    assert len(started) == 2
+    time.sleep(20.0)  # until they have loaded torch
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30.0
+    while any(Path(f"/proc/{process}").exists() for process in started) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(Path(f"/proc/{process}").exists() for process in started)
 
 
 @pytest.mark.slow
