@@ -47,7 +47,7 @@ def launch(job: Job, progress: Callable[[str], None] = lambda _: None) -> JobRep
 def _start(job: Job, folder: Path, rank: int) -> subprocess.Popen[bytes]:
     environment = os.environ | {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job.plan.num_gpus), "LOCAL_WORLD_SIZE": str(job.plan.num_gpus),
-        "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path), "SCHEDLAB_STORE": str(folder / "store"),
+        "PYTHONPATH": os.pathsep.join(path or str(Path.cwd()) for path in sys.path), "SCHEDLAB_STORE": str(folder / "store"), "SCHEDLAB_PARENT": str(os.getpid()),
     }  # fmt: skip
     environment.setdefault("GLOO_SOCKET_IFNAME", "lo")
     with (folder / f"log{rank}.txt").open("wb") as log:

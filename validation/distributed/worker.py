@@ -261,7 +261,7 @@ def _link(rank: int, device: torch.device) -> LinkFacts:
 
 
 def _end_with(parent: int) -> None:
-    """Ends this process when its parent is gone, however that ended."""
+    """Ends this process when the one that started it is gone, however that ended."""
     while os.getppid() == parent:
         time.sleep(_PARENT_S)
     os._exit(1)
@@ -269,7 +269,7 @@ def _end_with(parent: int) -> None:
 
 def main(folder: Path) -> int:
     """The exit status of a process that `validation.distributed.launch` started."""
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(int(os.environ["SCHEDLAB_PARENT"]),), daemon=True).start()
     job: Job = pickle.loads((folder / JOB_FILE).read_bytes())  # noqa: S301 - written by our own parent
     try:
         report = run_job(job, lambda text: print(text, file=sys.stderr, flush=True))  # noqa: T201 - the parent shows it
