@@ -18,7 +18,7 @@ FUSED_ACCUMULATION = ("megatron-core",)
 OPERATORS: Mapping[str, Operators] = MappingProxyType(
     {
         "megatron-core": Operators(norm=True, gated=True, rotary=True, routed=True, attention_inputs=True, loss=True),
-        "torchtitan": Operators(alternate=True),
+        "torchtitan": Operators(alternate=True, gathers_once=True, sharded_loss=True),
         "megatron-lm@2021": Operators(attention_inputs=True, loss=True),
     }
 )
@@ -27,7 +27,9 @@ OPERATORS: Mapping[str, Operators] = MappingProxyType(
 **Source**: Megatron-core 0.14: ``--transformer-impl transformer_engine`` (norms, rotary positions), ``bias_swiglu_fusion`` and ``apply_rope_fusion`` are on unless switched off;
 its attention makes query, key and value by one product (``linear_qkv``), its grouped experts (``TEGroupedMLP``) apply the router's weights in the activation. Megatron-LM of 2021: one such product, cross entropy over the vocabulary in place (``mpu/cross_entropy.py``).
 torchtitan: ``selective_ac_option = "op"`` saves attention and every odd ``mm`` of a layer (torchtitan/models/llama/parallelize_llama.py, 2024-12, ``_get_custom_policy``); a layer's
-attention half has an even number of them.
+attention half has an even number of them. Layers are checkpointed whole, the head is not. Inputs are gathered by DTensor, whose products save what they were given (``apply_tp``:
+``PrepareModuleInput``); the loss is computed in parallel (``loss_parallel``, torch/distributed/tensor/parallel/loss.py), eagerly. Compiled layers keep no result that their backward pass does not
+read, whatever the policy names (torch/_functorch/partitioners.py: a cut between what is made and what the backward pass needs).
 """
 ALLOCATORS: Mapping[str, AllocatorSettings] = MappingProxyType({"torchtitan": AllocatorSettings(expandable_segments=True)})
 """PYTORCH_ALLOC_CONF of a framework's own launcher; torch's defaults elsewhere.
@@ -49,7 +51,7 @@ _TORCH_LIBRARY_BYTES = MappingProxyType({True: 32 * _MIB, False: 8_519_680})
 def operators_of(plan: Plan) -> Operators:
     """The kernels of the plan's framework; what ``selective`` keeps is its own only where the plan says ``selective``."""
     found = OPERATORS.get(plan.runtime.framework, EAGER)
-    return replace(found, alternate=found.alternate and plan.memory.recompute == "selective")
+    return replace(found, alternate=found.alternate and plan.memory.recompute == "selective", unread=not plan.runtime.compile)
 
 
 def allocator_of(plan: Plan) -> AllocatorSettings:

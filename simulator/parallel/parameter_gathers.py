@@ -29,6 +29,9 @@ class Unit:
     """Last block + 1."""
     elements: int
     """Parameters on this rank before sharding."""
+    root: bool = False
+    """FSDP's own unit, all that no layer has: gathered as one, and until the step's end (FSDP2 leaves its outermost unit gathered: pytorch
+    torch/distributed/fsdp/_fully_shard/_fsdp_state.py; torchtitan of 12/2024 gives embedding, last norm and head to it: ``apply_fsdp``)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,8 +57,11 @@ def units_of(stage: Stage, framework: str) -> tuple[Unit, ...]:
     ]
     if stage.shared_elements:
         elements[0 if not stage.receives else -1] += stage.shared_elements
+    outermost = framework in FLAT_BUFFERS
     return tuple(
-        Unit(first=first, end=end, elements=own) for first, end, own in zip(starts, ends, elements, strict=True) if own
+        Unit(first=first, end=end, elements=own, root=outermost and stage.blocks[end - 1].name not in LAYER_ENDS)
+        for first, end, own in zip(starts, ends, elements, strict=True)
+        if own
     )
 
 
@@ -69,8 +75,12 @@ def prefetched_units(units: Sequence[Unit], runtime: Runtime) -> int:
 
 
 def gathered_elements(units: Sequence[Unit], prefetch: int) -> int:
-    """Most parameters that are gathered at once: those of the unit that computes and of the ones fetched ahead of it."""
-    return max((sum(unit.elements for unit in units[place : place + prefetch + 1]) for place in range(len(units))), default=0)
+    """Most parameters that are gathered at once: those of the unit that computes and of the ones fetched ahead of it, and those of the model's own unit."""
+    own = sum(unit.elements for unit in units if unit.root)
+    inner = [unit for unit in units if not unit.root]
+    return own + max(
+        (sum(unit.elements for unit in inner[place : place + prefetch + 1]) for place in range(len(inner))), default=0
+    )
 
 
 def unit_seconds(

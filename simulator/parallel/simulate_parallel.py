@@ -36,6 +36,7 @@ from simulator.parallel.priced_model import PricedModel, priced_model
 from simulator.parallel.recompute import stage_sequences
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.parallel.stages import ChunkCost, Stage, chunk_costs, stages_of
+from simulator.parallel.torch_buffers import pipeline_bytes, stream_pool_bytes, with_pool
 from simulator.parallel.variants import stage_variants
 from simulator.parallel.wire_format import WireFormat
 from simulator.pipeline.action import Order
@@ -250,7 +251,10 @@ class _Assembly:
         program = lower_step(parts, self.resident_bytes(), slowdown_of(overlap_of(self.device, self.cluster)))
         host_bytes = parts.offload.resident_bytes if parts.offload else ()
         result = self._result(program, ENGINES[engine](program), self._recomputed_flops(parts), host_bytes)
-        return replace(result, allocators=self._allocators(result)) if reserved and self.device.kind != "cpu" else result
+        if not reserved or self.device.kind == "cpu":
+            return result
+        peaks = self._allocators(result)
+        return replace(result, allocators=tuple(with_pool(own, self._pool_bytes(rank)) for rank, own in enumerate(peaks)))
 
     def _allocators(self, result: ParallelSimulation) -> tuple[AllocatorPeaks, ...]:
         """Replays of the allocator: tensor by tensor, or rise by rise where chunks of tensors travel to the host."""
@@ -274,6 +278,12 @@ class _Assembly:
             self.order, lambda action: tensors[action.stage][variant_of[action.stage, action.micro_batch]], resident, weight_share=WEIGHT_SHARE,
             settings=allocator_of(self.plan),
         )  # fmt: skip
+
+    def _pool_bytes(self, rank: int) -> int:
+        """Of streams of FSDP's."""
+        own = [self.stages[stage] for stage in self.order.stages_of_rank[rank]]
+        units = [unit for stage in own for unit in units_of(stage, self.plan.runtime.framework)]
+        return stream_pool_bytes(units, self.plan, dtype=self.dtype)
 
     def _recomputed_flops(self, parts: StepParts) -> float:
         """Of a micro-batch on all stages, the mean."""
@@ -350,5 +360,6 @@ class _Assembly:
                 - copies * weights_away(plan, self.order, self.chunks, rank, width=DTYPE_BYTES[self.dtype]),
             )
             kept = kept_bytes([block for stage in stages for block in stage.blocks], plan, self.device, dtype=self.dtype)
+            kept += pipeline_bytes(self.order, rank, stages, plan, dtype=self.dtype)
             resident.append(memory.by_class(batch + (self.workload.buffer_bytes if 0 in ends else 0), kept))
         return resident

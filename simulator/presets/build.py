@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from hardware_models.kernel import Kernel
 from hardware_models.units import DTYPE_BYTES
 from simulator.presets.attention import attention_half
 from simulator.presets.config import TransformerConfig
@@ -12,6 +13,7 @@ from simulator.presets.halves import network, norm, residual
 from simulator.presets.mixture import mixture
 from simulator.presets.operators import EAGER, Operators
 from simulator.presets.passes import Section, block_of
+from simulator.presets.products import gemm
 from simulator.presets.setting import Device, Setting
 from simulator.presets.tape import INDEX_DTYPE, Parameter, Tape, Value, pointwise
 from simulator.workload import Block, ParameterTensor, Pass, Workload
@@ -100,8 +102,11 @@ def _sections(setting: Setting, words: Parameter | None) -> list[Section]:
     tape = Tape()
     entering = _boundary(tape, setting)
     sections.append(
-        Section(name="head", tape=tape, entering=entering, leaving=back(tape, setting, entering, words), makes_shared=True)
-    )
+        Section(
+            name="head", tape=tape, entering=entering, leaving=back(tape, setting, entering, words), makes_shared=True,
+            selects=not setting.operators.alternate,
+        )
+    )  # fmt: skip
     return sections
 
 
@@ -109,12 +114,13 @@ def _boundary(tape: Tape, setting: Setting) -> Value:
     return tape.new("input", (setting.stream_tokens, setting.config.hidden), setting.dtype)
 
 
-def _half(setting: Setting, name: str, half: Half) -> Section:
+def _half(setting: Setting, name: str, half: Half, remade: tuple[Kernel, ...] = ()) -> Section:
     tape = Tape()
     entering = _boundary(tape, setting)
     return Section(
-        name=name, tape=tape, entering=entering, leaving=half(tape, setting, entering), alternate=setting.operators.alternate
-    )
+        name=name, tape=tape, entering=entering, leaving=half(tape, setting, entering), alternate=setting.operators.alternate,
+        unread=setting.operators.unread, remade=remade,
+    )  # fmt: skip
 
 
 def _network_section(setting: Setting, *, experts: bool, final: bool) -> Section:
@@ -125,7 +131,19 @@ def _network_section(setting: Setting, *, experts: bool, final: bool) -> Section
         out = residual(tape, setting, x, branch, "network_norm")
         return norm(tape, setting, out, "final_norm") if final else out
 
-    return _half(setting, "experts" if experts else "network", half)
+    return _half(setting, "experts" if experts else "network", half, _residual_again(setting))
+
+
+def _residual_again(setting: Setting) -> tuple[Kernel, ...]:
+    """What makes the stream between a layer's halves again, where both are one region: attention's output product and the residual sum."""
+    if not setting.operators.alternate or setting.gathers:
+        return ()
+    hidden, dtype = setting.config.hidden, setting.dtype
+    width = setting.heads * setting.config.value_dim_per_head
+    return (
+        gemm("mm", setting.tokens, hidden, width, dtype),
+        pointwise("add", setting.tokens * hidden, dtype, num_read=2),
+    )
 
 
 def _shared_accumulate(words: Parameter | None) -> Pass:

@@ -9,6 +9,7 @@ from simulator.presets.halves import gathered, norm, project
 from simulator.presets.pointwise import add, cast, dropout, gelu
 from simulator.presets.products import cross_entropy, embedding, linear
 from simulator.presets.setting import Setting
+from simulator.presets.sharded_loss import sharded_cross_entropy
 from simulator.presets.tape import (
     FLOAT,
     INDEX_DTYPE,
@@ -152,7 +153,7 @@ def back(tape: Tape, setting: Setting, x: Value, words: Parameter | None) -> Val
     if config.head == "image":
         return _classified(tape, setting, x)
     full = gathered(tape, setting, x)
-    shard = x if full is not x else None
+    shard = x if full is not x and not setting.operators.gathers_once else None
     shape = (config.hidden, setting.vocab)
     weight = tape.use(words) if words is not None else tape.parameter("head.weight", shape, setting.dtype)
     bias = tape.parameter("head.bias", (setting.vocab,), setting.dtype) if config.head == "masked_lm" else None
@@ -160,6 +161,8 @@ def back(tape: Tape, setting: Setting, x: Value, words: Parameter | None) -> Val
     if setting.operators.loss:
         return loss_in_place(tape, logits, _labels(tape, setting))
     scores = cast(tape, logits, FLOAT)
+    if setting.operators.sharded_loss and setting.tp > 1:
+        return sharded_cross_entropy(tape, scores, _labels(tape, setting))
     return cross_entropy(tape, scores, _labels(tape, setting))
 
 

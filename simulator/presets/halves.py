@@ -45,13 +45,13 @@ def project(
     """A linear layer to ``width`` columns of this rank.
 
     Args:
-        shard: what ``x`` was gathered from, if it was.
+        shard: what ``x`` was gathered from, if it was: kept in its place unless the framework gathers once.
         bias: default: whether the configuration has biases.
     """
     weight = tape.parameter(f"{name}.weight", (x.shape[-1], width), setting.dtype)
     has_bias = setting.config.bias if bias is None else bias
     offset = tape.parameter(f"{name}.bias", (width,), setting.dtype) if has_bias else None
-    return linear(tape, x, weight, offset, saved=None if shard is x else shard)
+    return linear(tape, x, weight, offset, saved=None if shard is x or setting.operators.gathers_once else shard)
 
 
 def residual(tape: Tape, setting: Setting, x: Value, branch: Value, name: str) -> Value:

@@ -20,7 +20,14 @@ class Operators:
     attention_inputs: bool = False
     """Query, key and value are one product whatever the configuration says."""
     alternate: bool = False
-    """``selective`` keeps every second result of a linear layer only, the first, third, ... of each half."""
+    """``selective`` keeps every second result of a linear layer only, the first, third, ... of each half, and of layers only: head and loss run once. A layer's halves are one
+    region: what lies between them is made again, or, where tensor parallelism scatters it, kept as the scattered sum."""
+    unread: bool = True
+    """``selective`` keeps results of products that no backward pass reads, as eager checkpointing does, which stores what its policy names."""
+    gathers_once: bool = False
+    """What sequence parallelism gathers before a product stays for the weights' gradient, in place of the shard that is gathered again."""
+    sharded_loss: bool = False
+    """Cross entropy over a vocabulary split by tensor parallelism, operator by operator."""
     loss: bool = False
     """Cross entropy in place: logits are cast to float32 once and become probabilities, and in the backward pass their gradient."""
 

@@ -33,6 +33,12 @@ class Section:
     """Its backward pass is the first to make the gradients of the shared parameters that it uses."""
     alternate: bool = False
     """``selective`` leaves every second linear layer's result out."""
+    unread: bool = True
+    """``selective`` keeps products' results that the backward pass does not read."""
+    selects: bool = True
+    """There is an option ``selective`` at all."""
+    remade: tuple[Kernel, ...] = ()
+    """What makes the block's input again from what the block before it keeps, so that ``selective`` need not keep it."""
 
     @property
     def saved(self) -> tuple[Storage, ...]:
@@ -43,13 +49,18 @@ class Section:
     @property
     def products(self) -> tuple[Storage, ...]:
         """Storages made by products, and the block's input: what the option ``selective`` keeps."""
-        kept = [] if self.entering is None else [self.entering.storage]
+        kept = [] if self.entering is None or self.remade else [self.entering.storage]
         linear = [step for step in self.tape.steps if step.op in LINEAR]
         left = linear[1::2] if self.alternate else []
         kept += [
             value.storage for step in self.tape.steps if step.op in PRODUCTS and step not in left for value in step.outputs
         ]
-        return tuple(dict.fromkeys(kept))
+        found = tuple(dict.fromkeys(kept))
+        if self.unread:
+            return found
+        saved = self.saved
+        read = {*saved, *_reached(self.tape.steps, set(saved) - set(found))}
+        return tuple(storage for storage in found if storage in read)
 
 
 def block_of(section: Section) -> Block:
@@ -57,7 +68,7 @@ def block_of(section: Section) -> Block:
     own = [parameter for parameter in section.tape.parameters if not parameter.shared]
     options = [_option(section, "all", section.saved)]
     selective = _option(section, "selective", section.products)
-    if selective.saved_internal_bytes < options[0].saved_internal_bytes:
+    if section.selects and selective.saved_internal_bytes < options[0].saved_internal_bytes:
         options.append(selective)
     size_bytes = sum(parameter.size_bytes for parameter in own)
     return Block(
@@ -139,11 +150,19 @@ def _run(
                 ledger.free(storage)
 
 
+def _reached(steps: Sequence[Step], missing: set[Storage]) -> tuple[Storage, ...]:
+    """What the steps up to the last one that makes a missing storage read and write."""
+    ends = [index for index, step in enumerate(steps) for value in step.outputs if value.storage in missing]
+    own = steps[: 1 + max(ends, default=-1)]
+    return tuple(dict.fromkeys(value.storage for step in own for value in (*step.inputs, *step.outputs)))
+
+
 class _Backward:
     """One backward run of a section."""
 
     def __init__(self, section: Section, kept: tuple[Storage, ...], *, accumulate: bool) -> None:
         self.section, self.kept, self.accumulate = section, kept, accumulate
+        self.remakes = bool(section.remade) and bool(set(section.saved) - set(kept))
         self.ledger = _Ledger()
         self.incoming = Storage(op="gradient", shape=section.leaving.shape, dtype=section.leaving.dtype, role="outside")
         self.gradients: dict[Value, Storage] = {section.leaving: self.incoming}
@@ -169,7 +188,8 @@ class _Backward:
             self.ledger.free(storage)
         if section.entering is not None:
             self.buffers[self.gradients[section.entering]] = "grad_input"
-            self.buffers[section.entering.storage] = "saved_input"
+            if not self.remakes:
+                self.buffers[section.entering.storage] = "saved_input"
         for storage in self.kept:
             self.buffers.setdefault(storage, "internal")
         self.buffers[section.leaving.storage] = "saved_output"
@@ -180,10 +200,15 @@ class _Backward:
         steps, entering = self.section.tape.steps, self.section.entering
         missing = set(saved) - set(self.kept)
         end = 1 + max(index for index, step in enumerate(steps) for value in step.outputs if value.storage in missing)
-        outside = set() if entering is None else {entering.storage}
+        outside = set() if entering is None or self.remakes else {entering.storage}
         outside |= {value.storage for step in steps for value in step.outputs if value.storage.role == "carried"}
-        _run(self.ledger, steps[:end], outside=outside, staying=set(saved), cached=set(self.kept))
-        read = {value.storage for step in steps[:end] for value in (*step.inputs, *step.outputs)}
+        cached = set(self.kept)
+        if self.remakes and entering is not None:
+            self.ledger.allocate(entering.storage)
+            self.ledger.kernels.extend(self.section.remade)
+            cached.add(entering.storage)
+        _run(self.ledger, steps[:end], outside=outside, staying=set(saved), cached=cached)
+        read = _reached(steps, missing)
         return tuple(storage for storage in self.kept if storage not in saved and storage not in read)
 
     def _step(self, step: Step, ending: Sequence[Storage]) -> None:

@@ -14,6 +14,7 @@ from simulator.presets.operators import EAGER, Operators
 from simulator.workload import Block, Workload
 
 MEGATRON = OPERATORS["megatron-core"]
+TORCHTITAN = OPERATORS["torchtitan"]
 SEQ = 1024
 
 
@@ -109,15 +110,79 @@ def test_each_pass_returns_memory_to_where_it_was() -> None:
                 assert left == -back
 
 
-def test_every_second_linear_layer_runs_again() -> None:
-    """Llama 3 8B, h = 4096, one token: of the attention half the input, query (h), values (h / 4), mixed values (h) and 32 sums stay; of the network the input, gate (3.5 h), down (h)."""
-    workload = build(replace(preset("llama3-8b"), layers=2), OPERATORS["torchtitan"])
-    stream = SEQ * 4096 * 2
+def kept_by_layers(operators: Operators, **changes: object) -> tuple[int, int]:
+    """Bytes that ``selective`` keeps of an attention half and of a network of Llama 3 8B."""
+    workload = build(replace(preset("llama3-8b"), layers=2), operators, **changes)
     attention, network = (
         sum(tensor.size_bytes for tensor in named(workload, name).option("selective").saved)
         for name in ("attention", "network")
     )
-    assert attention == stream * 13 // 4 + SEQ * 32 * 4
-    assert network == stream * 11 // 2
+    return attention, network
+
+
+def test_every_second_linear_layer_runs_again() -> None:
+    """Llama 3 8B, h = 4096, one token: of the attention half the input, query (h), values (h / 4), mixed values (h) and 32 sums stay; of the network gate (3.5 h), down (h).
+
+    The stream between the halves is made again (one product more), since both are one checkpoint; the head has no such option.
+    """
+    stream = SEQ * 4096 * 2
+    assert kept_by_layers(TORCHTITAN) == (stream * 13 // 4 + SEQ * 32 * 4, stream * 9 // 2)
+    workload = build(replace(preset("llama3-8b"), layers=2), TORCHTITAN)
     option = named(workload, "network").option("selective")
-    assert sum(kernel.kernel_class == "gemm" for kernel in option.backward.kernels) == 7
+    assert sum(kernel.kernel_class == "gemm" for kernel in option.backward.kernels) == 8
+    assert not option.keeps_input
+    assert [one.name for one in named(workload, "head").options] == ["all"]
+
+
+def test_what_no_backward_pass_reads_is_not_kept_by_a_compiled_layer() -> None:
+    """The result of the network's last product (h)."""
+    stream = SEQ * 4096 * 2
+    compiled = replace(TORCHTITAN, unread=False)
+    assert kept_by_layers(compiled) == (stream * 13 // 4 + SEQ * 32 * 4, stream * 7 // 2)
+
+
+def test_a_scattered_sum_is_kept_between_the_halves() -> None:
+    """Two ranks with sequence parallelism: the network's input is half of the stream, gate and down half of 3.5 h and all of h (whose sum is scattered)."""
+    stream = SEQ * 4096 * 2
+    _, network = kept_by_layers(TORCHTITAN, tp=2, sequence_parallel=True)
+    assert network == stream // 2 + stream * 7 // 4 + stream
+
+
+def test_gathered_inputs_stay_where_they_are_gathered_once() -> None:
+    """70B over 4 ranks, in elements of the stream a token: what the norms make is kept by the rank's quarter, or whole, once for each half."""
+    config, split = replace(preset("llama3-70b"), layers=2), {"tp": 4, "sequence_parallel": True}
+    again, once = (build(config, Operators(norm=True, gathers_once=flag), **split) for flag in (False, True))
+    for name in ("attention", "network"):
+        more = sum(one.size_bytes for one in named(once, name).options[0].saved) - sum(
+            one.size_bytes for one in named(again, name).options[0].saved
+        )
+        assert more == SEQ * 8192 * 2 * 3 // 4
+
+
+@pytest.mark.parametrize(("tp", "most"), [(1, 3), (2, 4)])
+def test_a_loss_over_a_split_vocabulary_needs_four_tensors_of_logits(tp: int, most: int) -> None:
+    """Log-probabilities, and in torch's kernel two gradients; written out: the labels' tensor, exponentials and their sum."""
+    workload = build(replace(preset("llama3-8b"), layers=2), TORCHTITAN, tp=tp, sequence_parallel=tp > 1)
+    option = named(workload, "head").options[0]
+    logits = SEQ * 128256 // tp * 4
+    kept = max(tensor.size_bytes for tensor in option.saved)
+    assert kept == logits
+    alive = rise = 0
+    for event in option.backward.memory:
+        alive += event.delta_bytes
+        rise = max(rise, alive)
+    assert kept + rise == pytest.approx(most * logits, rel=1e-4)
+
+
+@given(st.sampled_from([2, 4]), st.sampled_from([256, 512, 1024]))
+def test_a_finer_split_of_the_vocabulary_never_needs_more(tp: int, seq_len: int) -> None:
+    def rise(degree: int) -> int:
+        config = replace(preset("llama3-8b"), layers=1)
+        workload = build(config, TORCHTITAN, tp=degree, seq_len=seq_len, sequence_parallel=True)
+        alive = most = 0
+        for event in named(workload, "head").options[0].backward.memory:
+            alive += event.delta_bytes
+            most = max(most, alive)
+        return most
+
+    assert rise(2 * tp) < rise(tp)

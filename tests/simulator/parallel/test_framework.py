@@ -9,8 +9,11 @@ import pytest
 from hardware_models.catalogue import load_hardware
 from simulator.parallel.framework import allocator_of, kept_bytes, operators_of, with_spare_gradient
 from simulator.parallel.orders import order_of
+from simulator.parallel.parameter_gathers import units_of
 from simulator.parallel.recompute import fit_framework
 from simulator.parallel.simulate_parallel import simulate_parallel
+from simulator.parallel.stages import stages_of
+from simulator.parallel.torch_buffers import stream_pool_bytes
 from simulator.presets import build_workload, preset
 from simulator.presets.operators import EAGER
 from simulator.workload import Workload
@@ -71,11 +74,13 @@ def test_unknown_kernels_are_torchs_own() -> None:
 
 
 def test_torchtitan_starts_with_expandable_segments() -> None:
-    """So that what it reserves is near what it allocates."""
+    """So that what it reserves is near what it allocates, beside the buffers of gathers on their stream."""
     assert allocator_of(plan_of(framework="torchtitan")).expandable_segments
     assert not allocator_of(plan_of(framework="megatron-core")).expandable_segments
     plan = plan_of(dp=8, zero_stage=3, framework="torchtitan")
     cluster = cluster_of(plan)
     device = load_hardware(cluster.device)
     result = simulate_parallel(small_config(), plan, cluster, device, order_of(plan), seq_len=SEQ_LEN, reserved=True)
-    assert result.peak_reserved_bytes[0] <= 1.06 * result.peak_memory_bytes[0]
+    stage = stages_of(build_workload(small_config(), micro_batch=1, seq_len=SEQ_LEN, dtype="bfloat16"), plan)[0]
+    pool = stream_pool_bytes(units_of(stage, "torchtitan"), plan, dtype="bfloat16")
+    assert result.peak_reserved_bytes[0] - pool <= 1.06 * result.peak_memory_bytes[0]

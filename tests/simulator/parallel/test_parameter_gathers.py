@@ -75,3 +75,13 @@ def test_gathered_elements_are_those_of_the_window() -> None:
     units = units_of(stage_of(pp=4, index=1), "pytorch")
     assert [gathered_elements(units, prefetch) for prefetch in (0, 1, 5)] == [LAYER, 2 * LAYER, 2 * LAYER]
     assert gathers_of([], [], 0) == Gathers()
+
+
+def test_the_models_own_unit_stays_gathered_under_fsdp() -> None:
+    units = units_of(stage_of(), "torchtitan")
+    own = sum(unit.elements for unit in units if unit.root)
+    assert own == (4096 + SEQ_LEN) * 1024
+    assert gathered_elements(units, 1) == own + 2 * LAYER + 2 * 1024  # the last layer's unit has the last norm
+    deepspeed = units_of(stage_of(), "deepspeed")
+    assert not any(unit.root for unit in deepspeed)
+    assert gathered_elements(deepspeed, 1) < gathered_elements(units, 1)
