@@ -11,7 +11,18 @@ from numba import njit
 from numpy.typing import NDArray
 
 from simulator.heap_kernels import pop_number, push_number, sift
-from simulator.settle_kernels import MOVING, WORKING, disturbing, go_on, rate_alone, settle_device, settle_shared, touch
+from simulator.loop_kernels import part_of_loop
+from simulator.settle_kernels import (
+    MOVING,
+    WORKING,
+    disturbing,
+    go_on,
+    rate_alone,
+    settle_device,
+    settle_shared,
+    slowable,
+    touch,
+)
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -77,7 +88,7 @@ def times_kernel(
     return start_s, end_s, done
 
 
-@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
+@part_of_loop  # type: ignore[untyped-decorator]
 def _offer(
     queue: int, place: Integers, queue_offsets: Integers, queues: Integers, dependency_offsets: Integers, dependencies: Integers, end_count: Integers,
     waiting: Integers, behind: Integers, ready: Integers, num_ready: int,
@@ -113,11 +124,8 @@ def record_kernel(  # noqa: C901, PLR0912, PLR0915 - one loop, put together from
     place_of, num_running = np.zeros(num_queues, dtype=np.int64), 0
     ready, num_ready = np.empty(num_queues, dtype=np.int64), 0
     share, speed, left, since_s = np.ones(num_queues), np.zeros(num_queues), np.zeros(num_queues), np.zeros(num_queues)
-    disturbs, shares, changed = (
-        disturbing(slowdown),
-        np.zeros((num_streams, 1 << num_streams)),
-        np.empty(num_streams, dtype=np.int64),
-    )
+    disturbs, slowed = disturbing(slowdown), slowable(slowdown)
+    shares, changed = np.zeros((num_streams, 1 << num_streams)), np.empty(num_streams, dtype=np.int64)
     busy, is_stirred = np.zeros(num_queues // num_streams, dtype=np.int64), np.zeros(num_queues // num_streams, dtype=np.bool_)
     stirred, num_stirred = np.empty(num_queues // num_streams, dtype=np.int64), 0
     users, number = np.zeros(num_links, dtype=np.int64), np.full(num_links, NOBODY, dtype=np.int64)
@@ -174,7 +182,9 @@ def record_kernel(  # noqa: C901, PLR0912, PLR0915 - one loop, put together from
         else:
             for k in range(num_stirred):
                 is_stirred[stirred[k]] = False
-                num_changed = settle_device(stirred[k] * num_streams, busy[stirred[k]], slowdown, shares, share, changed)
+                num_changed = settle_device(
+                    stirred[k] * num_streams, busy[stirred[k]], slowed, slowdown, shares, share, changed
+                )
                 for c in range(num_changed):
                     if state[changed[c]] == MOVING:
                         due[num_due] = changed[c]

@@ -1,16 +1,17 @@
-"""Compiled: heaps of what ends and of what can start, changed in place. They are put into the loop that calls them: a call costs more than what they do."""
+"""Compiled: heaps of what ends and of what can start, changed in place."""
 
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
+
+from simulator.loop_kernels import part_of_loop
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 
-@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
+@part_of_loop  # type: ignore[untyped-decorator]
 def sift(at: int, size: int, ends: Floats, names: Integers, running: Integers, place_of: Integers) -> None:
     """Moves an entry of the heap of running streams to where it belongs.
 
@@ -40,7 +41,7 @@ def sift(at: int, size: int, ends: Floats, names: Integers, running: Integers, p
     place_of[queue] = at
 
 
-@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
+@part_of_loop  # type: ignore[untyped-decorator]
 def push_number(number: int, size: int, heap: Integers) -> None:
     """Adds a number to a heap of ``size`` numbers, the lowest first."""
     at = size
@@ -50,7 +51,7 @@ def push_number(number: int, size: int, heap: Integers) -> None:
     heap[at] = number
 
 
-@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
+@part_of_loop  # type: ignore[untyped-decorator]
 def pop_number(size: int, heap: Integers) -> int:
     """Takes the lowest of ``size`` numbers out."""
     lowest, moved, at = heap[0], heap[size - 1], 0

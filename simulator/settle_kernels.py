@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from hardware_models.network.sharing_kernels import fill
 from simulator.heap_kernels import sift
+from simulator.loop_kernels import part_of_loop
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -30,6 +31,17 @@ def disturbing(slowdown: Floats) -> Flags:
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
+def slowable(slowdown: Floats) -> Integers:
+    """Streams (of any device) that another one slows, the lowest first; -1 behind the last."""
+    streams, found = np.full(len(slowdown) + 1, -1, dtype=np.int64), 0
+    for one in range(len(slowdown)):
+        if slowdown[one].max() > 1.0:
+            streams[found] = one
+            found += 1
+    return streams
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def share_beside(stream: int, busy: int, slowdown: Floats) -> float:
     """Share of full speed that a stream has beside those whose bits are set."""
     worst = 1.0
@@ -39,20 +51,25 @@ def share_beside(stream: int, busy: int, slowdown: Floats) -> float:
     return 1.0 / worst
 
 
-@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
-def settle_device(first: int, busy: int, slowdown: Floats, shares: Floats, share: Floats, changed: Integers) -> int:
+@part_of_loop  # type: ignore[untyped-decorator]
+def settle_device(
+    first: int, busy: int, slowed: Integers, slowdown: Floats, shares: Floats, share: Floats, changed: Integers
+) -> int:
     """How many of a device's streams have another share of full speed than before, because of what else runs there.
 
     Args:
         first: the device's first stream.
         busy: a bit for each stream that runs something.
+        slowed: what `slowable` returns.
         slowdown: as in `program.Program`.
         shares: of each stream beside each set of busy ones, 0 where not yet known.
         share: by stream; overwritten.
         changed: its first values become the streams whose share is another now.
     """
-    found, stream = 0, 0
-    while busy >> stream:
+    found, k = 0, 0
+    while slowed[k] >= 0:
+        stream = slowed[k]
+        k += 1
         if busy >> stream & 1:
             if shares[stream, busy] == 0.0:
                 shares[stream, busy] = share_beside(stream, busy, slowdown)
@@ -60,11 +77,10 @@ def settle_device(first: int, busy: int, slowdown: Floats, shares: Floats, share
                 share[first + stream] = shares[stream, busy]
                 changed[found] = first + stream
                 found += 1
-        stream += 1
     return found
 
 
-@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
+@part_of_loop  # type: ignore[untyped-decorator]
 def go_on(
     queue: int, rate: float, now: float, speed: Floats, left: Floats, since_s: Floats, num_running: int, ends: Floats, names: Integers, running: Integers,
     place_of: Integers,
@@ -78,7 +94,7 @@ def go_on(
         sift(place_of[queue], num_running, ends, names, running, place_of)
 
 
-@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
+@part_of_loop  # type: ignore[untyped-decorator]
 def rate_alone(row: int, limit: float, users: Integers, route_offsets: Integers, routes: Integers, link_rate: Floats) -> float:
     """What `fill` gives a transfer that shares none of its links; -1 where another uses one, too. ``users`` counts both."""
     rate = limit
@@ -87,7 +103,7 @@ def rate_alone(row: int, limit: float, users: Integers, route_offsets: Integers,
     return rate
 
 
-@njit(cache=True, inline="always")  # type: ignore[untyped-decorator]
+@part_of_loop  # type: ignore[untyped-decorator]
 def touch(row: int, touched: Flags, route_offsets: Integers, routes: Integers) -> None:
     """Marks the links of a transfer."""
     for position in range(route_offsets[row], route_offsets[row + 1]):
