@@ -1,9 +1,9 @@
 """Runs as Chrome trace events (JSON), which Perfetto and chrome://tracing open.
 
-A process for each run and device, a thread for each of its streams, a complete event for each span, and a counter track of the bytes
-alive by class. Times are microseconds.
+A process for each run and device, a thread for each of its streams, a complete event for each span, an arrow for each message from its transfer to what waits for it
+on another device, and a counter track of the bytes alive by class. Times are microseconds.
 
-Source: Trace Event Format (Google, 2016), phases ``M``, ``X`` and ``C``.
+Source: Trace Event Format (Google, 2016), phases ``M``, ``X``, ``s``, ``f`` and ``C``.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from hardware_models.files import whole_file
 from hardware_models.units import US_PER_S
 from simulator.program import MemoryClass, Stream
-from simulator.timeline import MemoryProfile, Span, Timeline
+from simulator.timeline import MemoryProfile, Message, Span, Timeline
 
 Run = tuple[Timeline, Sequence[MemoryProfile]]
 Event = dict[str, Any]
@@ -25,7 +25,7 @@ Event = dict[str, Any]
 def trace_events(runs: Mapping[str, Run]) -> list[Event]:
     """Events of named runs (``predicted``, ``measured``), in order of run, device and time."""
     events: list[Event] = []
-    first_process = 0
+    first_process, first_flow = 0, 0
     for run, (timeline, profiles) in runs.items():
         devices = sorted({span.device for span in timeline.spans} | {profile.device for profile in profiles})
         for process, device in enumerate(devices, start=first_process):
@@ -35,7 +35,10 @@ def trace_events(runs: Mapping[str, Run]) -> list[Event]:
             for profile in profiles:
                 if profile.device == device:
                     events += _counters(process, profile)
-        first_process += len(devices)
+        processes = {device: process for process, device in enumerate(devices, start=first_process)}
+        for flow, message in enumerate(timeline.messages, start=first_flow):
+            events += _flow(flow, message, processes)
+        first_process, first_flow = first_process + len(devices), first_flow + len(timeline.messages)
     return events
 
 
@@ -61,6 +64,15 @@ def _complete(process: int, span: Span) -> Event:
         "ts": span.start_s * US_PER_S, "dur": span.duration_s * US_PER_S,
         "args": {"block": span.block, "micro_batch": span.micro_batch},
     }  # fmt: skip
+
+
+def _flow(flow: int, message: Message, processes: Mapping[int, int]) -> Iterator[Event]:
+    """Both ends of an arrow; each lies at the start of its span, by which viewers find the span (``bp``: the one that encloses it)."""
+    for phase, span in (("s", message.sent), ("f", message.awaited_by)):
+        event = {
+            "ph": phase, "name": "message", "cat": "message", "id": flow, "pid": processes[span.device], "tid": int(span.stream), "ts": span.start_s * US_PER_S,
+        }  # fmt: skip
+        yield event | {"bp": "e"} if phase == "f" else event
 
 
 def _counters(process: int, profile: MemoryProfile) -> Iterator[Event]:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from simulator.memory_kernels import AT_BOUNDARY, boundary_kernel, by_device, moments_kernel
 from simulator.program import Kind, MemoryClass, Program, Stream
-from simulator.timeline import MemoryProfile, Span, Timeline
+from simulator.timeline import MemoryProfile, Message, Span, Timeline
 
 _GRID_NEIGHBOURS = 3
 """Instructions shown on either side of the stuck one."""
@@ -83,8 +83,8 @@ def dependencies_of(program: Program, n: int) -> list[int]:
 
 
 def timeline_of(program: Program, record: RunRecord) -> Timeline:
-    """Spans of all instructions of a complete record."""
-    spans = (
+    """Spans of all instructions of a complete record, and the messages between devices."""
+    spans = [
         Span(
             device=int(program.device[n]),
             stream=Stream(program.stream[n]),
@@ -96,8 +96,19 @@ def timeline_of(program: Program, record: RunRecord) -> Timeline:
             end_s=float(record.end_s[n]),
         )
         for n in range(program.num_instructions)
+    ]
+    return Timeline(
+        spans=tuple(sorted(spans, key=lambda span: (span.start_s, span.device, span.stream))),
+        messages=tuple(Message(sent=spans[sent], awaited_by=spans[n]) for sent, n in _messages(program)),
     )
-    return Timeline(spans=tuple(sorted(spans, key=lambda span: (span.start_s, span.device, span.stream))))
+
+
+def _messages(program: Program) -> list[tuple[int, int]]:
+    """Transfers that an instruction of another device waits for, each with that instruction."""
+    waits = np.repeat(np.arange(program.num_instructions), np.diff(program.dependency_offsets))
+    between = program.device[waits] != program.device[program.dependencies]
+    chosen = between & (program.kind[program.dependencies] == Kind.TRANSFER)
+    return list(zip(program.dependencies[chosen].tolist(), waits[chosen].tolist(), strict=True))
 
 
 def profiles_of(program: Program, record: RunRecord) -> tuple[MemoryProfile, ...]:

@@ -30,10 +30,20 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """A transfer of one device and an instruction of another one that waits for it."""
+
+    sent: Span
+    awaited_by: Span
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
     """Spans in order of (start, device, stream)."""
 
     spans: tuple[Span, ...]
+    messages: tuple[Message, ...] = ()
+    """Of predicted runs, in the order of those that wait in the program; a measured run cannot tell who waited for what."""
 
     @property
     def makespan_s(self) -> float:
