@@ -32,9 +32,9 @@ def price_in(precision: str, profile: DeviceProfile, *, launch: LaunchMode = "st
 
     **Model**: ``tf32``: float32 products, convolutions and batched products at the tensor cores' rate, bytes unchanged. ``fp8``: products in float8 with operands of a byte, and
     before each one a cast of its left operand (read two bytes, write one, and one more transposed): the right one is a weight, cast once a step, or was cast by another
-    product.
+    product. What a framework keeps in eight bits: `simulator.parallel.framework.operators_of`.
 
-    **Not modelled**: activations that are kept in eight bits; scales and their history; layers that a recipe leaves in bfloat16.
+    **Not modelled**: scales and their history; layers that a recipe leaves in bfloat16.
 
     Args:
         precision: of `STORED_AS`.

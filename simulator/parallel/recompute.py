@@ -47,8 +47,9 @@ class CoreAttentionSection(Section):
         steps = self.tape.steps
         places = [place for place, step in enumerate(steps) if step.op in _CORE_ENDS]
         first, last = places[0], places[-1]
-        if first == last:  # one kernel: its rows' sums go, its result is what the next product saves
-            core = {value.storage for value in steps[first].outputs[1:]}
+        if first == last:  # one kernel: its rows' sums go, and its result unless the next product saves it as it is
+            later = {value.storage for step in steps[last + 1 :] for value in step.saved}
+            core = {value.storage for value in steps[first].outputs} - later
             return tuple(storage for storage in self.saved if storage not in core)
         while steps[first - 1].op in _COPIES:
             first -= 1

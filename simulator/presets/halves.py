@@ -8,6 +8,9 @@ from simulator.presets.products import linear
 from simulator.presets.setting import Setting
 from simulator.presets.tape import Gradient, Tape, Value
 
+_UNPACKED = frozenset({"router", "head", "transform"})
+"""Linear layers that recipes of eight bits leave in the model's format."""
+
 
 def norm(tape: Tape, setting: Setting, x: Value, name: str, width: int | None = None) -> Value:
     """The configuration's norm with parameters of its own."""
@@ -51,7 +54,8 @@ def project(
     weight = tape.parameter(f"{name}.weight", (x.shape[-1], width), setting.dtype)
     has_bias = setting.config.bias if bias is None else bias
     offset = tape.parameter(f"{name}.bias", (width,), setting.dtype) if has_bias else None
-    return linear(tape, x, weight, offset, saved=None if shard is x or setting.operators.gathers_once else shard)
+    saved = None if shard is x or setting.operators.gathers_once else shard
+    return linear(tape, x, weight, offset, saved=saved, eight_bit=setting.operators.eight_bit_inputs and name not in _UNPACKED)
 
 
 def residual(tape: Tape, setting: Setting, x: Value, branch: Value, name: str) -> Value:

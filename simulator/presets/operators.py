@@ -26,6 +26,8 @@ class Operators:
     """``selective`` keeps results of products that no backward pass reads, as eager checkpointing does, which stores what its policy names."""
     gathers_once: bool = False
     """What sequence parallelism gathers before a product stays for the weights' gradient, in place of the shard that is gathered again."""
+    eight_bit_inputs: bool = False
+    """Linear layers of a layer keep their input in eight bits for the weights' gradient, each a copy of its own; the router and the head do not."""
     sharded_loss: bool = False
     """Cross entropy over a vocabulary split by tensor parallelism, operator by operator."""
     loss: bool = False

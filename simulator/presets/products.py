@@ -9,6 +9,9 @@ from hardware_models.units import DTYPE_BYTES
 from simulator.presets.pointwise import softmax
 from simulator.presets.tape import FLOAT, Gradient, Parameter, Tape, Value, kernel, pointwise, reduction
 
+EIGHT_BIT = "float8_e4m3fn"
+"""torch's name of the format that products in eight bits read."""
+
 
 def gemm(op: str, m: int, n: int, k: int, dtype: str, *, bias: bool = False) -> Kernel:
     """``C[m, n] = A[m, k] B[k, n]`` (+ a bias of n)."""
@@ -27,7 +30,8 @@ def batched_gemm(op: str, batch: int, m: int, n: int, k: int, dtype: str) -> Ker
 
 
 def linear(
-    tape: Tape, x: Value, weight: Parameter, bias: Parameter | None = None, *, saved: Value | None = None, transposed: bool = False
+    tape: Tape, x: Value, weight: Parameter, bias: Parameter | None = None, *, saved: Value | None = None, transposed: bool = False,
+    eight_bit: bool = False,
 ) -> Value:  # fmt: skip
     """``x weight + bias``.
 
@@ -38,21 +42,30 @@ def linear(
         saved: what is kept for the weight's gradient instead of ``x``: under sequence parallelism the shard that ``x`` was
             gathered from (it is gathered again in the backward pass).
         transposed: ``weight`` is given as (n, k).
+        eight_bit: what is kept is the copy in eight bits that the product reads, made along with it.
     """
     k, n = reversed(weight.shape) if transposed else weight.shape
     rows = x.elements // k
     op = "addmm" if bias is not None else "mm"
     out = tape.new(op, (*x.shape[:-1], n), x.dtype)
     to_input = Gradient(targets=(x,), kernels=(gemm("mm", rows, k, n, x.dtype),))
-    gathered_again = 0 if saved is None else x.size_bytes
+    kept = _in_eight_bits(tape, saved or x) if eight_bit else saved or x
+    gathered_again = 0 if saved is None else x.elements * DTYPE_BYTES[kept.dtype]
     to_weight = Gradient(targets=(weight,), kernels=(gemm("mm", k, n, rows, x.dtype),), scratch_bytes=gathered_again)
     gradients = [to_input, to_weight] if bias is not None else [to_weight, to_input]
     if bias is not None:
         gradients.append(Gradient(targets=(bias,), kernels=(reduction("sum", n, rows, x.dtype),)))
     tape.record(
-        op, kernels=(gemm(op, rows, n, k, x.dtype, bias=bias is not None),), inputs=(x,), outputs=(out,), saved=(saved or x,),
+        op, kernels=(gemm(op, rows, n, k, x.dtype, bias=bias is not None),), inputs=(x,), outputs=(out,), saved=(kept,),
         gradients=tuple(gradients),
     )  # fmt: skip
+    return out
+
+
+def _in_eight_bits(tape: Tape, x: Value) -> Value:
+    """A copy in eight bits, in the one order that the weight's gradient reads. Its time is the product's (`simulator.precision`)."""
+    out = tape.new("to_float8", x.shape, EIGHT_BIT, needs_gradient=False)
+    tape.record("to_float8", kernels=(), inputs=(x,), outputs=(out,))
     return out
 
 

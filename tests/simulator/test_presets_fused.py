@@ -42,6 +42,33 @@ def test_a_llama_layer_keeps_16_75_times_its_stream() -> None:
     assert kept_bytes(named(workload, "network")) == stream * 25 // 2 + SEQ * 4
 
 
+def test_inputs_in_eight_bits_by_hand() -> None:
+    """70B, bytes a token over h = 8192.
+
+    Attention: input 2, normed 1, query 2, key and value 1/2, mixed 2 for attention itself and 1 for the product behind it; network: input 2, normed 1, gate and up 14, their
+    product 3.5 in place of 7.
+    """
+    config = replace(preset("llama3-70b"), layers=2)
+    workload = build(config, replace(MEGATRON, eight_bit_inputs=True))
+    row = SEQ * 8192
+    assert kept_bytes(named(workload, "attention")) == row * 17 // 2 + SEQ * (1 + 64) * 4
+    assert kept_bytes(named(workload, "network")) == row * 41 // 2 + SEQ * 4
+    plain = build(config, MEGATRON)
+    assert kept_bytes(named(workload, "head")) == kept_bytes(named(plain, "head"))
+
+
+@given(st.sampled_from(["llama3-8b", "mixtral-8x7b", "gpt3-175b"]), st.sampled_from([1, 2, 4]))
+def test_eight_bits_never_keep_more_of_a_network(name: str, tp: int) -> None:
+    changes = {"tp": tp, "sequence_parallel": tp > 1}
+    plain, packed = (
+        build(replace(preset(name), layers=1), replace(MEGATRON, eight_bit_inputs=flag), **changes) for flag in (False, True)
+    )
+    for before, after in zip(plain.blocks, packed.blocks, strict=True):
+        if before.name in {"network", "experts"}:
+            assert kept_bytes(after) <= kept_bytes(before)
+        assert before.options[0].forward.kernels == after.options[0].forward.kernels
+
+
 def test_sequence_parallel_ranks_keep_their_share_of_it() -> None:
     whole, split = (build(replace(preset("llama3-70b"), layers=2), MEGATRON, tp=tp, sequence_parallel=tp > 1) for tp in (1, 4))
     for name in ("attention", "network"):

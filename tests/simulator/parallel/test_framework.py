@@ -39,6 +39,16 @@ def test_transformer_engine_keeps_a_gradient_for_each_shape_of_a_matrix() -> Non
     assert kept_bytes(blocks, plan, load_hardware("a100-sxm-80gb"), dtype="bfloat16") == shapes + 4 * MIB + 8_519_680
 
 
+def test_only_transformer_engine_keeps_inputs_in_eight_bits() -> None:
+    def packs(framework: str, compute: str) -> bool:
+        plan = plan_of(framework=framework)
+        return operators_of(replace(plan, precision=replace(plan.precision, compute=compute))).eight_bit_inputs  # type: ignore[arg-type]
+
+    assert packs("megatron-core", "fp8")
+    assert not packs("megatron-core", "bf16")
+    assert not packs("torchtitan", "fp8")
+
+
 def test_experts_of_one_shape_share_a_stand_in() -> None:
     blocks = [block for block in workload_of("megatron-core", "mixtral-8x7b").blocks if block.name == "experts"]
     shapes = (2 * 14336 * 4096 + 14336 * 4096 + 8 * 4096) * 2
@@ -84,3 +94,14 @@ def test_torchtitan_starts_with_expandable_segments() -> None:
     stage = stages_of(build_workload(small_config(), micro_batch=1, seq_len=SEQ_LEN, dtype="bfloat16"), plan)[0]
     pool = stream_pool_bytes(units_of(stage, "torchtitan"), plan, dtype="bfloat16")
     assert result.peak_reserved_bytes[0] - pool <= 1.06 * result.peak_memory_bytes[0]
+
+
+def test_the_core_of_attention_leaves_a_copy_in_eight_bits() -> None:
+    """Llama 3 70B, ``selective``, bytes a token over h = 8192: input 2, normed 1 in eight bits, query 2, key and value 1/2; mixed values only as the next product reads them, 1."""
+    plan = plan_of(framework="megatron-core", recompute="selective", micro_batch=1)
+    own = replace(plan, precision=replace(plan.precision, compute="fp8"))
+    config = replace(preset("llama3-70b"), layers=1)
+    made = build_workload(config, micro_batch=1, seq_len=512, dtype="bfloat16", operators=operators_of(own))
+    fitted = fit_framework(made, own, config, dtype="bfloat16", seq_len=512)
+    attention = next(block for block in fitted.blocks if block.name == "attention").options[-1]
+    assert sum(one.size_bytes for one in attention.saved) == 512 * (8192 * 13 // 2 + 4)  # and a root of the norm
