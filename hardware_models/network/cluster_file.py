@@ -132,6 +132,31 @@ def single_gpu_cluster(profile: str | DeviceProfile) -> Cluster:
     return replace(generic, name=f"{SINGLE}{name}", device=name)
 
 
+def cluster_of_device(name: str, *, num_gpus: int) -> Cluster:
+    """So many GPUs of a device in the catalogued cluster whose nodes have the fastest network among those that have the device; ties to the first name.
+
+    Raises:
+        InputError: no catalogued cluster has so many of them.
+    """
+    known = [read_cluster(CLUSTERS / f"{one}.toml") for one in list_clusters()]
+    same = [cluster for cluster in known if cluster.device == name]
+    enough = [
+        one for one in same if one.network is not None or num_gpus <= max(one.devices_per_node, one.fabric.domain_devices)
+    ]
+    if not enough:
+        raise InputError(
+            source="--hardware", key="name", value=name, rule=f"no catalogued cluster has {num_gpus} of this device",
+            remedy=f"name a cluster ({', '.join(list_clusters())}) or give a cluster's file",
+        )  # fmt: skip
+    return max(enough, key=_network_bytes_per_s).with_gpus(num_gpus)
+
+
+def _network_bytes_per_s(cluster: Cluster) -> float:
+    """Of a node; 0 where there is no network."""
+    network = cluster.network
+    return 0.0 if network is None else network.nics_per_node * network.link.achieved_bytes_per_s.value
+
+
 @lru_cache(maxsize=64)
 def read_cluster(path: Path) -> Cluster:
     """The cluster of a TOML file.
