@@ -10,7 +10,7 @@ from hardware_models.errors import UnknownNameError
 from search.trainer_rules import SPECIAL_RULES, Violation
 from simulator.parallel.partition import even_partition
 from simulator.plan import FILE_PREFIX, Plan
-from simulator.plan_sections import OFFLOADS, SCHEDULES, plan_refusal
+from simulator.plan_sections import OFFLOADS, RECOMPUTES, SCHEDULES, plan_refusal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +57,7 @@ TRAINERS: Mapping[str, Trainer] = MappingProxyType(
     {
         "any": Trainer(
             name="any", framework="pytorch", schedules=(*_SYNCHRONOUS, FILE_PREFIX), zero_stages=(0, 1, 2, 3), zero_stages_pipelined=(0, 1, 2, 3),
-            cp_methods=("ring", "all-to-all"), expert_parallel=True, even_stages=False, recomputes=("none", "selective", "full"),
+            cp_methods=("ring", "all-to-all"), expert_parallel=True, even_stages=False, recomputes=RECOMPUTES,
             offloads=OFFLOADS, orders=(), computes=(), grads=(), optimizers=(), source="all that the simulator runs", sources=MappingProxyType({}),
         ),
         "megatron": Trainer(

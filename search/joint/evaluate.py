@@ -1,0 +1,162 @@
+"""The value of a point: its fastest plan that fits, found by simulation over its inner decisions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from hardware_models.errors import InfeasibleError, InputError
+from hardware_models.profile import DeviceProfile
+from search.joint.batch_study import NOTHING, BatchOutcome
+from search.joint.explain import Forecast
+from search.joint.memory_variants import memory_variants
+from search.joint.space import JointSpace
+from search.stage_recompute import simulate_on_cluster
+from search.trainers import violations
+from simulator.model_source import ModelSource
+from simulator.parallel.default_cut import partition_of
+from simulator.parallel.priced_model import priced_model
+from simulator.parallel.simulate_source import parallel_case
+from simulator.parallel.simulation import ParallelSimulation
+from simulator.plan import Plan
+from simulator.plan_file import plan_to_dict
+from simulator.precision import STORED_AS
+from simulator.program import Kind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PointValue:
+    """What a point came to."""
+
+    plan: Plan | None
+    """The fastest plan that fits and beats the incumbent; None: there is none."""
+    step_time_s: float
+    """Its time; infinite where there is none."""
+    num_simulated: int
+    least_bytes: int
+    """Least memory of a plan that did not fit; 0 where all did."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Plain:
+    """The plan of a point that saves no memory: what all others of the same cut are measured against."""
+
+    cut: tuple[int, ...]
+    step_time_s: float
+    update_s: float
+    """Most that a rank spends in its optimizer."""
+
+    def least_s(self, plan: Plan, cut: tuple[int, ...]) -> float:
+        """Seconds that another plan of the point is not below.
+
+        **Model**: order and cut are the same, so that each of its passes follows the same ones; recompute and offload add to passes and to what they wait for, and a fixed
+        order of longer passes does not end sooner. The host's optimizer step takes the place of the device's, which is left out for it.
+        """
+        if cut != self.cut:
+            return 0.0
+        return self.step_time_s - (self.update_s if plan.memory.optimizer_offload else 0.0)
+
+
+class Evaluator:
+    """Simulates plans of a space.
+
+    Args:
+        space: whose points are asked for.
+        source: of its model.
+        device: profile of the cluster's devices.
+    """
+
+    def __init__(self, space: JointSpace, source: ModelSource, device: DeviceProfile) -> None:
+        self.space, self.source, self.device = space, source, device
+
+    def simulate(self, plan: Plan, *, reserved: bool = True) -> ParallelSimulation:
+        """A plan's prediction on the request's devices."""
+        cluster = self.space.request.cluster
+        return simulate_on_cluster(self.source, plan, cluster, gpus=cluster.num_gpus, reserved=reserved, device=self.device)
+
+    def forecast(self, plan: Plan) -> Forecast:
+        """A plan's time, and whether it fits."""
+        found = self.simulate(plan)
+        return Forecast(step_time_s=found.step_time_s, fits=found.fits)
+
+    def point(self, index: int, incumbent: float) -> PointValue:
+        """The fastest plan of a point that fits and is below the incumbent.
+
+        Plans of the point that the plain one proves to be no faster (`_Plain`) are not simulated.
+        """
+        open_plan, request = self.space.plan(index), self.space.request
+        plain: _Plain | None = None
+        best, found, count, least = incumbent, None, 0, 0
+        for memory in memory_variants(request.trainer, open_plan):
+            plan = replace(open_plan, memory=memory)
+            if violations(plan, request.trainer, layers=request.config.layers):
+                continue
+            try:
+                if plain is not None and plain.least_s(plan, self._cut(plan)) >= best:
+                    continue
+                result = self.simulate(plan, reserved=False)
+                cut = self._cut(plan) if plain is None else ()
+            except InfeasibleError as error:
+                least = _least(least, error.needed_bytes)
+                continue
+            except InputError:
+                continue  # a combination that the simulator refuses by name
+            count += 1
+            if memory == open_plan.memory:
+                plain = _Plain(cut=cut, step_time_s=result.step_time_s, update_s=_update_seconds(result))
+            if result.step_time_s >= best:
+                continue
+            if result.fits:
+                result = self.simulate(plan)
+            if result.fits:
+                best, found = result.step_time_s, plan
+            else:
+                least = _least(least, max(result.peak_memory_bytes if request.budget_bytes else result.peak_reserved_bytes))
+        return PointValue(plan=found, step_time_s=best if found else NOTHING, num_simulated=count, least_bytes=least)
+
+    def batch(self, indices: Sequence[int], bounds: Sequence[float], incumbent: float) -> BatchOutcome:
+        """The outcome of points in order of their bounds.
+
+        Args:
+            indices: of the points.
+            bounds: of each; ascending.
+            incumbent: best value so far.
+        """
+        best, winner, plan, count, least = incumbent, None, None, 0, 0
+        for index, bound in zip(indices, bounds, strict=True):
+            if bound >= best:
+                break
+            value = self.point(index, best)
+            count += value.num_simulated
+            least = _least(least, value.least_bytes)
+            if value.plan is not None:
+                best, winner, plan = value.step_time_s, index, value.plan
+        attributes: dict[str, Any] = {} if plan is None else {"plan": plan_to_dict(plan)}
+        return BatchOutcome(
+            value=None if winner is None else best, point=winner, open_bound=NOTHING, num_simulated=count, least_bytes=least, attributes=attributes
+        )  # fmt: skip
+
+    def _cut(self, plan: Plan) -> tuple[int, ...]:
+        """Layers of each stage."""
+        if plan.num_stages == 1:
+            return (self.space.request.config.layers,)
+        request = self.space.request
+        case = parallel_case(self.source, plan, request.cluster, device=self.device)
+        model = priced_model(request.config, plan, self.device, seq_len=request.seq_len)
+        dtype = STORED_AS[plan.precision.compute]
+        return partition_of(model.workload, plan, model.prices, case.order, self.device, dtype=dtype)
+
+
+def _update_seconds(result: ParallelSimulation) -> float:
+    """Most that a rank spends in its optimizer."""
+    program = result.program
+    updates = np.where(program.kind == Kind.OPTIMIZER, program.duration_s, 0.0)
+    return float(np.bincount(program.device, weights=updates).max())
+
+
+def _least(known: int, needed: int) -> int:
+    """The lesser of two needs; 0 is none."""
+    return min(known or needed, needed or known)

@@ -1,0 +1,227 @@
+"""The joint search: model, cluster and batch -> the best plan, a proven bound, and what experts would have set."""
+
+from __future__ import annotations
+
+import multiprocessing
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hardware_models.errors import InfeasibleError, InputError
+from hardware_models.profile import DeviceProfile
+from hardware_models.units import format_bytes
+from search.joint.batch_study import CERTIFIED_GAP, JOURNAL, NOTHING, JointStudyResult, Progress, run_batches
+from search.joint.bounded_space import BoundedSpace, bounded_space
+from search.joint.evaluate import Evaluator
+from search.joint.experts import Expert, experts
+from search.joint.explain import Contribution, contributions
+from search.joint.space import JointRequest, joint_space
+from simulator.model_source import ModelSource
+from simulator.parallel.simulation import ParallelSimulation
+from simulator.plan import Plan
+from simulator.plan_file import plan_from_dict, plan_to_dict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Baseline:
+    """The fastest plan of an expert's rule that fits; if none does, its fastest plan."""
+
+    name: str
+    source: str
+    plan: Plan
+    step_time_s: float
+    peak_memory_bytes: int
+    fits: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields."""
+        return {
+            "step_time_s": self.step_time_s, "peak_memory_bytes": self.peak_memory_bytes, "fits": self.fits, "plan": plan_to_dict(self.plan), "source": self.source
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JointResult:
+    """The answer of a joint search."""
+
+    plan: Plan
+    simulation: ParallelSimulation
+    study: JointStudyResult
+    lower_bound_s: float
+    space_size: int
+    elapsed_s: float
+    baselines: tuple[Baseline, ...]
+    expert: Baseline | None
+    """The fastest baseline that fits."""
+    differences: tuple[Contribution, ...]
+    """What each decision brings against it, alone."""
+
+    @property
+    def gap(self) -> float:
+        """(best - lower bound) / best."""
+        return (self.simulation.step_time_s - self.lower_bound_s) / self.simulation.step_time_s
+
+    @property
+    def certified(self) -> bool:
+        """Whether the plan is proven optimal within the model."""
+        return self.gap <= CERTIFIED_GAP
+
+    def pareto(self) -> list[dict[str, Any]]:
+        """Time against memory: the best plan and the baselines that fit, without those that another beats in both."""
+        own = ("best", self.simulation.step_time_s, max(self.simulation.peak_memory_bytes))
+        found = [own, *((one.name, one.step_time_s, one.peak_memory_bytes) for one in self.baselines if one.fits)]
+        kept: list[tuple[str, float, int]] = []
+        for one in sorted(found, key=lambda one: one[1:]):
+            if not kept or one[2] < kept[-1][2]:
+                kept.append(one)
+        return [{"name": name, "step_time_s": seconds, "peak_memory_bytes": size} for name, seconds, size in kept]
+
+    def explanation(self) -> dict[str, Any] | None:
+        """Against which baseline each decision brings how much; None where no baseline fits."""
+        if self.expert is None:
+            return None
+        best_s = self.simulation.step_time_s
+        return {"baseline": self.expert.name, "decisions": [one.to_json(best_s) for one in self.differences]}
+
+    def to_json(self) -> dict[str, Any]:
+        """The keys of ``schedlab search --json``."""
+        return {
+            "best": {"plan": plan_to_dict(self.plan), "simulate": self.simulation.to_json()}, "objective": "time", "budget_bytes": self.plan.memory.budget_bytes, "lower_bound_s": self.lower_bound_s, "gap": self.gap,
+            "certified": self.certified, "space_size": self.space_size, "num_simulated": self.study.progress.num_simulated,
+            "elapsed_s": self.elapsed_s, "baselines": {one.name: one.to_json() for one in self.baselines}, "pareto": self.pareto(),
+            "explanation": self.explanation(),
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Prepared:
+    """What every worker of a search knows before it simulates."""
+
+    evaluator: Evaluator
+    bounded: BoundedSpace
+    request: str
+    known_s: float
+    """Time of the best baseline that fits; infinite where none does."""
+
+    def run(
+        self, storage: str | None, time_limit_s: float | None, on_progress: Callable[[Progress], None] | None = None
+    ) -> JointStudyResult:
+        """Takes part in the study until it is over."""
+        order = self.bounded.in_order()
+        bounds = self.bounded.bound_s[order]
+        return run_batches(
+            bounds, lambda rows, incumbent: self.evaluator.batch(order[rows.start : rows.stop].tolist(), bounds[rows.start : rows.stop].tolist(), incumbent),
+            request=self.request, known=self.known_s, storage=storage, time_limit_s=time_limit_s, on_progress=on_progress,
+        )  # fmt: skip
+
+
+def joint_search(
+    request: JointRequest,
+    source: ModelSource,
+    device: DeviceProfile,
+    *,
+    storage: str | None = None,
+    workers: int = 1,
+    time_limit_s: float | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> JointResult:
+    """The best plan of a model on exactly the devices of a cluster; never slower than a baseline that fits.
+
+    Args:
+        request: model, batch, devices, trainer and what is allowed.
+        source: of the model.
+        device: profile of the cluster's devices.
+        storage: where workers meet (`search.joint.batch_study.storage_of`); None: memory, or a file of this search where there are several workers.
+        workers: processes of this machine that simulate.
+        time_limit_s: stop then, with the gap that remains.
+        on_progress: called before the first and after each batch of points of this process.
+
+    Raises:
+        InfeasibleError: nothing divides the devices, or nothing fits; says the least memory that was seen.
+    """
+    started = time.perf_counter()
+    space = joint_space(request)
+    evaluator = Evaluator(space, source, device)
+    found = (_baseline(evaluator, expert) for expert in experts(request))
+    baselines = tuple(one for one in found if one is not None)
+    known = min((one for one in baselines if one.fits), key=lambda one: one.step_time_s, default=None)
+    prepared = _Prepared(
+        evaluator=evaluator, bounded=bounded_space(space, device), request=_text(request, device), known_s=known.step_time_s if known else NOTHING
+    )  # fmt: skip
+    limit_s = None if time_limit_s is None else max(0.0, time_limit_s - (time.perf_counter() - started))
+    study = _together(prepared, workers, storage, limit_s, on_progress)
+    plan = plan_from_dict(study.best.user_attrs["plan"]) if study.best is not None else known.plan if known else None
+    if plan is None:
+        raise _infeasible(request, device, study)
+    simulation = evaluator.simulate(plan)
+    return JointResult(
+        plan=plan, simulation=simulation, study=study, lower_bound_s=min(simulation.step_time_s, study.progress.lower_bound), space_size=len(space),
+        elapsed_s=time.perf_counter() - started, baselines=baselines, expert=known, differences=contributions(plan, known.plan, evaluator.forecast) if known else (),
+    )  # fmt: skip
+
+
+def _together(
+    prepared: _Prepared,
+    workers: int,
+    storage: str | None,
+    limit_s: float | None,
+    on_progress: Callable[[Progress], None] | None,
+) -> JointStudyResult:
+    """The study with as many processes: the others are copies of this one, which has priced all layers already."""
+    if workers == 1:
+        return prepared.run(storage, limit_s, on_progress)
+    with tempfile.TemporaryDirectory(prefix="schedlab-") as folder:
+        shared = storage or f"{JOURNAL}{Path(folder) / 'study.log'}"
+        context = multiprocessing.get_context("fork")
+        others = [context.Process(target=prepared.run, args=(shared, limit_s)) for _ in range(workers - 1)]
+        for one in others:
+            one.start()
+        try:
+            return prepared.run(shared, limit_s, on_progress)
+        finally:
+            for one in others:
+                one.join()
+
+
+def _infeasible(request: JointRequest, device: DeviceProfile, study: JointStudyResult) -> InfeasibleError:
+    need, room = study.least_bytes, request.budget_bytes or device.memory_bytes - device.context_bytes
+    proven = (
+        "no plan" if not study.progress.lower_bound < NOTHING else f"none of {study.progress.num_simulated} simulated plans"
+    )
+    return InfeasibleError(
+        limit=f"{proven} over {request.cluster.num_gpus} devices fits {room} bytes ({format_bytes(room)}) on each",
+        smallest_change=f"the least that was seen is {need} bytes ({format_bytes(need)}); take more devices, a smaller batch or a smaller model",
+        needed_bytes=need,
+    )
+
+
+def _baseline(evaluator: Evaluator, expert: Expert) -> Baseline | None:
+    """The fastest plan of a rule that fits; None where the simulator refuses all of its plans."""
+    found: list[Baseline] = []
+    for plan in expert.plans:
+        try:
+            result = evaluator.simulate(plan, reserved=False)
+        except (InputError, InfeasibleError):
+            continue
+        best = min((one.step_time_s for one in found if one.fits), default=NOTHING)
+        if result.fits and result.step_time_s < best:
+            result = evaluator.simulate(plan)
+        found.append(
+            Baseline(
+                name=expert.name, source=expert.source, plan=plan, step_time_s=result.step_time_s,
+                peak_memory_bytes=max(result.peak_memory_bytes), fits=result.fits,
+            )
+        )  # fmt: skip
+    return min(found, key=lambda one: (not one.fits, one.step_time_s), default=None)
+
+
+def _text(request: JointRequest, device: DeviceProfile) -> str:
+    """All that decides the answer."""
+    parts = (
+        request.config, request.seq_len, request.global_batch, request.cluster, device.name, device.provenance, request.trainer.name, request.computes,
+        request.budget_bytes, request.extra_schedules,
+    )  # fmt: skip
+    return repr(parts)
