@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import time
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,51 +11,46 @@ import click
 
 from hardware_models.calibration import calibrate as run_calibration
 from hardware_models.catalogue import list_hardware, load_hardware, this_profile_path
-from hardware_models.files import whole_file
 from hardware_models.network.cluster_file import find_cluster, list_clusters, load_cluster
 from hardware_models.profile import DeviceProfile
-from hardware_models.units import format_bytes, parse_bytes
-from search.plan_search import ALLOWABLE, OBJECTIVES, SearchRequest, SearchResult
 from search.plan_search import search as run_search
 from search.recompute import sequence_of
 from search.stage_recompute import simulate_on_cluster
 from simulator.chrome_trace import write_chrome_trace
-from simulator.figures import memory_figure, save_figure, timeline_figure
 from simulator.model_source import ModelSource, model_source
 from simulator.models import MODELS
 from simulator.parallel.simulate_traced import TracedSimulation
-from simulator.parallel.simulation import ParallelSimulation
 from simulator.pipeline.catalogue import OrderRequest
 from simulator.pipeline.play_order import WEIGHT_SHARE
 from simulator.pipeline.report import pipeline_grid, pipeline_report, play_request, times_in_ms
 from simulator.plan import Plan, check_gpus
-from simulator.plan_file import read_plan, write_plan
+from simulator.plan_file import read_plan
 from simulator.presets import PRESETS
-from simulator.sequence import format_sequence
 from simulator.simulate import ENGINES, Simulation, step_setting
 from simulator.simulate import simulate as run_simulation
 from simulator.timeline import MemoryProfile, Timeline
 from validation.command_line import (
     EXIT_INFEASIBLE,
     EXIT_INPUT,
-    THIS,
     TIMES,
+    device_profile,
     hardware_option,
     model_options,
     reported,
     stderr,
     with_progress,
 )
+from validation.figure_files import write_figures
 from validation.reports import (
     parallel_table,
     pipeline_table,
     replay_table,
-    search_table,
     simulation_table,
     table_of,
     workload_summary,
     workload_table,
 )
+from validation.search_command import search
 from validation.study_commands import export, what_if
 from validation.validate_files import validate_files
 
@@ -109,14 +102,6 @@ def hardware() -> dict[str, Any]:
         )
     found = {name: {"kind": kind, "provenance": provenance} for name, kind, provenance in rows}
     return {"hardware": found, "_table": table_of("hardware", ("name", "kind", "rests on"), rows)}
-
-
-def device_profile(name: str, *, device: str = "cpu") -> DeviceProfile:
-    """The profile of a name; this machine is calibrated quickly first if it never was, and that is said."""
-    if name == THIS and not this_profile_path(device).exists():
-        stderr.print(f"no profile of this machine's {device} yet: calibrating quickly (schedlab calibrate does it thoroughly)")
-        with_progress(lambda report: run_calibration(this_profile_path(device), quick=True, device=device, progress=report))
-    return load_hardware(name, device=device)
 
 
 @main.command()
@@ -206,84 +191,6 @@ def simulate_plan(
     workload = source.workload(plan.batch.micro_batch or source.global_batch)
     operations = sequence_of(plan, workload, device, folder=folder)
     return run_simulation(workload, operations, device, step_setting(plan, len(workload.blocks)), engine=engine)
-
-
-def write_figures(
-    simulation: Simulation | ParallelSimulation, *, trace_path: Path | None, plot_path: Path | None, name: str, budget_bytes: int | None
-) -> None:  # fmt: skip
-    """The trace and the plots that were asked for."""
-    if trace_path:
-        write_chrome_trace(trace_path, {"predicted": (simulation.timeline, simulation.profiles)})
-    if plot_path:
-        save_figure(timeline_figure({"predicted": simulation.timeline}, title=name), plot_path)
-        memory_path = plot_path.with_stem(plot_path.stem + "-memory")
-        save_figure(memory_figure({"predicted": simulation.profiles[0]}, budget_bytes=budget_bytes, title=name), memory_path)
-
-
-@main.command()
-@model_options
-@hardware_option
-@click.option("--gpus", type=click.IntRange(min=1, max=1), default=1, show_default=True, help="Devices (one, for now).")
-@click.option("--global-batch", type=click.IntRange(min=1), help="Samples per step (default: the model's).")
-@click.option("--memory-budget", help="Most bytes allocated on the device, such as 40GiB (default: what it has).")
-@click.option("--objective", type=click.Choice(OBJECTIVES), default="time", show_default=True)
-@click.option("--allow", default="", help=f"Comma-separated: {', '.join(ALLOWABLE)}.")
-@click.option("--time-limit", type=click.FloatRange(min=0, min_open=True), help="Seconds; the remaining gap is printed.")
-@click.option("--storage", help="Optuna storage URL; an interrupted search of the same request goes on there.")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Folder for plan.toml, plan.seq, search.json, trace.json and figures."
-)
-@reported
-def search(
-    model_name: str, seq_len: int | None, hardware_name: str, gpus: int, global_batch: int | None, memory_budget: str | None,
-    objective: str, allow: str, time_limit: float | None, storage: str | None, out: Path | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Finds the best plan for a model on a device, and how far it is from a proven bound."""
-    del gpus  # one, so far
-    device = device_profile(hardware_name)
-    source = model_source(model_name, device=device, batch=global_batch, seq_len=seq_len)
-    budget = (
-        parse_bytes(memory_budget, source="--memory-budget", key="")
-        if memory_budget
-        else device.memory_bytes - device.context_bytes
-    )
-    request = SearchRequest(
-        model=source, device=device, global_batch=source.global_batch, budget_bytes=budget, objective=objective,  # type: ignore[arg-type]
-        allow=tuple(part for part in allow.split(",") if part),
-    )  # fmt: skip
-    result = run_search(request, storage=storage, time_limit_s=time_limit, on_trial=_tell_trial)
-    if out:
-        write_search(result, out)
-    return result.to_json() | {"_table": search_table(result)}
-
-
-def _tell_trial(_study: Any, trial: Any) -> None:
-    found = trial.user_attrs
-    if "step_time_s" in found:
-        stderr.print(
-            f"{trial.params['point']}: {found['step_time_s']:.4f} s, {format_bytes(found['peak_memory_bytes'])}, {found['recompute']}",
-            highlight=False,
-        )
-    else:
-        stderr.print(f"{trial.params['point']}: does not fit; {found['infeasible']['smallest_change']}", highlight=False)
-
-
-def write_search(result: SearchResult, out: Path) -> None:
-    """The plan with its sequence, the answer and the figures."""
-    sequence = out / "plan.seq"
-    with whole_file(sequence) as temporary:
-        temporary.write_text(format_sequence(result.operations), encoding="utf-8")
-    plan = replace(result.plan, memory=replace(result.plan.memory, recompute=f"file:{sequence.name}"))
-    write_plan(plan, out / "plan.toml")
-    with whole_file(out / "search.json") as temporary:
-        temporary.write_text(json.dumps(result.to_json(), indent=1), encoding="utf-8")
-    write_figures(
-        result.simulation,
-        trace_path=out / "trace.json",
-        plot_path=out / "timeline.png",
-        name=result.request.model.name,
-        budget_bytes=result.simulation.setting.budget_bytes,
-    )
 
 
 @main.command()
@@ -389,6 +296,7 @@ def validate(**files: Path | None) -> dict[str, Any]:
 
 main.add_command(what_if)
 main.add_command(export)
+main.add_command(search)
 
 if __name__ == "__main__":
     main()

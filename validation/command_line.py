@@ -12,10 +12,12 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from hardware_models.calibration import calibrate as run_calibration
+from hardware_models.catalogue import THIS, load_hardware, this_profile_path
 from hardware_models.errors import InfeasibleError, InputError, RunFailedError
+from hardware_models.profile import DeviceProfile
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INFEASIBLE = 1, 2, 3
-THIS = "this"
 PIPE_COLUMNS = 150
 """Width of tables that go to a file or a pipe."""
 
@@ -90,3 +92,11 @@ def with_progress(work: Callable[[Callable[[str, float], None]], Result]) -> Res
     with Progress(*columns, console=stderr, transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
         return work(lambda what, fraction: bar.update(task, description=what, completed=fraction))
+
+
+def device_profile(name: str, *, device: str = "cpu") -> DeviceProfile:
+    """The profile of a name; this machine is calibrated quickly first if it never was, and that is said."""
+    if name == THIS and not this_profile_path(device).exists():
+        stderr.print(f"no profile of this machine's {device} yet: calibrating quickly (schedlab calibrate does it thoroughly)")
+        with_progress(lambda report: run_calibration(this_profile_path(device), quick=True, device=device, progress=report))
+    return load_hardware(name, device=device)

@@ -1,0 +1,221 @@
+"""The search command: on one device micro-batch and recompute, over several the joint space."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.table import Table
+
+from hardware_models.catalogue import load_hardware
+from hardware_models.errors import InputError
+from hardware_models.files import whole_file
+from hardware_models.network.cluster import Cluster
+from hardware_models.network.cluster_file import cluster_of_device, find_cluster
+from hardware_models.units import format_bytes, parse_bytes
+from search.joint.batch_study import Progress
+from search.joint.joint_search import Baseline, JointResult, joint_search
+from search.joint.make_request import ALLOWABLE as ALLOWABLE_TOGETHER
+from search.joint.make_request import joint_request
+from search.plan_search import ALLOWABLE, OBJECTIVES, SearchRequest, SearchResult
+from search.plan_search import search as run_search
+from search.trainers import TRAINERS, trainer_of
+from simulator.model_source import model_source
+from simulator.parallel.simulation import ParallelSimulation
+from simulator.plan import Plan
+from simulator.plan_file import write_plan
+from simulator.sequence import format_sequence
+from simulator.simulate import Simulation
+from validation.command_line import device_profile, hardware_option, model_options, reported, stderr
+from validation.figure_files import write_figures
+from validation.reports import search_table, table_of
+
+TIME_LIMIT_S = 60.0
+"""Of a search over several devices unless another is given."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What the flags say."""
+
+    model: str
+    seq_len: int | None
+    hardware: str
+    gpus: int | None
+    global_batch: int | None
+    budget_bytes: int | None
+    objective: str
+    allow: tuple[str, ...]
+    trainer: str
+    time_limit_s: float | None
+    storage: str | None
+    workers: int
+    out: Path | None
+
+
+@click.command()
+@model_options
+@hardware_option
+@click.option("--gpus", type=click.IntRange(min=1), help="Devices (default: one, or all of a cluster).")
+@click.option("--global-batch", type=click.IntRange(min=1), help="Samples per step (default on one device: the model's).")
+@click.option("--memory-budget", help="Most bytes allocated on a device, such as 40GiB (default: what it has).")
+@click.option("--objective", type=click.Choice(OBJECTIVES), default="time", show_default=True)
+@click.option(
+    "--allow",
+    default="",
+    help=f"Comma-separated: {', '.join(ALLOWABLE)}; over several devices {', '.join(ALLOWABLE_TOGETHER)}.",
+)
+@click.option("--trainer", type=click.Choice(sorted(TRAINERS)), default="any", show_default=True, help="Whose limits hold.")
+@click.option(
+    "--time-limit",
+    type=click.FloatRange(min=0, min_open=True),
+    help=f"Seconds; the remaining gap is printed (default over several devices: {TIME_LIMIT_S:g}).",
+)
+@click.option(
+    "--storage", help="Optuna storage URL, or journal:FILE; a search of the same request goes on there, together with others."
+)
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that simulate.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for plan.toml, search.json, trace.json and figures.")
+@reported
+def search(
+    model_name: str, seq_len: int | None, hardware_name: str, gpus: int | None, global_batch: int | None, memory_budget: str | None,
+    objective: str, allow: str, trainer: str, time_limit: float | None, storage: str | None, workers: int, out: Path | None,
+) -> dict[str, Any]:  # fmt: skip
+    """Finds the best plan for a model on exactly the devices given, and how far it is from a proven bound."""
+    budget = parse_bytes(memory_budget, source="--memory-budget", key="") if memory_budget else None
+    asked = Asked(
+        model=model_name, seq_len=seq_len, hardware=hardware_name, gpus=gpus, global_batch=global_batch, budget_bytes=budget, objective=objective,
+        allow=tuple(part for part in allow.split(",") if part), trainer=trainer, time_limit_s=time_limit, storage=storage, workers=workers, out=out,
+    )  # fmt: skip
+    cluster = find_cluster(hardware_name)
+    if cluster is None and gpus is not None and gpus > 1:
+        cluster = cluster_of_device(hardware_name, num_gpus=gpus)
+    return search_alone(asked) if cluster is None else search_together(asked, cluster.with_gpus(gpus or cluster.num_gpus))
+
+
+def search_alone(asked: Asked) -> dict[str, Any]:
+    """The answer on one device."""
+    if asked.trainer != "any" or asked.workers > 1:
+        flag, value = ("--trainer", asked.trainer) if asked.trainer != "any" else ("--workers", str(asked.workers))
+        raise InputError(
+            source=flag,
+            key="",
+            value=value,
+            rule="a search on one device has one worker and keeps to no trainer",
+            remedy="leave it out, or ask for more --gpus",
+        )
+    device = device_profile(asked.hardware)
+    source = model_source(asked.model, device=device, batch=asked.global_batch, seq_len=asked.seq_len)
+    request = SearchRequest(
+        model=source, device=device, global_batch=source.global_batch, budget_bytes=asked.budget_bytes or device.memory_bytes - device.context_bytes,
+        objective=asked.objective, allow=asked.allow,  # type: ignore[arg-type]
+    )  # fmt: skip
+    result = run_search(request, storage=asked.storage, time_limit_s=asked.time_limit_s, on_trial=_tell_trial)
+    if asked.out:
+        write_lone(result, asked.out)
+    return result.to_json() | {"_table": search_table(result)}
+
+
+def search_together(asked: Asked, cluster: Cluster) -> dict[str, Any]:
+    """The answer over several devices."""
+    if asked.objective != "time":
+        rule = "over several devices the least time is searched for"
+        raise InputError(
+            source="--objective", key="", value=asked.objective, rule=rule, remedy="give a --memory-budget instead"
+        )
+    if asked.global_batch is None:
+        rule = "over several devices samples per step must be given"
+        raise InputError(
+            source="--global-batch", key="", value=None, rule=rule, remedy=f"take a multiple of {cluster.num_gpus}"
+        )
+    device = load_hardware(cluster.device)
+    source = model_source(asked.model, device=device, batch=asked.global_batch, seq_len=asked.seq_len)
+    request = joint_request(
+        source,
+        cluster,
+        device,
+        trainer_of(asked.trainer),
+        global_batch=asked.global_batch,
+        allow=asked.allow,
+        budget_bytes=asked.budget_bytes,
+    )
+    limit_s = asked.time_limit_s or TIME_LIMIT_S
+    result = joint_search(
+        request, source, device, storage=asked.storage, workers=asked.workers, time_limit_s=limit_s, on_progress=_tell_progress
+    )
+    found = result.to_json() | {"cluster": cluster.name, "num_gpus": cluster.num_gpus}
+    if asked.out:
+        _write(result.plan, found, asked.out, result.simulation, asked.model)
+    return found | {"_table": joint_table(result, asked.model)}
+
+
+def joint_table(result: JointResult, model: str) -> Table:
+    """What ``schedlab search`` prints over several devices: the best plan beside the experts'."""
+    best = result.simulation
+    own = ("best", *_plan_row(result.plan), f"{best.step_time_s:.4f}", format_bytes(max(best.peak_memory_bytes)), "yes")
+    rows = [own, *(_baseline_row(one) for one in sorted(result.baselines, key=lambda one: one.step_time_s))]
+    proof = "certified optimal within the model" if result.certified else f"gap to the bound {result.gap:.2%}"
+    title = f"{model} on {best.cluster.num_gpus} of {best.cluster.name}: {proof}; {result.space_size:,} points, {result.study.progress.num_simulated:,} plans simulated"
+    return table_of(title, ("plan", "tp cp pp dp ep", "order", "micro-batch", "zero", "saves", "step s", "peak", "fits"), rows)
+
+
+def _baseline_row(one: Baseline) -> tuple[str, ...]:
+    return (
+        one.name,
+        *_plan_row(one.plan),
+        f"{one.step_time_s:.4f}",
+        format_bytes(one.peak_memory_bytes),
+        "yes" if one.fits else "no",
+    )
+
+
+def _plan_row(plan: Plan) -> tuple[str, ...]:
+    split, memory = plan.parallel, plan.memory
+    degrees = " ".join(str(getattr(split, axis)) for axis in ("tp", "cp", "pp", "dp", "ep"))
+    order = "" if split.pp == 1 else plan.pipeline.schedule + (f" x{split.virtual_stages}" if split.virtual_stages > 1 else "")
+    away = {"activations": memory.activation_offload, "weights": memory.weight_offload, "optimizer": memory.optimizer_offload}
+    saves = [f"recompute {memory.recompute}", *(f"{name} {amount:.0%} to host" for name, amount in away.items() if amount)]
+    return degrees, order, str(plan.batch.micro_batch), str(memory.zero_stage), ", ".join(saves)
+
+
+def _tell_progress(progress: Progress) -> None:
+    best = f"{progress.incumbent:.4f} s" if progress.num_simulated or progress.gap < 1.0 else "none"
+    text = f"{progress.elapsed_s:.1f} s: best {best}, bound {progress.lower_bound:.4f} s, gap {progress.gap:.2%}, {progress.num_simulated} plans simulated"
+    stderr.print(text, highlight=False)
+
+
+def _write(plan: Plan, found: dict[str, Any], out: Path, simulation: Simulation | ParallelSimulation, name: str) -> None:
+    """The plan, the answer and the figures."""
+    write_plan(plan, out / "plan.toml")
+    with whole_file(out / "search.json") as temporary:
+        temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    write_figures(
+        simulation,
+        trace_path=out / "trace.json",
+        plot_path=out / "timeline.png",
+        name=name,
+        budget_bytes=plan.memory.budget_bytes,
+    )
+
+
+def _tell_trial(_study: Any, trial: Any) -> None:
+    found = trial.user_attrs
+    if "step_time_s" in found:
+        stderr.print(
+            f"{trial.params['point']}: {found['step_time_s']:.4f} s, {format_bytes(found['peak_memory_bytes'])}, {found['recompute']}",
+            highlight=False,
+        )
+    else:
+        stderr.print(f"{trial.params['point']}: does not fit; {found['infeasible']['smallest_change']}", highlight=False)
+
+
+def write_lone(result: SearchResult, out: Path) -> None:
+    """The plan with its sequence, the answer and the figures."""
+    sequence = out / "plan.seq"
+    with whole_file(sequence) as temporary:
+        temporary.write_text(format_sequence(result.operations), encoding="utf-8")
+    plan = replace(result.plan, memory=replace(result.plan.memory, recompute=f"file:{sequence.name}"))
+    _write(plan, result.to_json(), out, result.simulation, result.request.model.name)
