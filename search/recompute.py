@@ -19,7 +19,7 @@ from simulator.host_schedule import host_shares
 from simulator.lower import PassPrices, lower, resident_bytes
 from simulator.plan import Plan
 from simulator.plan_sections import plan_refusal
-from simulator.recompute import operations_of
+from simulator.recompute import check_no_exceptions, operations_of
 from simulator.sequence import Operation, checkpoint_blocks, keep_all
 from simulator.simulate import StepSetting, static_peak_bytes
 from simulator.workload import Workload
@@ -162,8 +162,9 @@ def optimal_recompute(plan: Plan, workload: Workload, device: DeviceProfile) -> 
 
     Raises:
         InfeasibleError: no sequence fits.
-        InputError: the plan offloads too: the joint optimum is not solved here.
+        InputError: the plan offloads too (the joint optimum is not solved here), or sets single blocks.
     """
+    check_no_exceptions(plan)
     if host_shares(plan, len(workload.blocks)).any:
         rule = "with offload fractions on a single device the two are not solved together"
         raise plan_refusal("memory.recompute", "optimal", rule, "name a file with the sequence, or none, selective or full")

@@ -25,10 +25,11 @@ def operations_of(
 
     Raises:
         InputError: ``optimal`` (to be resolved by the search), a file that is not there or no legal sequence, a block number too
-            large, a section for some micro-batches only.
+            large, a section for some micro-batches only, a section beside a file.
     """
     memory = plan.memory
     if memory.recompute.startswith(FILE_PREFIX):
+        check_no_exceptions(plan)
         return _from_file(memory.recompute, workload, folder or Path())
     if memory.recompute == "optimal":
         raise plan_refusal(
@@ -48,6 +49,18 @@ def operations_of(
             for block in expand_ranges(exception.blocks, len(choices), key=f"{key}.blocks"):
                 choices[block] = exception.recompute
     return _from_choices(choices, workload)
+
+
+def check_no_exceptions(plan: Plan) -> None:
+    """Refuses sections beside a sequence of their own, which says of every block how it is run.
+
+    Raises:
+        InputError: a ``[[memory.block]]`` section has a ``recompute``.
+    """
+    for position, exception in enumerate(plan.memory.block):
+        if exception.recompute is not None:
+            rule = f'memory.recompute = "{plan.memory.recompute}" says of every block how it is run'
+            raise plan_refusal(f"memory.block[{position}].recompute", exception.recompute, rule, "leave the section out")
 
 
 def _from_choices(choices: list[str], workload: Workload) -> tuple[Operation, ...]:

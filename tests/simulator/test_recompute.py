@@ -73,6 +73,15 @@ def test_refusals_of_sections(workload: Workload) -> None:
         operations_of(plan("none", MemoryBlock(blocks="1"), MemoryBlock(microbatches="0", recompute="full")), workload)
 
 
+def test_a_section_beside_a_file_is_refused(workload: Workload, tmp_path: Path) -> None:
+    (tmp_path / "mine.seq").write_text(format_sequence(nested(5)), encoding="utf-8")
+    with pytest.raises(
+        InputError,
+        match=r"memory.block\[0\].recompute = 'full': memory.recompute = \"file:mine.seq\" says of every block how it is run; leave",
+    ):
+        operations_of(plan("file:mine.seq", MemoryBlock(blocks="1", recompute="full")), workload, folder=tmp_path)
+
+
 def test_optimal_is_for_the_search(workload: Workload) -> None:
     with pytest.raises(InputError, match=r"memory.recompute = 'optimal': stands for what the search finds"):
         operations_of(plan("optimal"), workload)
