@@ -8,9 +8,9 @@ from functools import cache
 import pytest
 
 from hardware_models.catalogue import load_hardware
-from hardware_models.errors import InfeasibleError
+from hardware_models.errors import InfeasibleError, InputError
 from search.recompute import RecomputeSolver, optimal_recompute, sequence_of
-from simulator.plan import Batch, Memory, Plan
+from simulator.plan import Batch, Memory, MemoryBlock, Plan
 from simulator.sequence import Operation, keep_all
 from simulator.simulate import StepSetting, simulate
 from simulator.workload import Workload
@@ -128,6 +128,14 @@ def test_optimal_in_a_plan() -> None:
     assert optimal_recompute(roomy, found.workload, DEVICE) == keep_all(5), "without a budget, the device's memory"
     named = Plan(batch=plan.batch, memory=Memory(recompute="none"))
     assert sequence_of(named, found.workload, DEVICE) == keep_all(5)
+
+
+def test_single_blocks_beside_the_best_sequence_are_refused() -> None:
+    plan = Plan(memory=Memory(recompute="optimal", block=(MemoryBlock(recompute="full"),)))
+    with pytest.raises(
+        InputError, match=r'memory.block\[0\].recompute = .full.: memory.recompute = "optimal" says of every block'
+    ):
+        optimal_recompute(plan, solver("residual-mlp").workload, DEVICE)
 
 
 def test_a_small_device_limits_like_a_budget() -> None:
