@@ -40,7 +40,7 @@ class BatchOutcome:
     point: int | None
     """Index of that point in the space."""
     open_bound: float
-    """Least bound of points of the batch whose best inner decisions are not proven; infinite: all are."""
+    """Bound of the first point that was not looked at, or not to its end, for lack of time; infinite: all were."""
     num_simulated: int
     least_bytes: int
     """Least memory that a point which does not fit would need; 0 where there is none."""
@@ -99,10 +99,10 @@ class BatchesBestBoundFirst(BaseSampler):
 
     def next_batch(self, study: Study, *, retake: bool = False) -> int | None:
         """The first batch that is not finished; without ``retake`` one that nobody works on."""
-        states = (
-            (TrialState.COMPLETE, TrialState.PRUNED) if retake else (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-        )
-        taken = {trial.params[BATCH] for trial in study.get_trials(deepcopy=False, states=states) if BATCH in trial.params}
+        taken = {trial.params[BATCH] for trial in _finished(study) if trial.user_attrs["open_bound"] is None}
+        if not retake:
+            running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+            taken |= {trial.params[BATCH] for trial in running if BATCH in trial.params}
         return next((batch for batch in range(self.num_batches) if batch not in taken), None)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:  # noqa: ARG002 - Optuna's interface
@@ -129,7 +129,7 @@ class BatchesBestBoundFirst(BaseSampler):
 
 def run_batches(
     bounds: NDArray[np.float64],
-    evaluate: Callable[[range, float], BatchOutcome],
+    evaluate: Callable[[range, float, float], BatchOutcome],
     *,
     request: str,
     known: float = NOTHING,
@@ -143,25 +143,25 @@ def run_batches(
 
     Args:
         bounds: of all points, ascending.
-        evaluate: the outcome of a stretch of the points, given the best value so far.
+        evaluate: the outcome of a stretch of the points, given the best value so far and the moment (`time.monotonic`) at which it must come to an end.
         request: text of everything that decides the answer; studies of one request in a storage are one.
         known: value of a plan that is known already, an expert's; points that cannot beat it are not simulated.
         storage: where workers meet (`storage_of`); None keeps the study in memory.
-        time_limit_s: stop after the batch that runs over it; None: no limit.
-        on_progress: called after each batch.
+        time_limit_s: stop then; the batch that is at work stays open, and is taken again when the study goes on. None: no limit.
+        on_progress: called before the first batch and after each one.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = BatchesBestBoundFirst(bounds, known)
     name = "schedlab-" + hashlib.sha256(request.encode()).hexdigest()[:16]
     study = optuna.create_study(study_name=name, storage=storage_of(storage), sampler=sampler, load_if_exists=True)
     study.set_user_attr("request", request)
-    started = time.monotonic()
+    started, ran = time.monotonic(), False
+    end = started + time_limit_s if time_limit_s is not None else NOTHING
     while True:
         progress = _progress(study, sampler, time.monotonic() - started)
         if on_progress is not None:
             on_progress(progress)
-        late = time_limit_s is not None and time.monotonic() - started > time_limit_s and progress.num_simulated
-        if late or not _open(study, sampler):
+        if (ran and time.monotonic() > end) or not _open(study, sampler):
             break
         batch = sampler.next_batch(study)
         if batch is None or not _useful(study, sampler, batch):
@@ -170,8 +170,9 @@ def run_batches(
                 continue
         trial = study.ask({BATCH: sampler.distribution})
         first = int(trial.params[BATCH]) * BATCH_POINTS
-        outcome = evaluate(range(first, min(first + BATCH_POINTS, len(bounds))), _incumbent(study, sampler))
+        outcome = evaluate(range(first, min(first + BATCH_POINTS, len(bounds))), _incumbent(study, sampler), end)
         _tell(study, trial, outcome)
+        ran = True
     best = min(_completed(study), key=lambda one: (float(one.values[0]), int(one.user_attrs["point"])), default=None)
     needs = [int(one.user_attrs["least_bytes"]) for one in _finished(study) if one.user_attrs.get("least_bytes")]
     return JointStudyResult(best=best, progress=progress, least_bytes=min(needs, default=0))
@@ -222,9 +223,7 @@ def _open(study: Study, sampler: BatchesBestBoundFirst) -> bool:
 def _progress(study: Study, sampler: BatchesBestBoundFirst, elapsed_s: float) -> Progress:
     finished, incumbent = _finished(study), _incumbent(study, sampler)
     following = sampler.next_batch(study, retake=True)
-    bounds = [incumbent, *(trial.user_attrs["open_bound"] for trial in finished if trial.user_attrs["open_bound"] is not None)]
-    if following is not None:
-        bounds.append(sampler.first_bound(following))
+    bounds = [incumbent] if following is None else [incumbent, sampler.first_bound(following)]
     return Progress(
         incumbent=incumbent, lower_bound=min(bounds), num_simulated=sum(int(trial.user_attrs["num_simulated"]) for trial in finished), elapsed_s=elapsed_s
     )  # fmt: skip

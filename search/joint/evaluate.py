@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,13 +12,16 @@ import numpy as np
 from hardware_models.errors import InfeasibleError, InputError
 from hardware_models.profile import DeviceProfile
 from search.joint.batch_study import NOTHING, BatchOutcome
+from search.joint.bounds import TWO_WAYS
 from search.joint.explain import Forecast
+from search.joint.layer_tables import LayerTables
 from search.joint.memory_variants import memory_variants
 from search.joint.space import JointSpace
 from search.stage_recompute import simulate_on_cluster
 from search.trainers import violations
 from simulator.model_source import ModelSource
 from simulator.parallel.default_cut import partition_of
+from simulator.parallel.memory import static_memory
 from simulator.parallel.priced_model import priced_model
 from simulator.parallel.simulate_source import parallel_case
 from simulator.parallel.simulation import ParallelSimulation
@@ -38,6 +42,8 @@ class PointValue:
     num_simulated: int
     least_bytes: int
     """Least memory of a plan that did not fit; 0 where all did."""
+    complete: bool
+    """Whether time was enough to look at all of its plans."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +77,7 @@ class Evaluator:
 
     def __init__(self, space: JointSpace, source: ModelSource, device: DeviceProfile) -> None:
         self.space, self.source, self.device = space, source, device
+        self.tables = LayerTables(space.request, device)
 
     def simulate(self, plan: Plan, *, reserved: bool = True) -> ParallelSimulation:
         """A plan's prediction on the request's devices."""
@@ -82,17 +89,31 @@ class Evaluator:
         found = self.simulate(plan)
         return Forecast(step_time_s=found.step_time_s, fits=found.fits)
 
-    def point(self, index: int, incumbent: float) -> PointValue:
+    def point(self, index: int, incumbent: float, *, end: float = NOTHING) -> PointValue:
         """The fastest plan of a point that fits and is below the incumbent.
 
-        Plans of the point that the plain one proves to be no faster (`_Plain`) are not simulated.
+        Plans of the point that the plain one proves to be no faster (`_Plain`) are not simulated, nor those whose model states alone do not fit.
+
+        Args:
+            index: of the point.
+            incumbent: best value so far.
+            end: moment (`time.monotonic`) at which no other plan is begun.
         """
         open_plan, request = self.space.plan(index), self.space.request
+        room = min(request.budget_bytes or self.device.memory_bytes, self.device.memory_bytes - self.device.context_bytes)
         plain: _Plain | None = None
+        complete = True
         best, found, count, least = incumbent, None, 0, 0
         for memory in memory_variants(request.trainer, open_plan):
             plan = replace(open_plan, memory=memory)
             if violations(plan, request.trainer, layers=request.config.layers):
+                continue
+            if time.monotonic() > end:
+                complete = False
+                break
+            states = self.states_bytes(plan, open_plan)
+            if states > room:
+                least = _least(least, states)
                 continue
             try:
                 if plain is not None and plain.least_s(plan, self._cut(plan)) >= best:
@@ -115,34 +136,56 @@ class Evaluator:
                 best, found = result.step_time_s, plan
             else:
                 least = _least(least, max(result.peak_memory_bytes if request.budget_bytes else result.peak_reserved_bytes))
-        return PointValue(plan=found, step_time_s=best if found else NOTHING, num_simulated=count, least_bytes=least)
+        return PointValue(
+            plan=found, step_time_s=best if found else NOTHING, num_simulated=count, least_bytes=least, complete=complete
+        )
 
-    def batch(self, indices: Sequence[int], bounds: Sequence[float], incumbent: float) -> BatchOutcome:
+    def states_bytes(self, plan: Plan, plain: Plan) -> int:
+        """Bytes that no plan is below on its fullest rank: parameters, gradients and optimizer states, spread evenly over the pipeline.
+
+        **Not counted**: activations, what ZeRO 3 has gathered, older versions of parameters, workspaces; parameters where some of them live on the host, and that fewer ranks shard experts.
+
+        Args:
+            plan: one of a point.
+            plain: that of the same point that saves no memory.
+        """
+        elements = float(self.tables.table(plain).elements[-1]) / plan.parallel.pp
+        static = static_memory(elements, 0.0, plan, dtype=STORED_AS[plan.precision.compute])
+        copies = 2 if plan.pipeline.schedule in TWO_WAYS else 1
+        return int(copies * ((0.0 if plan.memory.weight_offload else static.parameters) + static.gradients + static.states))
+
+    def batch(self, indices: Sequence[int], bounds: Sequence[float], incumbent: float, *, end: float = NOTHING) -> BatchOutcome:
         """The outcome of points in order of their bounds.
 
         Args:
             indices: of the points.
             bounds: of each; ascending.
             incumbent: best value so far.
+            end: moment (`time.monotonic`) at which no other plan is begun.
         """
-        best, winner, plan, count, least = incumbent, None, None, 0, 0
+        best, winner, plan, count, least, open_bound = incumbent, None, None, 0, 0, NOTHING
         for index, bound in zip(indices, bounds, strict=True):
             if bound >= best:
                 break
-            value = self.point(index, best)
+            value = self.point(index, best, end=end)
             count += value.num_simulated
             least = _least(least, value.least_bytes)
             if value.plan is not None:
                 best, winner, plan = value.step_time_s, index, value.plan
+            if not value.complete:
+                open_bound = bound
+                break
         attributes: dict[str, Any] = {} if plan is None else {"plan": plan_to_dict(plan)}
         return BatchOutcome(
-            value=None if winner is None else best, point=winner, open_bound=NOTHING, num_simulated=count, least_bytes=least, attributes=attributes
+            value=None if winner is None else best, point=winner, open_bound=open_bound, num_simulated=count, least_bytes=least, attributes=attributes
         )  # fmt: skip
 
     def _cut(self, plan: Plan) -> tuple[int, ...]:
-        """Layers of each stage."""
+        """Layers of each stage; how much ``optimal`` recomputes is decided after the cut, so that it has the cut of none."""
         if plan.num_stages == 1:
             return (self.space.request.config.layers,)
+        if plan.memory.recompute == "optimal":
+            plan = replace(plan, memory=replace(plan.memory, recompute="none"))
         request = self.space.request
         case = parallel_case(self.source, plan, request.cluster, device=self.device)
         model = priced_model(request.config, plan, self.device, seq_len=request.seq_len)

@@ -13,7 +13,7 @@ from typing import Any
 from hardware_models.errors import InfeasibleError, InputError
 from hardware_models.profile import DeviceProfile
 from hardware_models.units import format_bytes
-from search.joint.batch_study import CERTIFIED_GAP, JOURNAL, NOTHING, JointStudyResult, Progress, run_batches
+from search.joint.batch_study import CERTIFIED_GAP, JOURNAL, NOTHING, BatchOutcome, JointStudyResult, Progress, run_batches
 from search.joint.bounded_space import BoundedSpace, bounded_space
 from search.joint.evaluate import Evaluator
 from search.joint.experts import Expert, experts
@@ -112,9 +112,13 @@ class _Prepared:
         """Takes part in the study until it is over."""
         order = self.bounded.in_order()
         bounds = self.bounded.bound_s[order]
+
+        def evaluate(rows: range, incumbent: float, end: float) -> BatchOutcome:
+            stretch = slice(rows.start, rows.stop)
+            return self.evaluator.batch(order[stretch].tolist(), bounds[stretch].tolist(), incumbent, end=end)
+
         return run_batches(
-            bounds, lambda rows, incumbent: self.evaluator.batch(order[rows.start : rows.stop].tolist(), bounds[rows.start : rows.stop].tolist(), incumbent),
-            request=self.request, known=self.known_s, storage=storage, time_limit_s=time_limit_s, on_progress=on_progress,
+            bounds, evaluate, request=self.request, known=self.known_s, storage=storage, time_limit_s=time_limit_s, on_progress=on_progress
         )  # fmt: skip
 
 

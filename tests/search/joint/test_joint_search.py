@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hardware_models.errors import InfeasibleError, InputError
+from search.joint.evaluate import Evaluator
 from search.joint.joint_search import JointResult, joint_search
+from search.joint.memory_variants import memory_variants
 from search.joint.space import JointRequest, joint_space
 from search.stage_recompute import simulate_on_cluster
 from search.trainers import violations
@@ -83,3 +86,52 @@ def test_a_budget_that_nothing_fits_is_infeasible() -> None:
         answer(small_request(layers=2, gpus=2, batch=2, trainer="torchtitan", budget_bytes=1000))
     assert raised.value.needed_bytes > 1000
     assert "the least that was seen is" in raised.value.smallest_change
+
+
+def test_a_search_that_runs_out_of_time_says_so_and_goes_on_later(tmp_path: Path) -> None:
+    request, storage = small_request(layers=3, gpus=4, batch=8, trainer="megatron"), f"journal:{tmp_path / 'study.log'}"
+    source, device = source_of(request), device_of(request)
+    short = joint_search(request, source, device, storage=storage, time_limit_s=1e-3)
+    assert not short.certified
+    assert 0.0 < short.gap < 1.0
+    whole = joint_search(request, source, device, storage=storage)
+    assert whole.certified
+    assert whole.simulation.step_time_s <= short.simulation.step_time_s
+    assert short.lower_bound_s <= whole.lower_bound_s
+
+
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_model_states_are_never_counted_above_what_is_simulated(zero_stage: int) -> None:
+    request = small_request(layers=4, gpus=4, batch=4)
+    space = joint_space(request)
+    evaluator = Evaluator(space, source_of(request), device_of(request))
+    seen = 0
+    for index in range(0, len(space), max(1, len(space) // 40)):
+        plan = space.plan(index)
+        if plan.memory.zero_stage != zero_stage:
+            continue
+        found = evaluator.simulate(plan, reserved=False)
+        assert evaluator.states_bytes(plan, plan) <= max(found.peak_memory_bytes)
+        seen += 1
+    assert seen > 3
+
+
+def test_a_point_is_worth_its_fastest_plan_that_fits_optimal_recompute_included() -> None:
+    request = small_request(layers=4, gpus=2, batch=16)
+    space = joint_space(request)
+    index = next(n for n in range(len(space)) if (plan := space.plan(n)).parallel.pp == 2 and plan.batch.micro_batch == 8)
+    evaluator = Evaluator(space, source_of(request), device_of(request))
+    plain = evaluator.simulate(space.plan(index), reserved=False)
+    tight = joint_space(replace(request, budget_bytes=int(0.9 * max(plain.peak_memory_bytes))))
+    evaluator = Evaluator(tight, source_of(request), device_of(request))
+    times: dict[str, float] = {}
+    for memory in memory_variants(request.trainer, tight.plan(index)):
+        try:
+            found = evaluator.simulate(replace(tight.plan(index), memory=memory))
+        except (InputError, InfeasibleError):
+            continue
+        if found.fits:
+            times[memory.recompute] = min(times.get(memory.recompute, found.step_time_s), found.step_time_s)
+    assert "optimal" in times
+    assert evaluator.point(index, float("inf")).step_time_s == min(times.values())
+    assert min(times.values()) > plain.step_time_s
