@@ -19,7 +19,6 @@ from search.stage_recompute import simulate_on_cluster
 from simulator.chrome_trace import write_chrome_trace
 from simulator.model_source import ModelSource, model_source
 from simulator.models import MODELS
-from simulator.parallel.simulate_traced import TracedSimulation
 from simulator.pipeline.catalogue import OrderRequest
 from simulator.pipeline.play_order import WEIGHT_SHARE
 from simulator.pipeline.report import pipeline_grid, pipeline_report, play_request, times_in_ms
@@ -221,23 +220,25 @@ def replay(
         from validation.distributed.replay import replay_processes  # noqa: PLC0415
 
         several = replay_processes(source, plan, profile, steps=steps, on=device, folder=folder, bundle=bundle, progress=tell)
-        write_replay_trace(trace_path, several.predicted, several.timeline, ())
+        write_replay_trace(trace_path, several.predicted.timeline, several.predicted.profiles, several.timeline, ())
         return several.to_json() | {"_table": several.table()}
     case = replay_case(plan, source, profile, folder=folder)
     if bundle:
         return bundle_replay(case, source, profile, bundle)
     outcome = run_replay(source, (case,), profile, repeats=steps, on=device, progress=tell)
     (result,) = outcome.results
-    write_replay_trace(trace_path, result.predicted, result.timeline, (result.memory.profile,) if result.memory.profile else ())
+    measured = (result.memory.profile,) if result.memory.profile else ()
+    write_replay_trace(trace_path, result.predicted.timeline, result.predicted.profiles, result.timeline, measured)
     return result.to_json() | {"plain": outcome.plain_json(), "_table": replay_table([(model_name, outcome)])}
 
 
 def write_replay_trace(
-    path: Path | None, predicted: Simulation | TracedSimulation, timeline: Timeline, profiles: tuple[MemoryProfile, ...]
+    path: Path | None, predicted: Timeline, predicted_profiles: tuple[MemoryProfile, ...], measured: Timeline,
+    measured_profiles: tuple[MemoryProfile, ...],
 ) -> None:  # fmt: skip
     """Predicted beside measured, if a trace was asked for."""
     if path:
-        write_chrome_trace(path, {"predicted": (predicted.timeline, predicted.profiles), "measured": (timeline, profiles)})
+        write_chrome_trace(path, {"predicted": (predicted, predicted_profiles), "measured": (measured, measured_profiles)})
 
 
 @main.command()

@@ -17,7 +17,7 @@ INIT_STD = 0.02
 
 
 class CausalAttention(nn.Module):
-    """Causal self-attention with grouped key-value heads."""
+    """Causal self-attention with grouped key-value heads; the forward pass takes as many heads as the projections give, so that they may be split."""
 
     def __init__(self, hidden: int, heads: int, kv_heads: int, *, bias: bool) -> None:
         super().__init__()
@@ -29,8 +29,8 @@ class CausalAttention(nn.Module):
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor] | None) -> Tensor:
         """Args: x: (batch, tokens, hidden), rotary: cosines and sines (tokens, head_dim) or None."""
         batch, tokens, _ = x.shape
-        query = self.query(x).view(batch, tokens, self.heads, self.head_dim).transpose(1, 2)
-        key, value = self.key_value(x).view(batch, tokens, 2 * self.kv_heads, self.head_dim).transpose(1, 2).chunk(2, dim=1)
+        query = self.query(x).view(batch, tokens, -1, self.head_dim).transpose(1, 2)
+        key, value = self.key_value(x).view(batch, tokens, -1, self.head_dim).transpose(1, 2).chunk(2, dim=1)
         if rotary is not None:
             query, key = _rotate(query, *rotary), _rotate(key, *rotary)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.heads != self.kv_heads)

@@ -20,11 +20,11 @@ NORM_EPSILON = 1e-6
 
 
 class EncoderLayer(nn.Module):
-    """Self-attention and a GELU network, each behind a layer norm and beside a residual."""
+    """Self-attention and a GELU network, each behind a layer norm and beside a residual; takes as many heads as ``qkv`` gives, so that they may be split."""
 
     def __init__(self, hidden: int, heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.head_dim = heads, hidden // heads
         self.attention_norm = nn.LayerNorm(hidden, eps=NORM_EPSILON)
         self.qkv = nn.Linear(hidden, 3 * hidden)
         self.projection = nn.Linear(hidden, hidden)
@@ -34,10 +34,10 @@ class EncoderLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: (batch, tokens, hidden)."""
-        batch, tokens, hidden = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(batch, tokens, 3, self.heads, hidden // self.heads)
+        batch, tokens, _ = x.shape
+        qkv = self.qkv(self.attention_norm(x)).view(batch, tokens, 3, -1, self.head_dim)
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(batch, tokens, hidden)
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(batch, tokens, -1)
         x = x + self.projection(mixed)
         y: Tensor = x + self.down(F.gelu(self.up(self.mlp_norm(x))))
         return y

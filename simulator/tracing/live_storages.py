@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, Self
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
 
 OnChange = Callable[[int, int], None]
@@ -29,7 +29,7 @@ def resize_storage(tensor: torch.Tensor, size_bytes: int) -> None:
 
 
 class LiveStorages(TorchDispatchMode):
-    """Counts bytes of live tensors: one count per storage, whatever views share it.
+    """Counts bytes of live tensors: one count per storage, whatever views share it. Of tensors that wrap others (DTensor) the parts on this rank count.
 
     Args:
         on_change: called with (storage identity, signed bytes) when a storage appears or ends.
@@ -84,6 +84,8 @@ class LiveStorages(TorchDispatchMode):
         return sum(size for _, size in self._alive.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(is_traceable_wrapper_subclass_type(one) for one in types):
+            return NotImplemented  # they take themselves apart, and their parts' operators come here
         out = func(*args, **(kwargs or {}))
         self.add(leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
         return out

@@ -115,6 +115,10 @@ class PipelineRank:
     def step(self) -> None:
         """A whole step."""
         self.gradients()
+        self.update()
+
+    def update(self) -> None:
+        """The optimizer's step with the gradients, which are let go."""
         self.optimizer.step()
 
     def take_gradients(self) -> dict[str, torch.Tensor | None]:

@@ -9,16 +9,23 @@ import numpy as np
 from hardware_models.errors import InfeasibleError
 from hardware_models.profile import DeviceProfile
 from hardware_models.units import format_bytes
+from simulator.model_source import ModelSource
 from simulator.parallel.orders import order_of
 from simulator.parallel.simulate_traced import TracedSimulation, simulate_traced
 from simulator.parallel.traced_step import Link, TracedStep
 from simulator.pipeline.action import Order
 from simulator.plan import Plan
 from simulator.program import Kind
+from simulator.tracing.capture import build_fake
 from simulator.tracing.plan_stages import PlannedStage, plan_stages
 from simulator.tracing.trace import Traced
+from simulator.tracing.traced_model import TracedModel
 from validation.distributed.check import check_processes
+from validation.distributed.fully_sharded import check_sharded
 from validation.distributed.job import LinkFacts
+from validation.distributed.module_prediction import ModuleSimulation, module_step, simulate_module
+from validation.distributed.module_rank import runs_whole_modules
+from validation.distributed.tensor_parallel import check_tensor_parallel
 
 _UNKNOWN_LINK = LinkFacts(latency_s=0.0, bytes_per_s=float("inf"))
 """Memory does not depend on it."""
@@ -51,14 +58,7 @@ class Prediction:
             InfeasibleError: the ranks together need more than this machine has, or a rank more than its device.
         """
         found = self._simulate(_UNKNOWN_LINK, 1.0)
-        if not found.fits_device:
-            shared = self.device.kind == "cpu"
-            limit = f"{'all ranks together need' if shared else 'a rank needs'} {format_bytes(found.needed_bytes)} of {format_bytes(self.device.memory_bytes)}"
-            raise InfeasibleError(
-                limit=limit,
-                smallest_change="take smaller micro-batches, recompute more, or fewer replicas",
-                needed_bytes=found.needed_bytes,
-            )
+        _check_fits(found)
         return found
 
     def times(self, link: LinkFacts) -> TracedSimulation:
@@ -98,6 +98,85 @@ class Prediction:
             for stages in self.order.stages_of_rank
         ]
         return [sum(one.size_bytes for one in own.values() if one.trained) for own in held]
+
+
+class ModulePrediction:
+    """A model that every rank runs as a whole module, split by FSDP2 or parallel styles.
+
+    Args:
+        source: a traced model.
+        plan: with its batch resolved.
+        device: prices kernels; on a CPU all its cores.
+        cores: of this machine.
+
+    Raises:
+        InputError: the plan cannot be run over processes, or the model not split that way.
+    """
+
+    def __init__(self, source: ModelSource, plan: Plan, device: DeviceProfile, *, cores: int) -> None:
+        check_processes(plan)
+        self.plan, self.device, self.cores = plan, device, cores
+        self.order: Order = order_of(plan)
+        traced: Traced = source.traced(plan.batch.micro_batch)
+        definition: TracedModel = source.definition
+        (module, _), _ = build_fake(definition.build)
+        if plan.parallel.tp > 1:
+            draws = any(block.uses_randomness for block in traced.chain.blocks)
+            check_tensor_parallel(module, tp=plan.parallel.tp, name=source.name, draws=draws)
+        else:
+            check_sharded(module, name=source.name)
+        batches = self.order.num_microbatches * plan.parallel.dp
+        self._flops, self._tokens = traced.workload.model_flops * batches, traced.workload.tokens * batches
+        self._step = module_step(definition, plan, num_microbatches=self.order.num_microbatches)
+
+    def memory(self) -> ModuleSimulation:
+        """With peaks as they will be and times without messages.
+
+        Raises:
+            InfeasibleError: the ranks together need more than this machine has, or a rank more than its device.
+        """
+        found = self._simulate(_UNKNOWN_LINK, 1.0)
+        _check_fits(found)
+        return found
+
+    def times(self, link: LinkFacts) -> ModuleSimulation:
+        """With messages over a link that was measured.
+
+        **Model**: as `Prediction.times`, where all ranks compute all the time.
+        """
+        if self.device.kind != "cpu":
+            return self._simulate(link, 1.0)
+        threads = max(1, self.cores // self.plan.num_gpus)
+        return self._simulate(link, self.cores / threads * max(1.0, self.plan.num_gpus * threads / self.cores))
+
+    def _simulate(self, link: LinkFacts, slowdown: float) -> ModuleSimulation:
+        return simulate_module(
+            self._step, self.plan, self.device, link, slowdown=slowdown, model_flops=self._flops, tokens=self._tokens
+        )
+
+
+def prediction_of(
+    source: ModelSource, plan: Plan, device: DeviceProfile, *, cores: int, folder: Path | None
+) -> Prediction | ModulePrediction:
+    """Of a traced model under a plan, by what its ranks run: blocks of the trace, or the module itself.
+
+    Raises:
+        InputError: the plan or the model cannot be run over processes.
+    """
+    if runs_whole_modules(plan):
+        return ModulePrediction(source, plan, device, cores=cores)
+    return Prediction(source.traced(plan.batch.micro_batch), plan, device, cores=cores, folder=folder)
+
+
+def _check_fits(found: TracedSimulation | ModuleSimulation) -> None:
+    if found.fits_device:
+        return
+    who = "all ranks together need" if found.device.kind == "cpu" else "a rank needs"
+    raise InfeasibleError(
+        limit=f"{who} {format_bytes(found.needed_bytes)} of {format_bytes(found.device.memory_bytes)}",
+        smallest_change="take smaller micro-batches, recompute more, or fewer replicas",
+        needed_bytes=found.needed_bytes,
+    )
 
 
 def _all_reduce_s(size_bytes: int, ranks: int, link: LinkFacts) -> float:

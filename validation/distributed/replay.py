@@ -24,7 +24,8 @@ from validation.distributed.check import check_devices
 from validation.distributed.job import DEFAULT_TIMEOUT_S, Job, JobReport
 from validation.distributed.launch import launch
 from validation.distributed.mesh import place_of
-from validation.distributed.prediction import Prediction
+from validation.distributed.module_prediction import ModuleSimulation
+from validation.distributed.prediction import prediction_of
 from validation.distributed.worker import run_job
 from validation.reports import table_of
 from validation.session import GradientsMatch
@@ -39,7 +40,7 @@ class ProcessesReplay:
 
     model: str
     plan: Plan
-    predicted: TracedSimulation
+    predicted: TracedSimulation | ModuleSimulation
     measured: JobReport
 
     @property
@@ -95,7 +96,14 @@ class ProcessesReplay:
                 str(report.rank), f"{self.predicted.step_time_s:.4f} s", f"{self.measured.times.median_s:.4f} s", f"{self.time_error:+.2%}",
                 f"{peak / GIB:.4f} GiB", f"{report.peak_bytes / GIB:.4f} GiB", f"{error:+.2%}", gradients,
             ))  # fmt: skip
-        return table_of(f"{self.model} on {self.plan.num_gpus} processes, {self.plan.pipeline.schedule}", columns, rows)
+        return table_of(f"{self.model} on {self.plan.num_gpus} processes, {_how(self.plan)}", columns, rows)
+
+
+def _how(plan: Plan) -> str:
+    """What splits the model, in words."""
+    if plan.parallel.tp > 1:
+        return f"tensor parallel {plan.parallel.tp}"
+    return f"ZeRO {plan.memory.zero_stage}" if plan.memory.zero_stage else plan.pipeline.schedule
 
 
 def replay_processes(
@@ -142,7 +150,7 @@ def replay_processes(
     check_devices(plan, on=on, num_devices=torch.cuda.device_count(), processes_here=here)
     progress(f"tracing {source.name}")
     cores = len(os.sched_getaffinity(0))
-    prediction = Prediction(source.traced(resolved.batch.micro_batch), resolved, device, cores=cores, folder=folder)
+    prediction = prediction_of(source, resolved, device, cores=cores, folder=folder)
     prediction.memory()
     job = Job(
         model=source.name,

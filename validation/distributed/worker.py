@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,11 @@ from hardware_models.host_memory import keep_freed_pages
 from simulator.program import Kind, Stream
 from simulator.timeline import Span
 from simulator.tracing.plan_stages import plan_stages
-from simulator.tracing.trace import trace
+from simulator.tracing.trace import Traced, trace
 from simulator.tracing.traced_model import micro_batches
 from validation.distributed.job import Job, JobReport, LinkFacts, RankReport
 from validation.distributed.mesh import groups_of, place_of
+from validation.distributed.module_rank import ModuleRank, runs_whole_modules
 from validation.distributed.pipeline_rank import PipelineRank
 from validation.distributed.reference import Reference, compare, plain_reference
 from validation.measure import StepTimes, peak_memory, synchronize
@@ -79,16 +81,11 @@ def _run(job: Job, rank: int, device: torch.device, progress: Progress) -> JobRe
     module, inputs = job.source.definition.build()
     pieces = micro_batches(inputs, job.plan.batch.micro_batch or 1)
     traced = trace(module, pieces[0], name=job.model)
-    planned = plan_stages(traced, job.plan, job.order)
     place = place_of(rank, job.plan)
-    groups = _groups(job, rank)
-    tied = _tied_groups(job, rank, planned)
     progress("gradients of the plain module")
     reference = plain_reference(module, traced, pieces, seed=job.seed) if rank == 0 else None
     own = pieces[place.dp * job.order.num_microbatches : (place.dp + 1) * job.order.num_microbatches]
-    part = PipelineRank(
-        job, place, module, planned, own, device=device, pipeline=groups["pp"], replicas=groups["dp"], tied=tied
-    )
+    part = _part(job, rank, module, traced, own, device)
     expected, states = _shared_reference(reference, module, part, first=place.dp * job.order.num_microbatches)
     del reference, module, inputs, pieces, own
     progress("gradients under the plan")
@@ -120,6 +117,20 @@ def _run(job: Job, rank: int, device: torch.device, progress: Progress) -> JobRe
         return None
     environment = {"torch": torch.__version__, "backend": dist.get_backend(), "cores": len(os.sched_getaffinity(0))}
     return JobReport(times=times, ranks=tuple(gathered), link=link, threads=torch.get_num_threads(), environment=environment)
+
+
+def _part(
+    job: Job, rank: int, module: torch.nn.Module, traced: Traced, own: Sequence[Mapping[str, Any]], device: torch.device
+) -> PipelineRank | ModuleRank:
+    """What this process runs; ``module`` stays as it is."""
+    if runs_whole_modules(job.plan):
+        return ModuleRank(job.plan, deepcopy(module), own, device=device)
+    planned, groups = plan_stages(traced, job.plan, job.order), _groups(job, rank)
+    tied = _tied_groups(job, rank, planned)
+    place = place_of(rank, job.plan)
+    return PipelineRank(
+        job, place, module, planned, own, device=device, pipeline=groups["pp"], replicas=groups["dp"], tied=tied
+    )
 
 
 def _sizes(tensors: Sequence[torch.Tensor]) -> list[int]:
@@ -159,7 +170,7 @@ def _tied_groups(job: Job, rank: int, planned: Sequence[Any]) -> dict[str, dist.
 
 
 def _shared_reference(
-    reference: Reference | None, module: torch.nn.Module, part: PipelineRank, *, first: int
+    reference: Reference | None, module: torch.nn.Module, part: PipelineRank | ModuleRank, *, first: int
 ) -> tuple[dict[str, torch.Tensor | None], Mapping[tuple[int, int], Any]]:
     """Rank 0's reference, handed to all: gradients of this rank's parameters, random states of its replica's micro-batches."""
     has: list[Any] = [
@@ -182,7 +193,7 @@ def _shared_reference(
     return expected, {(number - first, block): state for (number, block), state in states.items()}
 
 
-def _spans(part: PipelineRank, rank: int, device: torch.device) -> tuple[Span, ...]:
+def _spans(part: PipelineRank | ModuleRank, rank: int, device: torch.device) -> tuple[Span, ...]:
     """What each block's runs took, from the moment at which all ranks begin."""
     spans: list[Span] = []
     dist.barrier()
@@ -203,7 +214,7 @@ def _spans(part: PipelineRank, rank: int, device: torch.device) -> tuple[Span, .
     part.watch(ended)
     part.gradients()
     last = time.perf_counter()
-    part.optimizer.step()
+    part.update()
     synchronize(device)
     part.watch(None)
     now = time.perf_counter()
@@ -222,7 +233,7 @@ def _spans(part: PipelineRank, rank: int, device: torch.device) -> tuple[Span, .
     return tuple(spans)
 
 
-def _times(part: PipelineRank, steps: int, device: torch.device) -> StepTimes:
+def _times(part: PipelineRank | ModuleRank, steps: int, device: torch.device) -> StepTimes:
     """Steps that all ranks begin together, after one that is not counted; each as long as its slowest rank's."""
     seconds = []
     for repeat in range(steps + 1):

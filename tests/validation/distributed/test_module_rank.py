@@ -1,0 +1,172 @@
+"""FSDP2 and parallel styles: units, orders of rows, what is refused; gradients and memory on real processes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+from hardware_models.catalogue import load_hardware
+from hardware_models.errors import InfeasibleError, InputError
+from simulator.model_source import model_source
+from simulator.plan import Batch, Memory, Parallel, Plan, Runtime
+from simulator.tracing.live_storages import LiveStorages
+from tests.validation.distributed import split_models
+from validation.distributed.check import check_processes
+from validation.distributed.fully_sharded import check_sharded, resizes_told, units_of
+from validation.distributed.job import LinkFacts
+from validation.distributed.module_prediction import Collective
+from validation.distributed.prediction import ModulePrediction
+from validation.distributed.replay import replay_processes
+from validation.distributed.tensor_parallel import check_tensor_parallel, rank_order, whole_order
+
+MODELS = "tests.validation.distributed.split_models"
+MEMORY_TOLERANCE = 0.01
+ROUNDING = 1e-5
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def plan_of(*, tp: int = 1, dp: int = 1, zero: int = 0) -> Plan:
+    return Plan(parallel=Parallel(tp=tp, dp=dp), batch=Batch(global_batch=4, micro_batch=1), memory=Memory(zero_stage=zero))  # type: ignore[arg-type]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("model", "plan"),
+    [
+        ("tests.small_models:residual_mlp", plan_of(dp=2, zero=3)),
+        (f"{MODELS}:gpt", plan_of(dp=2, zero=2)),
+        (f"{MODELS}:gpt", plan_of(tp=2)),
+        (f"{MODELS}:llama", plan_of(tp=2)),
+        (f"{MODELS}:vit", plan_of(tp=2)),
+    ],
+    ids=["zero3-dropout", "zero2-tied", "tp-gpt", "tp-llama", "tp-vit"],
+)
+def test_a_split_module_is_the_plain_one_and_takes_the_memory_predicted(model: str, plan: Plan) -> None:
+    found = replay_processes(model_source(model), plan, load_hardware("h100-sxm"), steps=1, timeout_s=120.0)
+    assert found.match.max_rel < ROUNDING
+    assert max(map(abs, found.memory_errors)) < MEMORY_TOLERANCE
+    assert all(report.num_compared > 0 for report in found.measured.ranks)
+    result = found.to_json()
+    json.dumps(result)
+    assert result["predicted"]["step_time_s"] == pytest.approx(sum(result["predicted"]["time_breakdown_s"].values()))
+
+
+@pytest.mark.slow
+def test_more_ranks_hold_less_and_a_gathered_step_more() -> None:
+    def peak(plan: Plan, model: str = f"{MODELS}:gpt") -> int:
+        return ModulePrediction(model_source(model), plan, load_hardware("h100-sxm"), cores=2).memory().step.peak_bytes
+
+    whole = model_source(f"{MODELS}:gpt")
+    assert peak(plan_of(dp=4, zero=3)) < peak(plan_of(dp=2, zero=3)) < peak(plan_of(dp=2, zero=2))
+    assert peak(plan_of(tp=4)) < peak(plan_of(tp=2))
+    states = 3 * sum(parameter.numel() * 4 for parameter in whole.definition.build()[0].parameters())
+    assert peak(plan_of(tp=2)) > states / 2
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_infeasible() -> None:
+    small = load_hardware("h100-sxm").changed(memory_bytes=1000, context_bytes=0)
+    prediction = ModulePrediction(model_source(f"{MODELS}:gpt"), plan_of(tp=2), small, cores=2)
+    with pytest.raises(InfeasibleError, match=r"a rank needs .* of "):
+        prediction.memory()
+
+
+def test_a_collective_goes_around_the_ring() -> None:
+    link = LinkFacts(latency_s=1e-3, bytes_per_s=1e6)
+    assert Collective(size_bytes=4000, rounds=2).seconds(4, link) == pytest.approx(2 * 3 * (1e-3 + 1e-3))
+    assert Collective(size_bytes=4000, rounds=1).seconds(2, link) == pytest.approx(1e-3 + 2e-3)
+    assert Collective(size_bytes=4000, rounds=2).seconds(1, link) == 0.0
+    assert Collective(size_bytes=8000, rounds=1).seconds(2, link) > Collective(size_bytes=4000, rounds=1).seconds(2, link)
+
+
+@pytest.mark.parametrize(("parts", "tp"), [(2, 2), (3, 2), (2, 4)])
+def test_each_rank_gets_its_heads_of_everything(parts: int, tp: int) -> None:
+    heads = 2 * tp
+    names = torch.tensor([[part * 100 + head] for part in range(parts) for head in range(heads)])
+    ordered = rank_order(names, parts, tp)
+    for rank, cut in enumerate(ordered.chunk(tp)):
+        expected = [part * 100 + head for part in range(parts) for head in range(2 * rank, 2 * rank + 2)]
+        assert cut.flatten().tolist() == expected
+    assert torch.equal(whole_order(ordered, parts, tp), names)
+
+
+def test_units_are_the_outermost_entries_with_parameters() -> None:
+    inner = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+    module = nn.ModuleDict(
+        {"head": nn.Linear(2, 2), "layers": nn.ModuleList([inner, nn.ReLU(), nn.ModuleList([nn.Linear(2, 2)])])}
+    )
+    units = units_of(module)
+    assert [type(unit) for unit in units] == [nn.Sequential, nn.Linear]
+    assert units[0] is inner
+
+
+def test_what_fsdp_frees_is_told() -> None:
+    tensor, changes = torch.zeros(4), list[int]()
+    live = LiveStorages(lambda _, delta_bytes: changes.append(delta_bytes))
+    live.add([tensor])
+    before = _fsdp_param.free_storage
+    with live, resizes_told():
+        _fsdp_param.free_storage(tensor)
+        _fsdp_param.alloc_storage(tensor)
+    assert changes == [16, -16, 16]
+    assert _fsdp_param.free_storage is before
+
+
+def test_parameters_that_units_share_are_refused() -> None:
+    with pytest.raises(InputError, match=r"two units share weight"):
+        check_sharded(split_models.shared()[0], name="shared")
+    layers = nn.Sequential(nn.Linear(2, 2))
+    module = nn.ModuleDict({"layers": layers, "head": nn.Linear(2, 2)})
+    module["head"].weight = layers[0].weight
+    with pytest.raises(InputError, match="weight is also used outside its unit"):
+        check_sharded(module, name="tied")
+    with pytest.raises(InputError, match="parameter weight is complex"):
+        check_sharded(nn.Linear(2, 2, bias=False, dtype=torch.complex64), name="complex")
+    check_sharded(split_models.gpt()[0], name="gpt")
+
+
+def test_models_without_a_plan_are_refused() -> None:
+    module = split_models.gpt()[0]
+    check_tensor_parallel(module, tp=4, name="gpt", draws=False)
+    with pytest.raises(InputError, match=r"heads % tp == 0 must hold, but got 4 % 3 = 1"):
+        check_tensor_parallel(module, tp=3, name="gpt", draws=False)
+    with pytest.raises(InputError, match=r"kv_heads % tp == 0 must hold, but got 2 % 4 = 2"):
+        check_tensor_parallel(split_models.llama()[0], tp=4, name="llama", draws=False)
+    with pytest.raises(InputError, match=r"Decoder .* and VisionTransformer only, but this is a Linear"):
+        check_tensor_parallel(nn.Linear(2, 2), tp=2, name="linear", draws=False)
+    with pytest.raises(InputError, match="random numbers for parts"):
+        check_tensor_parallel(module, tp=2, name="gpt", draws=True)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (Plan(parallel=Parallel(tp=2, dp=2)), "tensor parallelism is replayed alone, but got pp = 1, dp = 2, zero_stage = 0"),
+        (Plan(parallel=Parallel(tp=2, sequence_parallel=True)), "parallel.sequence_parallel = True: not replayed"),
+        (
+            Plan(parallel=Parallel(pp=2, dp=2), memory=Memory(zero_stage=3)),
+            "replicas without a pipeline, but got pp = 2, dp = 2",
+        ),
+        (Plan(parallel=Parallel(dp=2), memory=Memory(zero_stage=1)), "memory.zero_stage = 1: not replayed .* 0 or 2 or 3"),
+        (Plan(parallel=Parallel(dp=2), memory=Memory(zero_stage=3, recompute="full")), "keeps every activation"),
+        (
+            Plan(parallel=Parallel(dp=2), memory=Memory(zero_stage=3), runtime=Runtime(prefetch_blocks=2)),
+            "runtime.prefetch_blocks = 2: not replayed over several processes yet; leave it at its default",
+        ),
+    ],
+)
+def test_plans_that_stay_unsupported_are_refused_by_name(plan: Plan, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        check_processes(plan)

@@ -1,0 +1,216 @@
+"""What a rank that runs a split module is predicted to do: the very step of `ModuleRank`, on fake tensors among fake processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._pytree import tree_leaves
+
+from hardware_models.kernel import Kernel
+from hardware_models.pricing import Price, price_together
+from hardware_models.profile import DeviceProfile
+from simulator.exposed_time import TIME_CLASSES
+from simulator.lower import optimizer_elements_pass
+from simulator.plan import Plan
+from simulator.program import Kind, Stream
+from simulator.simulate import INTERVAL_Z
+from simulator.timeline import MemoryProfile, Span, Timeline
+from simulator.tracing.capture import build_fake
+from simulator.tracing.kernels_of import kernels_of
+from simulator.tracing.live_storages import LiveStorages
+from simulator.tracing.side_values import fake_activations
+from simulator.tracing.traced_model import TracedModel, micro_batches
+from validation.distributed.job import LinkFacts
+from validation.distributed.module_rank import ModuleRank
+from validation.measure import peak_memory
+
+_COLLECTIVES = ("c10d", "_c10d_functional")
+"""Namespaces of operators that are collectives, or wait for them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Collective:
+    """One exchange among all ranks."""
+
+    size_bytes: int
+    """Of the whole tensor."""
+    rounds: int
+    """Times that every rank's share goes around the ring: 2 for a sum that all get, else 1."""
+
+    def seconds(self, ranks: int, link: LinkFacts) -> float:
+        """A ring: each of ``rounds (n - 1)`` messages is a share of the bytes.
+
+        **Source**: Patarasuk and Yuan 2009, section 3.
+        """
+        return self.rounds * (ranks - 1) * (link.latency_s + self.size_bytes / ranks / link.bytes_per_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleStep:
+    """A step of rank 0, untimed; it holds the largest parts, other ranks less by a row of a parameter at most."""
+
+    peak_bytes: int
+    kernels: tuple[Kernel, ...]
+    updates: tuple[Kernel, ...]
+    """Of the optimizer."""
+    collectives: tuple[Collective, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleSimulation:
+    """A step's predicted consequence, alike on every rank.
+
+    **Not modelled**: collectives beside compute; classes of memory; what the allocator reserves beyond live tensors.
+    """
+
+    plan: Plan
+    device: DeviceProfile
+    step: ModuleStep
+    price: Price
+    """All kernels of a rank."""
+    slowdown: float
+    update_s: float
+    exchange_s: float
+    model_flops: int
+    """Of a step over all ranks."""
+    tokens: int
+
+    @property
+    def profiles(self) -> tuple[MemoryProfile, ...]:
+        """None: the peak alone is predicted."""
+        return ()
+
+    @property
+    def step_time_s(self) -> float:
+        """Kernels, exchanges and update after each other."""
+        return self.slowdown * self.price.total_s + self.exchange_s
+
+    @property
+    def peak_memory_bytes(self) -> tuple[int, ...]:
+        """Most bytes of live tensors of a rank."""
+        return (self.step.peak_bytes,)
+
+    @property
+    def needed_bytes(self) -> int:
+        """What must fit the device: on a CPU all ranks together, which share its memory."""
+        if self.device.kind == "cpu":
+            return self.step.peak_bytes * self.plan.num_gpus
+        return self.step.peak_bytes + self.device.context_bytes
+
+    @property
+    def fits_device(self) -> bool:
+        """Whether what is needed is there."""
+        return self.needed_bytes <= self.device.memory_bytes
+
+    @property
+    def _parts(self) -> dict[str, float]:
+        own = "tp" if self.plan.parallel.tp > 1 else "dp"
+        compute_s = self.step_time_s - self.exchange_s - self.update_s
+        return dict.fromkeys(TIME_CLASSES, 0.0) | {"compute": compute_s, own: self.exchange_s, "optimizer": self.update_s}
+
+    @property
+    def timeline(self) -> Timeline:
+        """Of rank 0: a span per class of time."""
+        parts, spans, start_s = self._parts, [], 0.0
+        lanes = {
+            "compute": (Stream.COMPUTE, Kind.FORWARD), "tp": (Stream.TP, Kind.TRANSFER), "dp": (Stream.DP, Kind.TRANSFER),
+            "optimizer": (Stream.COMPUTE, Kind.OPTIMIZER),
+        }  # fmt: skip
+        for name, (stream, kind) in lanes.items():
+            if parts[name] > 0.0:
+                end_s = start_s + parts[name]
+                spans.append(
+                    Span(device=0, stream=stream, kind=kind, name=name, micro_batch=-1, block=-1, start_s=start_s, end_s=end_s)
+                )
+                start_s = end_s
+        return Timeline(spans=tuple(spans))
+
+    def to_json(self) -> dict[str, object]:
+        """The keys of ``schedlab simulate --json``."""
+        step_s, ranks, peak = self.step_time_s, self.plan.num_gpus, self.device.peak("float32")
+        half = INTERVAL_Z * self.price.relative_standard_error * step_s
+        rate, budget, parts = self.model_flops / step_s / ranks, self.plan.memory.budget_bytes, self._parts
+        return {
+            "step_time_s": step_s, "step_time_interval_s": [max(0.0, step_s - half), step_s + half], "tokens_per_s_per_gpu": self.tokens / step_s / ranks,
+            "model_flops_per_s_per_gpu": rate, "mfu": rate / peak, "hfu": rate / peak, "peak_memory_bytes": list(self.peak_memory_bytes),
+            "peak_reserved_bytes": list(self.peak_memory_bytes), "peak_host_bytes": 0, "peak_memory_breakdown": {},
+            "fits": self.fits_device and (budget is None or self.step.peak_bytes <= budget), "time_breakdown_s": parts,
+            "bottleneck": max(parts, key=lambda name: parts[name]), "num_events": len(self.step.kernels) + len(self.step.collectives),
+            "evidence": list(self.price.evidence),
+        }  # fmt: skip
+
+
+class _StepReader(LiveStorages):
+    """Notes kernels and collectives."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda _, __: None)
+        self.kernels: list[Kernel] = []
+        self.collectives: list[Collective] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        if out is NotImplemented:
+            return out
+        values = (*args, *(kwargs or {}).values())
+        if func.namespace not in _COLLECTIVES:
+            self.kernels.extend(kernels_of(func, values, out))
+        elif "wait" not in func.overloadpacket.__name__:
+            sizes = [
+                leaf.numel() * leaf.element_size() for leaf in tree_leaves((values, out)) if isinstance(leaf, torch.Tensor)
+            ]
+            summed = "allreduce" in func.overloadpacket.__name__.replace("_", "")
+            self.collectives.append(Collective(size_bytes=max(sizes, default=0), rounds=2 if summed else 1))
+        return out
+
+
+@contextmanager
+def _fake_processes(count: int) -> Iterator[None]:
+    """Context in which this process is rank 0 of several whose collectives do nothing."""
+    dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def module_step(model: TracedModel, plan: Plan, *, num_microbatches: int) -> ModuleStep:
+    """The second step of rank 0, from fake tensors: no memory for weights, no other process.
+
+    **Model**: live tensor bytes, one count per storage, of the code that replay runs; torch's FSDP2 and parallel styles make their own buffers in it.
+
+    Args:
+        model: its definition.
+        plan: with its batch resolved.
+        num_microbatches: of a rank.
+    """
+    (module, inputs), fake_mode = build_fake(model.build)
+    pieces = micro_batches(inputs, plan.batch.micro_batch or 1)[:num_microbatches]
+    with _fake_processes(plan.num_gpus), fake_activations(fake_mode):
+        rank = ModuleRank(plan, module, pieces, device=torch.device("cpu"))
+        rank.step()
+        peak = peak_memory(rank.step, rank.resident, device=torch.device("cpu"))
+        with _StepReader() as reader:
+            rank.gradients()
+        sizes = [(part.numel(), part.numel() * part.element_size()) for part in rank.optimizer.parameters]
+    updates = optimizer_elements_pass(sizes, optimizer=plan.precision.optimizer).kernels
+    return ModuleStep(
+        peak_bytes=peak.allocated_bytes, kernels=tuple(reader.kernels), updates=updates, collectives=tuple(reader.collectives)
+    )
+
+
+def simulate_module(
+    step: ModuleStep, plan: Plan, device: DeviceProfile, link: LinkFacts, *, slowdown: float, model_flops: int, tokens: int
+) -> ModuleSimulation:
+    """A step with the times of kernels, each ``slowdown`` times the profile's, and of collectives over a link."""
+    return ModuleSimulation(
+        plan=plan, device=device, step=step, price=price_together([*step.kernels, *step.updates], device), slowdown=slowdown,
+        update_s=slowdown * price_together(step.updates, device).total_s,
+        exchange_s=sum(one.seconds(plan.num_gpus, link) for one in step.collectives), model_flops=model_flops, tokens=tokens,
+    )  # fmt: skip
