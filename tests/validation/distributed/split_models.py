@@ -14,7 +14,7 @@ VOCAB = 101  # odd: ranks hold unequal parts
 
 def _decoder(*, llama: bool) -> tuple[nn.Module, dict[str, Tensor]]:
     kv_heads = 2 if llama else 4
-    module = Decoder(layers=3, hidden=64, heads=4, kv_heads=kv_heads, ffn=128, vocab=VOCAB, max_positions=16, llama=llama)
+    module = Decoder(layers=2, hidden=64, heads=4, kv_heads=kv_heads, ffn=128, vocab=VOCAB, max_positions=16, llama=llama)
     return module, token_inputs(batch=4, seq_len=16, vocab=VOCAB)
 
 
