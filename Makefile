@@ -15,7 +15,7 @@ test: .venv/.stamp
 	$(RUN) pytest -q -m "slow and not gpu and not benchmark" $(OR_NONE)
 
 bench: .venv/.stamp
-	$(RUN) pytest -m "benchmark and not gpu" --benchmark-only tests $(OR_NONE)
+	$(RUN) pytest -m "benchmark and not gpu" --benchmark-only -n 0 tests $(OR_NONE)
 
 lint: .venv/.stamp
 	$(RUN) ruff check .
