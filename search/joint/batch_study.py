@@ -18,11 +18,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from search.study import CERTIFIED_GAP
+
 BATCH = "batch"
 """Name of the study's only parameter: which stretch of the points, in order of their bounds."""
 BATCH_POINTS = 64
 """Points of a batch: one trial is written for them together, so that storage is not the bottleneck."""
-CERTIFIED_GAP = 1e-9
 NOTHING = float("inf")
 """Value where there is no plan."""
 JOURNAL = "journal:"

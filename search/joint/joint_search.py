@@ -13,12 +13,13 @@ from typing import Any
 from hardware_models.errors import InfeasibleError, InputError
 from hardware_models.profile import DeviceProfile
 from hardware_models.units import format_bytes
-from search.joint.batch_study import CERTIFIED_GAP, JOURNAL, NOTHING, BatchOutcome, JointStudyResult, Progress, run_batches
+from search.joint.batch_study import JOURNAL, NOTHING, BatchOutcome, JointStudyResult, Progress, run_batches
 from search.joint.bounded_space import BoundedSpace, bounded_space
 from search.joint.evaluate import Evaluator
 from search.joint.experts import Expert, experts
 from search.joint.explain import Contribution, contributions
 from search.joint.space import JointRequest, joint_space
+from search.study import CERTIFIED_GAP
 from simulator.model_source import ModelSource
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.plan import Plan

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from simulator import engine_compiled
 from simulator.exposed_time import TIME_CLASSES, exposed_times
+from simulator.parallel.traced_writer import ProgramWriter
 from simulator.program import Kind, MemoryClass, Program, Stream, no_slowdown
-from tests.simulator.program_writer import ProgramWriter
 
 NOTHING = (0,) * len(MemoryClass)
 
