@@ -20,6 +20,7 @@ from search.joint.batch_study import Progress
 from search.joint.joint_search import Baseline, JointResult, joint_search
 from search.joint.make_request import ALLOWABLE as ALLOWABLE_TOGETHER
 from search.joint.make_request import joint_request
+from search.joint.refusals import refusal_line
 from search.plan_search import ALLOWABLE, OBJECTIVES, SearchRequest, SearchResult
 from search.plan_search import search as run_search
 from search.trainers import TRAINERS, trainer_of
@@ -146,6 +147,8 @@ def search_together(asked: Asked, cluster: Cluster) -> dict[str, Any]:
     result = joint_search(
         request, source, device, storage=asked.storage, workers=asked.workers, time_limit_s=limit_s, on_progress=_tell_progress
     )
+    if result.study.refused:
+        stderr.print(refusal_line(result.study.refused), highlight=False, markup=False)
     found = result.to_json() | {"cluster": cluster.name, "num_gpus": cluster.num_gpus}
     if asked.out:
         _write(result.plan, found, asked.out, result.simulation, asked.model)

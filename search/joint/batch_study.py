@@ -18,6 +18,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from search.joint.refusals import together
 from search.study import CERTIFIED_GAP
 
 BATCH = "batch"
@@ -47,6 +48,8 @@ class BatchOutcome:
     """Least memory that a point which does not fit would need; 0 where there is none."""
     attributes: Mapping[str, Any]
     """Of the best point, kept with the trial as JSON."""
+    refused: Mapping[str, int]
+    """Plans that the simulator refuses, by reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +77,8 @@ class JointStudyResult:
     progress: Progress
     least_bytes: int
     """Least memory that a point which does not fit would need."""
+    refused: Mapping[str, int]
+    """Plans that the simulator refuses, by reason, most of them first."""
 
     @property
     def certified(self) -> bool:
@@ -176,7 +181,8 @@ def run_batches(
         ran = True
     best = min(_completed(study), key=lambda one: (float(one.values[0]), int(one.user_attrs["point"])), default=None)
     needs = [int(one.user_attrs["least_bytes"]) for one in _finished(study) if one.user_attrs.get("least_bytes")]
-    return JointStudyResult(best=best, progress=progress, least_bytes=min(needs, default=0))
+    refused = together(one.user_attrs["refused"] for one in _finished(study))
+    return JointStudyResult(best=best, progress=progress, least_bytes=min(needs, default=0), refused=refused)
 
 
 def storage_of(text: str | None) -> str | JournalStorage | None:
@@ -187,7 +193,7 @@ def storage_of(text: str | None) -> str | JournalStorage | None:
 
 
 def _tell(study: Study, trial: optuna.Trial, outcome: BatchOutcome) -> None:
-    for key in ("point", "open_bound", "num_simulated", "least_bytes"):
+    for key in ("point", "open_bound", "num_simulated", "least_bytes", "refused"):
         value = getattr(outcome, key)
         trial.set_user_attr(key, None if value == NOTHING else value)
     for key, value in outcome.attributes.items():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from search.joint.bounds import TWO_WAYS
 from search.joint.explain import Forecast
 from search.joint.layer_tables import LayerTables
 from search.joint.memory_variants import memory_variants
+from search.joint.refusals import reason_of, together
 from search.joint.space import JointSpace
 from search.stage_recompute import simulate_on_cluster
 from search.trainers import violations
@@ -44,6 +46,8 @@ class PointValue:
     """Least memory of a plan that did not fit; 0 where all did."""
     complete: bool
     """Whether time was enough to look at all of its plans."""
+    refused: Mapping[str, int]
+    """Plans that the simulator refuses, by reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +106,7 @@ class Evaluator:
         open_plan, request = self.space.plan(index), self.space.request
         room = min(request.budget_bytes or self.device.memory_bytes, self.device.memory_bytes - self.device.context_bytes)
         plain: _Plain | None = None
-        complete = True
+        complete, refused = True, Counter[str]()
         best, found, count, least = incumbent, None, 0, 0
         for memory in memory_variants(request.trainer, open_plan):
             plan = replace(open_plan, memory=memory)
@@ -123,8 +127,9 @@ class Evaluator:
             except InfeasibleError as error:
                 least = _least(least, error.needed_bytes)
                 continue
-            except InputError:
-                continue  # a combination that the simulator refuses by name
+            except InputError as error:
+                refused[reason_of(error)] += 1  # a combination that the simulator refuses by name
+                continue
             count += 1
             if memory == open_plan.memory:
                 plain = _Plain(cut=cut, step_time_s=result.step_time_s, update_s=_update_seconds(result))
@@ -137,7 +142,12 @@ class Evaluator:
             else:
                 least = _least(least, max(result.peak_memory_bytes if request.budget_bytes else result.peak_reserved_bytes))
         return PointValue(
-            plan=found, step_time_s=best if found else NOTHING, num_simulated=count, least_bytes=least, complete=complete
+            plan=found,
+            step_time_s=best if found else NOTHING,
+            num_simulated=count,
+            least_bytes=least,
+            complete=complete,
+            refused=refused,
         )
 
     def states_bytes(self, plan: Plan, plain: Plan) -> int:
@@ -164,12 +174,14 @@ class Evaluator:
             end: moment (`time.monotonic`) at which no other plan is begun.
         """
         best, winner, plan, count, least, open_bound = incumbent, None, None, 0, 0, NOTHING
+        refused: list[Mapping[str, int]] = []
         for index, bound in zip(indices, bounds, strict=True):
             if bound >= best:
                 break
             value = self.point(index, best, end=end)
             count += value.num_simulated
             least = _least(least, value.least_bytes)
+            refused.append(value.refused)
             if value.plan is not None:
                 best, winner, plan = value.step_time_s, index, value.plan
             if not value.complete:
@@ -177,7 +189,8 @@ class Evaluator:
                 break
         attributes: dict[str, Any] = {} if plan is None else {"plan": plan_to_dict(plan)}
         return BatchOutcome(
-            value=None if winner is None else best, point=winner, open_bound=open_bound, num_simulated=count, least_bytes=least, attributes=attributes
+            value=None if winner is None else best, point=winner, open_bound=open_bound, num_simulated=count, least_bytes=least, attributes=attributes,
+            refused=together(refused),
         )  # fmt: skip
 
     def _cut(self, plan: Plan) -> tuple[int, ...]:

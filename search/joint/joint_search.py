@@ -93,7 +93,7 @@ class JointResult:
             "best": {"plan": plan_to_dict(self.plan), "simulate": self.simulation.to_json()}, "objective": "time", "budget_bytes": self.plan.memory.budget_bytes, "lower_bound_s": self.lower_bound_s, "gap": self.gap,
             "certified": self.certified, "space_size": self.space_size, "num_simulated": self.study.progress.num_simulated,
             "elapsed_s": self.elapsed_s, "baselines": {one.name: one.to_json() for one in self.baselines}, "pareto": self.pareto(),
-            "explanation": self.explanation(),
+            "explanation": self.explanation(), "refused": dict(self.study.refused),
         }  # fmt: skip
 
 
