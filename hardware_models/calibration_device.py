@@ -155,19 +155,23 @@ def copy_engine(rows: Sequence[Mapping[str, Any]]) -> Table | None:
     """Rates and latency of pinned copies, and what directions and kernels do to each other; None without copies.
 
     **Model**: ``t = latency + bytes / rate`` for each direction, least squares of the relative error; with both busy each runs at a fraction e
-    of its rate until the shorter is done, so a pair that takes T has ``e = shorter / (T - (longer - shorter))``; the slow-down of compute is
-    the mean over kernels bound by arithmetic and by memory and over both directions.
+    of its rate until the shorter is done, so a pair that takes T has ``e = shorter / (T - (longer - shorter))``; slow-downs are
+    the means over kernels bound by arithmetic and by memory and over both directions.
     """
     if not rows:
         return None
     (up_s, up_rate), (down_s, down_rate) = (line_of(rows, f"{name}_s") for name in ("h2d", "d2h"))
-    slow = [one["compute_slowdown"] for row in rows for one in row.get("under", ())]
+    under = [one for row in rows for one in row.get("under", ())]
+    slowed = {
+        f"{what}_slowdown": max(1.0, float(np.mean([one[f"{what}_slowdown"] for one in under]))) if under else 1.0
+        for what in ("compute", "copy")
+    }
     last = rows[-1]
     return {
         "to_device_bytes_per_s": up_rate, "to_host_bytes_per_s": down_rate, "latency_s": max(up_s, down_s),
         "duplex_efficiency": min(1.0, duplex_efficiency(last["h2d_s"], last["d2h_s"], last["duplex_s"])),
-        "compute_slowdown": max(1.0, float(np.mean(slow))) if slow else 1.0, "evidence": "measured",
-        "source": f"pinned copies of {rows[0]['bytes']} to {last['bytes']} bytes" + ("" if slow else "; beside kernels not measured, taken as no slow-down"),
+        **slowed, "evidence": "measured",
+        "source": f"pinned copies of {rows[0]['bytes']} to {last['bytes']} bytes" + ("" if under else "; beside kernels not measured, taken as no slow-down"),
     }  # fmt: skip
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch
 
 from hardware_models.microbench_environment import available_host_bytes
 from hardware_models.microbench_timing import Lanes
+from hardware_models.one_thread import one_thread_worker
 
 COPY_BYTES = tuple(2**exponent for exponent in range(12, 31, 2))
 """4 KiB to 1 GiB."""
@@ -31,6 +31,8 @@ _MOST_KERNELS = 500
 """Below the depth of the launch queue (about 1000), so that all are enqueued before the first starts."""
 _ADDED_ELEMENTS = 2**26
 _PRODUCT_SIZE = 4096
+_CPU_ADDED_ELEMENTS = 2**20
+_CPU_PRODUCT_SIZE = 512
 
 Run = Callable[[], object]
 
@@ -147,11 +149,15 @@ def cuda_bench(main: torch.dtype) -> Bench:
 
 
 def cpu_bench() -> Bench:
-    """The bench of a CPU that is its own host: copies run in a worker thread each, as replay runs them.
-
-    Not beside kernels: these take the same cores, which is a matter of sharing and not of the memory's rate.
-    """
-    return Bench(seconds=_thread_seconds, wall=_thread_wall, copies=_cpu_copies, kernels={})
+    """The bench of a CPU that is its own host: copies run in a worker of one thread each, as replay runs them, kernels in the calling thread with all of torch's."""
+    a = torch.randn(_CPU_PRODUCT_SIZE, _CPU_PRODUCT_SIZE)
+    product = torch.mm(a, a)
+    x = torch.randn(_CPU_ADDED_ELEMENTS)
+    total = torch.empty_like(x)
+    return Bench(
+        seconds=_thread_seconds, wall=_thread_wall, copies=_cpu_copies,
+        kernels={"gemm": lambda: torch.mm(a, a, out=product), "memory": lambda: torch.add(x, x, out=total)},
+    )  # fmt: skip
 
 
 def _thread_wall(run: Run) -> float:
@@ -161,16 +167,20 @@ def _thread_wall(run: Run) -> float:
 
 
 def _thread_seconds(lanes: Mapping[str, Run]) -> dict[str, float]:
-    """Seconds of each lane, in a thread of its own, from the common start."""
-    with ThreadPoolExecutor(max_workers=len(lanes)) as workers:
-        begin = time.perf_counter()
+    """Seconds of each lane from the common start: ``compute`` in the calling thread, others in workers of their own."""
+    workers = {name: one_thread_worker(name) for name in lanes if name != "compute"}
+    begin = time.perf_counter()
 
-        def ended(run: Run) -> float:
-            run()
-            return time.perf_counter() - begin
+    def ended(run: Run) -> float:
+        run()
+        return time.perf_counter() - begin
 
-        futures = {name: workers.submit(ended, run) for name, run in lanes.items()}
-        return {name: future.result() for name, future in futures.items()}
+    futures = {name: worker.submit(ended, lanes[name]) for name, worker in workers.items()}
+    found = {"compute": ended(lanes["compute"])} if "compute" in lanes else {}
+    found |= {name: future.result() for name, future in futures.items()}
+    for worker in workers.values():
+        worker.shutdown()
+    return found
 
 
 def _cpu_copies(size: int) -> Mapping[str, Run]:

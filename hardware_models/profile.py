@@ -65,6 +65,8 @@ class CopyEngine:
     compute_slowdown: float
     """Time of a kernel while a copy runs over its time alone, at least 1."""
     evidence: Evidence
+    copy_slowdown: float = 1.0
+    """Time of a copy while a kernel runs over its time alone, at least 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

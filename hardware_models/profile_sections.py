@@ -94,6 +94,7 @@ class CopySection(Section):
     latency_s: Seconds
     duplex_efficiency: Fraction
     compute_slowdown: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    copy_slowdown: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
     evidence: Evidence
     source: Name
 

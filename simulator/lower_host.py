@@ -19,8 +19,8 @@ TO_DEVICE, TO_HOST, BOTH = 0, 1, 2
 """Links of a program whose device has traffic with its host."""
 STORE, LOAD, UPDATE, RETURN = "store", "load", "update", "return"
 """Labels of what the host lanes do."""
-SAME_CORES = 2.0
-"""On a CPU what the host does and the step's kernels share the cores: while both run, each takes twice its time."""
+_BYTES_OF_A_COPY = 2.0
+"""That one thread reads and writes for each byte that it copies: on a CPU the host's step is one thread's work, too."""
 _CLASSES = {
     "activations": MemoryClass.ACTIVATIONS,
     "weights": MemoryClass.PARAMETERS,
@@ -34,7 +34,7 @@ class HostLanes:
     """What one device's way to its host does.
 
     **Model**: a copy takes ``latency_s`` a tensor and then shares its direction's rate, and that of both directions together; kernels beside a copy
-    take ``compute_slowdown`` times their time alone; the host's update moves its bytes at ``update_bytes_per_s``.
+    take ``compute_slowdown`` times their time alone, the copy ``copy_slowdown`` times its own; the host's update moves its bytes at ``update_bytes_per_s``.
 
     **Source**: `hardware_models.profile.CopyEngine`, measured or published by device; memory of the host of the device's usual node.
 
@@ -46,18 +46,17 @@ class HostLanes:
     both_bytes_per_s: float
     latency_s: float
     compute_slowdown: float
+    copy_slowdown: float
     update_bytes_per_s: float
     same_cores: bool = False
-    """The device is a CPU, its own host."""
+    """The device is a CPU, its own host: what the host does and the step's kernels share the cores, as a copy and kernels do."""
 
     def slowdown(self) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
         """The program's matrix of slow-down between streams."""
         matrix = no_slowdown()
         lanes = (Stream.H2D, Stream.D2H, Stream.HOST)
-        for lane in lanes[:2]:
-            matrix[Stream.COMPUTE, lane] = self.compute_slowdown
-        for lane in lanes if self.same_cores else ():
-            matrix[Stream.COMPUTE, lane] = matrix[lane, Stream.COMPUTE] = SAME_CORES
+        for lane in lanes if self.same_cores else lanes[:2]:
+            matrix[Stream.COMPUTE, lane], matrix[lane, Stream.COMPUTE] = self.compute_slowdown, self.copy_slowdown
         return matrix
 
 
@@ -77,8 +76,8 @@ def host_lanes(device: DeviceProfile) -> HostLanes:
     both = engine.duplex_efficiency * (engine.to_device_bytes_per_s + engine.to_host_bytes_per_s)
     return HostLanes(
         to_device_bytes_per_s=engine.to_device_bytes_per_s, to_host_bytes_per_s=engine.to_host_bytes_per_s, both_bytes_per_s=both,
-        latency_s=engine.latency_s, compute_slowdown=engine.compute_slowdown,
-        update_bytes_per_s=device.memory_bandwidth_bytes_per_s if on_cpu else _host_memory_rate(device),
+        latency_s=engine.latency_s, compute_slowdown=engine.compute_slowdown, copy_slowdown=engine.copy_slowdown,
+        update_bytes_per_s=_BYTES_OF_A_COPY * engine.to_device_bytes_per_s if on_cpu else _host_memory_rate(device),
         same_cores=on_cpu,
     )  # fmt: skip
 

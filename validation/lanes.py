@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
+from hardware_models.one_thread import one_thread_worker
 from simulator.program import Stream
 
 Work = Callable[[], None]
@@ -59,7 +60,7 @@ class Lanes(Protocol):
 
 @dataclass(slots=True)
 class ThreadLanes:
-    """A CPU as its own device: the calling thread computes, one worker a lane copies and updates."""
+    """A CPU as its own device: the calling thread computes, one worker of one thread a lane copies and updates."""
 
     spans: list[LaneSpan] = field(default_factory=list)
     _workers: dict[Stream, ThreadPoolExecutor] = field(default_factory=dict)
@@ -72,7 +73,7 @@ class ThreadLanes:
     def submit(self, span: LaneSpan, work: Work, after: Sequence[Future[None] | None]) -> Future[None]:
         """Queues work for the lane's thread."""
         if span.stream not in self._workers:
-            self._workers[span.stream] = ThreadPoolExecutor(max_workers=1, thread_name_prefix=span.stream.name)
+            self._workers[span.stream] = one_thread_worker(span.stream.name)
 
         todo = [work]
         del work

@@ -66,7 +66,7 @@ def raw_of(device_name: str) -> dict[str, Any]:
     copies = [
         {
             "bytes": size, "h2d_s": 7e-6 + size / 55e9, "d2h_s": 7e-6 + size / 50e9, "duplex_s": (7e-6 + size / 55e9) / 0.75 + size / 50e9 - size / 55e9,
-            "pageable_h2d_s": 1.0, "pageable_d2h_s": 1.0, "under": [{"compute_slowdown": 1.02}, {"compute_slowdown": 1.10}] if size == 2**28 else [],
+            "pageable_h2d_s": 1.0, "pageable_d2h_s": 1.0, "under": [{"compute_slowdown": 1.02, "copy_slowdown": 1.0}, {"compute_slowdown": 1.10, "copy_slowdown": 1.5}] if size == 2**28 else [],
         }
         for size in (2**12, 2**16, 2**20, 2**24, 2**28)
     ]  # fmt: skip
@@ -101,7 +101,7 @@ def test_laws_are_recovered(tmp_path: Path) -> None:
     assert copy.to_host_bytes_per_s == pytest.approx(50e9, rel=1e-3)
     assert copy.latency_s == pytest.approx(7e-6, rel=1e-2)
     assert copy.duplex_efficiency == pytest.approx(0.75, rel=1e-3)
-    assert copy.compute_slowdown == pytest.approx(1.06)
+    assert (copy.compute_slowdown, copy.copy_slowdown) == (pytest.approx(1.06), pytest.approx(1.25))
     dispatch = profile.host_dispatch
     assert dispatch is not None
     assert (dispatch.eager_s, dispatch.autograd_backward_s, dispatch.cuda_graph_s) == (5e-6, 8e-6, pytest.approx(1e-6))

@@ -125,8 +125,11 @@ def test_buffers_take_a_tenth_of_what_is_free() -> None:
 def test_copies_of_a_cpu_have_every_key_of_a_gpus() -> None:
     rows = cpu_copy_timings(quick=True)
     assert [row["bytes"] for row in rows] == [2**20, 2**26]
-    assert all(row["h2d_s"] > 0 and row["duplex_s"] > 0 and row.get("under", []) == [] for row in rows)
+    assert all(row["h2d_s"] > 0 and row["duplex_s"] > 0 for row in rows)
+    assert [(one["kernel"], one["direction"]) for one in rows[-1]["under"]] == [
+        (k, d) for k in ("gemm", "memory") for d in ("h2d", "d2h")
+    ]
     engine = copy_engine(rows)
     assert engine is not None
     assert engine["to_device_bytes_per_s"] > 1e8
-    assert engine["compute_slowdown"] == 1.0
+    assert min(engine["compute_slowdown"], engine["copy_slowdown"]) >= 1.0

@@ -24,7 +24,7 @@ from tests.simulator.test_lower import GRADIENT, OUT, SAVED, WORKLOAD, seconds
 
 WEIGHT = GRADIENT
 LANES = HostLanes(
-    to_device_bytes_per_s=50.0, to_host_bytes_per_s=50.0, both_bytes_per_s=100.0, latency_s=0.0, compute_slowdown=1.0,
+    to_device_bytes_per_s=50.0, to_host_bytes_per_s=50.0, both_bytes_per_s=100.0, latency_s=0.0, compute_slowdown=1.0, copy_slowdown=1.0,
     update_bytes_per_s=1e9,
 )  # fmt: skip
 

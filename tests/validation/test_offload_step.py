@@ -26,7 +26,7 @@ from validation.measure import SpanRecorder
 from validation.session import ReplaySession
 
 LANES = HostLanes(
-    to_device_bytes_per_s=1e6, to_host_bytes_per_s=1e6, both_bytes_per_s=2e6, latency_s=0.0, compute_slowdown=1.0,
+    to_device_bytes_per_s=1e6, to_host_bytes_per_s=1e6, both_bytes_per_s=2e6, latency_s=0.0, compute_slowdown=1.0, copy_slowdown=1.0,
     update_bytes_per_s=1e6,
 )  # fmt: skip
 SHARES = MappingProxyType({
