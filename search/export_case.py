@@ -103,9 +103,10 @@ def own_partition(case: Case, trainer: Trainer) -> tuple[int, ...] | None:
         return None
     if case.plan.pipeline.partition is not None or layers is None:
         return case.plan.pipeline.partition
-    if trainer.framework in ENDS_AS_LAYERS and layers + 2 >= 2 * stages:
-        return ends_as_layers(layers, stages)
-    return even_partition(layers, stages)
+    own = None
+    if trainer.framework in ENDS_AS_LAYERS:
+        own = ends_as_layers(layers, stages, back=ENDS_AS_LAYERS[trainer.framework])
+    return own or even_partition(layers, stages)
 
 
 def refuse_unless(case: Case, key: str, wanted: object, rule: str) -> None:

@@ -33,6 +33,7 @@ _MOST_CHUNKS_ASSUMED = 3
 """Chunks of a rank in an interleaved order of which a row does not say: as Megatron's larger runs had (arXiv 2205.05198, table 3)."""
 _TWO_BYTES = frozenset({"fp16", "bf16", "fp8", "fp4"})
 _SHARDED_AFTER_FORWARD = re.compile(r"shard_grad_op|not resharded|zero-?2", re.IGNORECASE)
+_NORM_KERNEL = re.compile(r"\brms ?(norm)? kernel", re.IGNORECASE)
 _OFFLOADS = (
     ("optimizer", "optimizer_offload"),
     ("activation", "activation_offload"),
@@ -144,10 +145,16 @@ def plan_of(row: PublishedRow, facts: FrameworkFacts, *, layers: int, has_expert
         memory=_memory(row, facts, pp=pp),
         precision=Precision(compute=compute, grads=_grads(facts, compute)),
         runtime=Runtime(
-            framework=facts.runtime, flash_attention=_flash_attention(row, facts, assumed), overlap_grad_reduce=_overlaps(row, stated=facts.overlap_grad_reduce),
+            framework=_runtime(row, facts), flash_attention=_flash_attention(row, facts, assumed), overlap_grad_reduce=_overlaps(row, stated=facts.overlap_grad_reduce),
             overlap_param_gather=_overlaps(row, stated=facts.overlap_param_gather), compile=_compiles(row),
         ),
     )  # fmt: skip
+
+
+def _runtime(row: PublishedRow, facts: FrameworkFacts) -> str:
+    """The framework's runtime, with a fused norm where the row names its kernel."""
+    named = _NORM_KERNEL.search(f"{row.text('flash_attention')} {row.text('notes')}")
+    return facts.fused_norm_runtime if named and facts.fused_norm_runtime else facts.runtime
 
 
 def _schedule(row: PublishedRow, assumed: list[str]) -> str:

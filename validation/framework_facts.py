@@ -49,6 +49,8 @@ class FrameworkFacts:
     """Micro-batches per pipeline rank where a row states neither them nor their size; 0: one sample each."""
     zero_stage_in_pipelines: int | None = None
     """Sharding where there are pipeline stages, if it is another than the row's for all."""
+    fused_norm_runtime: str = ""
+    """Runtime of rows that name a norm's kernel; empty: the same."""
     not_simulated: str = ""
     """Why runs of this framework cannot be expressed; empty if they can."""
 
@@ -98,7 +100,7 @@ FRAMEWORKS_KNOWN: tuple[FrameworkFacts, ...] = (
         source=f"{_MEGATRON_ARGUMENTS} core_r0.8: gradients in fp32 for bf16, --overlap-grad-reduce and --overlap-param-gather with the distributed optimizer",
     ),
     FrameworkFacts(
-        name="AA-Scaling", pattern=r"(aa-scaling|aleph)", runtime="pytorch", grads="half", bf16_grads="half", overlap_grad_reduce=False, overlap_param_gather=False, sequence_parallel=False,
+        name="AA-Scaling", pattern=r"(aa-scaling|aleph)", runtime="aa-scaling", fused_norm_runtime="aa-scaling@fused-norm", grads="half", bf16_grads="half", overlap_grad_reduce=False, overlap_param_gather=False, sequence_parallel=False,
         source="Hagemann et al. 2023 (arXiv 2311.05610), section 3: 1F1B and ZeRO-1; Aleph-Alpha/scaling @01b9d21dba: every replica keeps all gradients in the model's format "
         "(src/scaling/core/optimizer/parameter_group.py), torch's own cross entropy on logits in float32 (src/scaling/transformer/model/losses/cross_entropy.py)",
     ),

@@ -9,6 +9,7 @@ from hardware_models.network.cluster import CommGroup
 from hardware_models.network.collectives import collective_seconds
 from hardware_models.network.overlap import OverlapFactors
 from hardware_models.units import DTYPE_BYTES
+from simulator.parallel.framework import AA_SCALING
 from simulator.parallel.mesh import Mesh, two_steps
 from simulator.parallel.overlapped_products import HalfProducts, TensorOverlap, together_seconds
 from simulator.parallel.stages import Stage
@@ -193,11 +194,13 @@ class Communication:
         return 0.0 if backward else self.seconds("tp", "all_reduce", stream)
 
     def _head(self, stream: float, *, backward: bool) -> float:
-        """The final stream is gathered; the loss reduces three numbers a token; its gradient is reduced."""
+        """The final stream is gathered; the loss reduces three numbers a token, or logits are gathered; its gradient is reduced."""
         parallel = self.plan.parallel.sequence_parallel
         if backward:
             return self.seconds("tp", "reduce_scatter" if parallel else "all_reduce", stream)
         gather = self.seconds("tp", "all_gather", stream) if parallel else 0.0
+        if self.plan.runtime.framework in AA_SCALING:
+            return gather + self.seconds("tp", "all_gather", float(self.tokens * self.config.vocab * self.element_bytes))
         return gather + _LOSS_REDUCTIONS * self.seconds("tp", "all_reduce", float(self.tokens * _LOSS_BYTES))
 
     def routed_seconds(self, size_bytes: float) -> float:

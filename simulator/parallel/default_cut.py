@@ -43,8 +43,9 @@ def partition_of(
         return plan.pipeline.partition
     if stages == 1 or framework in EVEN:
         return even_partition(len(layers), stages)
-    if framework in ENDS_AS_LAYERS and len(layers) + 2 >= 2 * stages:
-        return ends_as_layers(len(layers), stages)
+    own = ends_as_layers(len(layers), stages, back=ENDS_AS_LAYERS[framework]) if framework in ENDS_AS_LAYERS else None
+    if own is not None:
+        return own
     full = plan.memory.recompute == "full"
     each = static_memory(1.0, 0.0, plan, dtype=dtype)
     element_bytes = (each.parameters + each.gradients + each.states) * order.weight_versions

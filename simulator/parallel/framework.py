@@ -15,8 +15,12 @@ from simulator.workload import Block, BlockOption, MemoryEvent, Pass
 
 FUSED_ACCUMULATION = ("megatron-core",)
 """Frameworks whose weight-gradient products add to the gradient buffer themselves (Megatron-LM's ``gradient_accumulation_fusion``, on unless switched off)."""
+AA_SCALING = ("aa-scaling", "aa-scaling@fused-norm")
+"""Aleph Alpha's trainer, with RMS norms of its own and with those of flash-attn's kernel."""
 OPERATORS: Mapping[str, Operators] = MappingProxyType(
     {
+        "aa-scaling": Operators(attention_inputs=True, gathered_logits=True),
+        "aa-scaling@fused-norm": Operators(norm=True, attention_inputs=True, gathered_logits=True),
         "megatron-core": Operators(norm=True, gated=True, rotary=True, routed=True, attention_inputs=True, loss=True),
         "torchtitan": Operators(alternate=True, gathers_once=True, sharded_loss=True),
         "megatron-lm@2021": Operators(attention_inputs=True, loss=True),
@@ -26,6 +30,8 @@ OPERATORS: Mapping[str, Operators] = MappingProxyType(
 
 **Source**: Megatron-core 0.14: ``--transformer-impl transformer_engine`` (norms, rotary positions), ``bias_swiglu_fusion`` and ``apply_rope_fusion`` are on unless switched off;
 its attention makes query, key and value by one product (``linear_qkv``), its grouped experts (``TEGroupedMLP``) apply the router's weights in the activation. Megatron-LM of 2021: one such product, cross entropy over the vocabulary in place (``mpu/cross_entropy.py``).
+Aleph-Alpha/scaling @01b9d21dba: ``attention_qkv_in_one`` (src/scaling/core/nn/attention/attention.py), whose head gathers its logits (``simulator.presets.ends``); Hagemann et al. 2023
+(arXiv 2311.05610), section 4.2: RMS norm by flash-attn's kernel in some runs.
 torchtitan: ``selective_ac_option = "op"`` saves attention and every odd ``mm`` of a layer (torchtitan/models/llama/parallelize_llama.py, 2024-12, ``_get_custom_policy``); a layer's
 attention half has an even number of them. Layers are checkpointed whole, the head is not. Inputs are gathered by DTensor, whose products save what they were given (``apply_tp``:
 ``PrepareModuleInput``); the loss is computed in parallel (``loss_parallel``, torch/distributed/tensor/parallel/loss.py), eagerly. Compiled layers keep no result that their backward pass does not

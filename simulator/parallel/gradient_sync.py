@@ -8,12 +8,17 @@ from hardware_models.network.cluster import CommGroup
 from hardware_models.network.collectives import collective_seconds
 from hardware_models.units import DTYPE_BYTES
 from simulator.parallel.communication import Communication
+from simulator.parallel.framework import AA_SCALING
 from simulator.parallel.memory import GRADIENT_BYTES
 from simulator.parallel.mesh import Mesh, two_steps
 from simulator.parallel.parameter_gathers import FLAT_BUFFERS, Gathers, Unit, gathers_of, prefetched_units
 from simulator.parallel.wire_format import WireFormat
 from simulator.plan import Plan
 
+WHOLE_SUMS = AA_SCALING
+"""Frameworks that sum all gradients on all replicas, in float32, whatever ZeRO leaves each rank to update: flattened, divided, cast, summed, cast and copied back (``allreduce_no_retain``;
+Aleph-Alpha/scaling @01b9d21dba src/scaling/core/optimizer/allreduce.py, ``Optimizer.step`` of optimizer.py)."""
+_FLOAT_BYTES = 4
 BUCKET_BYTES = 40_000_000 * 4
 """Gradients of a bucket unless the plan says: Megatron-core's 40 million elements, in float32."""
 MOST_CHUNKS = 16
@@ -67,6 +72,8 @@ def gradient_sync(
     **Model**: gradients of all buckets, and once a step parameters, over the ranks that hold the same ones; experts over their own fewer copies. Where ``dp_shard``
     ranks share one copy, gradients are scattered among them and the shards summed over the copies; parameters are gathered among them only. ZeRO 3 gathers and
     scatters unit by unit in each pass (`parameter_gathers`).
+
+    Where a framework sums all of them everywhere (`WHOLE_SUMS`), ZeRO spares no traffic of gradients.
 
     FSDP2 copies parameters out of the buffer that they are gathered in, on the compute stream, and gradients into one (`FLAT_BUFFERS`).
 
@@ -123,9 +130,12 @@ class _Replicas:
         self.flat = plan.runtime.framework in FLAT_BUFFERS
         self.shards = plan.parallel.shard_ranks if self.sharded else 1
         self.whole = self.shards == plan.parallel.dp * plan.parallel.cp
+        self.everywhere = plan.runtime.framework in WHOLE_SUMS
 
     def reduce_s(self, elements: float) -> float:
         """Of gradients: summed, each rank keeping what ZeRO leaves it."""
+        if self.everywhere:
+            return self._summed_everywhere_s(elements)
         experts = self._summed_s(elements * self.parts, self.mesh.expert_group(self.distance)) if self.parts else 0.0
         dense = elements * (1.0 - self.parts)
         if not self.sharded or self.whole:
@@ -148,6 +158,13 @@ class _Replicas:
     def copied_in_s(self, elements: float) -> float:
         """Of gradients, as the backward pass made them, into the buffer that they leave from."""
         return self.wire.pass_s(elements, read_bytes=self.width, written_bytes=self.grads) if self.flat else 0.0
+
+    def _summed_everywhere_s(self, elements: float) -> float:
+        """In float32: a flat copy, divided in place, cast, summed, cast back, and copied to where the gradients are."""
+        narrow, wide = self.grads, _FLOAT_BYTES
+        passes = ((narrow, narrow), (narrow, narrow), (narrow, wide), (wide, narrow), (narrow, narrow))
+        moved_s = sum(self.wire.pass_s(elements, read_bytes=read, written_bytes=written) for read, written in passes)
+        return moved_s + self.over("all_reduce", elements * wide, self.mesh.gradient_group(self.distance))
 
     def _summed_s(self, elements: float, group: CommGroup) -> float:
         return self._scattered_s(elements, group) if self.sharded else self._all_reduced_s(elements, group)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from hardware_models.network.collectives import collective_seconds
+from simulator.parallel.framework import AA_SCALING
 from simulator.parallel.mesh import Mesh
 from simulator.parallel.recompute import MEGATRON
 from simulator.plan import Plan
 
-_BLOCKING = MEGATRON
-"""Frameworks whose ranks wait for their messages in orders of one chunk."""
+_BLOCKING = (*MEGATRON, *AA_SCALING)
+"""Frameworks whose ranks wait for their messages in orders of one chunk (Aleph-Alpha/scaling @01b9d21dba: ``torch.distributed.send`` and ``recv`` on the stream that computes,
+src/scaling/core/nn/parallel_module/communicator.py)."""
 _ALWAYS_BLOCKING = ("megatron-lm@2021",)
 """Those that also do so in interleaved orders; Megatron-core overlaps there (``overlap_p2p_comm``, on unless switched off)."""
 _TINY_BYTES = 8.0

@@ -11,16 +11,18 @@ from hardware_models.network.collectives import collective_seconds
 from hardware_models.pricing import price
 from hardware_models.profile import DeviceProfile
 from hardware_models.units import DTYPE_BYTES
+from simulator.parallel.framework import AA_SCALING
+from simulator.parallel.gradient_sync import WHOLE_SUMS
 from simulator.parallel.memory import GRADIENT_BYTES, MASTER_BYTES, STATE_BYTES
 from simulator.parallel.mesh import Mesh
 from simulator.parallel.recompute import MEGATRON
 from simulator.plan import Plan
 
-CLIPPING = (*MEGATRON, "torchtitan", "deepspeed")
+CLIPPING = (*MEGATRON, *AA_SCALING, "torchtitan", "deepspeed")
 """Frameworks that take the norm of all gradients before each step: ``--clip-grad`` 1.0 unless set (Megatron-LM), ``max_norm`` 1.0 (torchtitan), in any case (DeepSpeed's
-ZeRO, ``scaled_global_norm``). A bare module does not."""
-_RESCALING = ("torchtitan", "deepspeed")
-"""Those that multiply gradients by the clipping factor whatever it is (torch ``clip_grads_with_norm_``; DeepSpeed ``unscale_and_clip_grads``); Megatron does so only above the bound."""
+ZeRO, ``scaled_global_norm``; ``scale_grads_and_get_global_grad_norm``, Aleph-Alpha/scaling @01b9d21dba). A bare module does not."""
+_RESCALING = (*AA_SCALING, "torchtitan", "deepspeed")
+"""Those that multiply gradients by a factor whatever it is (torch ``clip_grads_with_norm_``; DeepSpeed ``unscale_and_clip_grads``); Megatron does so only above the bound."""
 _NORM_BYTES = 4.0
 
 
@@ -39,7 +41,7 @@ class GradientCheck:
 def gradient_check(plan: Plan, mesh: Mesh, device: DeviceProfile, elements: Sequence[float]) -> GradientCheck | None:
     """What is done to gradients between their reduction and the optimizer's step; None: nothing.
 
-    **Model**: the norm reads a rank's gradients once. In fp16 the loss scale is taken out (read and written) and an overflow looked for. Then one number for each is
+    **Model**: the norm reads a rank's gradients once, all of them where they are summed everywhere. In fp16 the loss scale is taken out (read and written) and an overflow looked for. Then one number for each is
     summed over tensor and pipeline ranks, and over the ranks that ZeRO shards gradients among. ``optimizer_sync`` "pre" waits for that, so that no rank steps before the
     last one has its gradients; "post-validation" does not.
 
@@ -59,8 +61,10 @@ def gradient_check(plan: Plan, mesh: Mesh, device: DeviceProfile, elements: Sequ
         return None
     grads = GRADIENT_BYTES[plan.precision.grads]
     rewritten = grads * (scaled + (runtime.framework in _RESCALING))
+    whole = runtime.framework in WHOLE_SUMS
     seconds = tuple(
-        _light_seconds("gradient_norm", _held(plan, own), grads * norm + rewritten, rewritten, device) for own in elements
+        _light_seconds("gradient_norm", round(own) if whole else _held(plan, own), grads * norm + rewritten, rewritten, device)
+        for own in elements
     )
     messages = norm + scaled
     return GradientCheck(

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
+
+from simulator.parallel.framework import AA_SCALING
 
 EVEN = ("megatron-lm@2021", "megatron-core", "deepspeed")
 """Frameworks that cut layers evenly, whatever the ends cost.
 
 **Source**: ``get_num_layers`` / ``get_num_layers_to_build`` (megatron/core/transformer/transformer_block.py, 0.14): layers // stages, unless told otherwise; Megatron-DeepSpeed cuts by ``type:transformer``.
 """
-ENDS_AS_LAYERS = ("torchtitan",)
-"""Frameworks that count the embedding and the head as a layer each, the first stages taking what is left over.
+ENDS_AS_LAYERS: Mapping[str, int] = MappingProxyType({"torchtitan": 1, **dict.fromkeys(AA_SCALING, 2)})
+"""Frameworks that count the embedding as a layer, and what follows the last layer as so many, the first stages taking what is left over.
 
-**Source**: ``generate_llm_fqn_per_model_part`` (torchtitan/distributed/pipeline_parallel.py, 2025), with its default weights of 1.
+**Source**: ``generate_llm_fqn_per_model_part`` (torchtitan/distributed/pipeline_parallel.py, 2025), with its default weights of 1; ``pipe_partition_uniform`` over embedding, layers, norm
+and head (Aleph-Alpha/scaling @01b9d21dba src/scaling/core/nn/parallel_module/pipeline_partitioning.py, the default of src/scaling/core/topology/topology_config.py).
 """
 
 
@@ -52,15 +56,15 @@ def even_partition(num_layers: int, num_stages: int) -> tuple[int, ...]:
     return tuple(least + (stage in longer) for stage in range(num_stages))
 
 
-def ends_as_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """Layers per stage where the embedding and the head count as a layer each."""
+def ends_as_layers(num_layers: int, num_stages: int, *, back: int = 1) -> tuple[int, ...] | None:
+    """Layers per stage where the embedding counts as a layer, and what follows the last one as ``back`` of them; None: an end would have none."""
     if num_stages == 1:
         return (num_layers,)
-    least, more = divmod(num_layers + 2, num_stages)
+    least, more = divmod(num_layers + 1 + back, num_stages)
     counts = [least + (stage < more) for stage in range(num_stages)]
     counts[0] -= 1
-    counts[-1] -= 1
-    return tuple(counts)
+    counts[-1] -= back
+    return tuple(counts) if min(counts) > 0 else None
 
 
 @lru_cache(maxsize=1024)

@@ -8,6 +8,7 @@ from functools import partial
 
 from hardware_models.caching_allocator import AllocatorPeaks
 from hardware_models.units import DTYPE_BYTES
+from simulator.parallel.framework import AA_SCALING
 from simulator.parallel.memory import GRADIENT_BYTES
 from simulator.parallel.parameter_gathers import FLAT_BUFFERS, Unit
 from simulator.parallel.stages import Stage
@@ -72,6 +73,8 @@ def pipeline_bytes(order: Order, rank: int, stages: Sequence[Stage], plan: Plan,
         plan: its framework.
         dtype: of activations.
     """
+    if plan.runtime.framework in AA_SCALING:
+        return _earlier_logits_bytes(order, stages, plan, dtype=dtype)
     if plan.runtime.framework not in FLAT_BUFFERS or order.num_stages == 1:
         return 0
     total, count = 0, order.num_microbatches
@@ -86,6 +89,16 @@ def pipeline_bytes(order: Order, rank: int, stages: Sequence[Stage], plan: Plan,
         else:
             total += flight * _logits_bytes(stage, dtype=dtype)
     return total // order.microbatch_parts
+
+
+def _earlier_logits_bytes(order: Order, stages: Sequence[Stage], plan: Plan, *, dtype: str) -> int:
+    """The logits of the micro-batch before, in the second of two buffers for the last stage's results, which are overwritten and never given up.
+
+    **Source**: ``required_buffer_count`` and ``_execute_loss_fn`` (Aleph-Alpha/scaling @01b9d21dba src/scaling/core/nn/pipeline_schedule/train.py, nn/parallel_module/parallel_module.py).
+    """
+    if order.num_microbatches == 1 or not stages or stages[-1].index != order.num_stages - 1:
+        return 0
+    return plan.parallel.tp * _logits_bytes(stages[-1], dtype=dtype)
 
 
 def _most_in_flight(order: Order, rank: int, stage: int) -> int:

@@ -158,12 +158,39 @@ def back(tape: Tape, setting: Setting, x: Value, words: Parameter | None) -> Val
     weight = tape.use(words) if words is not None else tape.parameter("head.weight", shape, setting.dtype)
     bias = tape.parameter("head.bias", (setting.vocab,), setting.dtype) if config.head == "masked_lm" else None
     logits = linear(tape, full, weight, bias, saved=shard, transposed=words is not None)
+    if setting.operators.gathered_logits:
+        return _loss_of_all(tape, setting, logits)
     if setting.operators.loss:
         return loss_in_place(tape, logits, _labels(tape, setting))
     scores = cast(tape, logits, FLOAT)
     if setting.operators.sharded_loss and setting.tp > 1:
         return sharded_cross_entropy(tape, scores, _labels(tape, setting))
     return cross_entropy(tape, scores, _labels(tape, setting))
+
+
+def _loss_of_all(tape: Tape, setting: Setting, logits: Value) -> Value:
+    """The whole vocabulary's loss on each rank: logits gathered into one tensor per rank and joined, in float32; the most likely token beside it.
+
+    Logits in the model's format stay as long as the loss's probabilities: they are the stage's result, which is kept.
+
+    Source: ``TransformerLMHead``, ``_all_concat`` and ``CrossEntropyLoss.forward`` (Aleph-Alpha/scaling @01b9d21dba src/scaling/transformer/model/layers/lm_head.py,
+    src/scaling/core/nn/linear/utils.py, src/scaling/transformer/model/losses/cross_entropy.py).
+    """
+    whole = logits
+    if setting.tp > 1:
+        shape = (logits.shape[0], setting.tp * setting.vocab)
+        parts, whole = tape.new("all_gather", shape, logits.dtype), tape.new("cat", shape, logits.dtype)
+        shard = Gradient(targets=(logits,), kernels=(copy("clone", logits.elements, logits.dtype),))
+        tape.record("all_gather", kernels=(), inputs=(logits,), outputs=(parts,), gradients=(shard,))
+        join = copy("cat", whole.elements, whole.dtype)
+        tape.record("cat", kernels=(join,), inputs=(parts,), outputs=(whole,), gradients=(Gradient(targets=(parts,)),))
+    tape.record("result", kernels=(), inputs=(whole,), outputs=(), saved=(whole,))
+    scores = cast(tape, whole, FLOAT)
+    loss = cross_entropy(tape, scores, _labels(tape, setting))
+    likely = reduction("argmax", scores.shape[0], scores.shape[-1], FLOAT)
+    tokens = tape.new("argmax", (scores.shape[0],), INDEX_DTYPE, needs_gradient=False)
+    tape.record("argmax", kernels=(likely,), inputs=(scores,), outputs=(tokens,))
+    return loss
 
 
 def transform(tape: Tape, setting: Setting, x: Value) -> Value:

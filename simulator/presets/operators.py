@@ -30,6 +30,8 @@ class Operators:
     """Linear layers of a layer keep their input in eight bits for the weights' gradient, each a copy of its own; the router and the head do not."""
     sharded_loss: bool = False
     """Cross entropy over a vocabulary split by tensor parallelism, operator by operator."""
+    gathered_logits: bool = False
+    """Logits are gathered over tensor parallelism, and each rank computes the whole loss and which token is most likely; they stay until the next micro-batch's."""
     loss: bool = False
     """Cross entropy in place: logits are cast to float32 once and become probabilities, and in the backward pass their gradient."""
 

@@ -213,3 +213,17 @@ def test_a_finer_split_of_the_vocabulary_never_needs_more(tp: int, seq_len: int)
         return most
 
     assert rise(2 * tp) < rise(tp)
+
+
+def test_gathered_logits_cost_each_rank_the_whole_loss() -> None:
+    """Two ranks: of a vocabulary of 128256 each keeps log-probabilities in float32 and the logits in two bytes; the loss's passes are as long as on one rank."""
+    own = OPERATORS["aa-scaling"]
+    config = replace(preset("llama3-8b"), layers=2)
+    head = named(build(config, own, tp=2), "head")
+    large = sorted(tensor.size_bytes for tensor in head.options[0].saved)[-2:]
+    assert large == [SEQ * 128256 * 2, SEQ * 128256 * 4]
+    alone = named(build(config, own), "head")
+    loss = {kernel.op: kernel for kernel in alone.discard.kernels if kernel.op in {"_log_softmax", "argmax"}}
+    assert {op: next(one for one in head.discard.kernels if one.op == op) for op in loss} == loss
+    assert sum(kernel.op == "cat" for kernel in head.discard.kernels) == 1
+    assert not any(kernel.op == "cat" for kernel in alone.discard.kernels)

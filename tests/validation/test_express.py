@@ -150,3 +150,15 @@ def test_families_by_name() -> None:
     assert family_of("GPT OSS 120B").head_dim == 64
     assert family_of("GPT 0.35B").tied
     assert family_of("MPT-7b").dropout is False
+
+
+def test_a_row_that_names_its_norm_kernel_runs_it() -> None:
+    changes = {
+        "framework": "AA-Scaling (Aleph Alpha, Megatron-style)",
+        "model": "LLaMA-13B",
+        "precision": "bf16",
+        "vocab": "128000",
+    }
+    fused = express(row_of(**changes, notes="flash_attention: flash_attention2 + RMS kernel"))
+    plain = express(row_of(**changes, notes="flash_attention: flash_attention2"))
+    assert [found.plan.runtime.framework for found in (fused, plain)] == ["aa-scaling@fused-norm", "aa-scaling"]

@@ -233,3 +233,10 @@ def test_megatron_core_hides_the_sum_of_input_gradients(sequence_parallel: bool)
     lost_s = 1.5 * summed_s * (1 - 1 / 1.2)
     assert own.block(block, 0.0, backward=True).tp_s == pytest.approx(gather_s + lost_s, rel=1e-9)
     assert own.block(block, 0.0).tp_s == pytest.approx(gather_s + summed_s, rel=1e-12)
+
+
+def test_logits_may_be_gathered_in_place_of_three_sums() -> None:
+    plan = plan_of(tp=8, framework="aa-scaling")
+    whole = float(SEQ_LEN * small_config().vocab * BF16)
+    assert exposed(plan, "head").tp_s == seconds(plan, "all_gather", whole, num_ranks=8, ranks_per_node=8)
+    assert exposed(plan, "head", backward=True).tp_s == seconds(plan, "all_reduce", STREAM, num_ranks=8, ranks_per_node=8)

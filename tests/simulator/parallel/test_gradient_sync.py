@@ -172,3 +172,14 @@ def test_fsdp_copies_out_of_and_into_flat_buffers() -> None:
     ):
         assert own_gathers.first_s - other.first_s == pytest.approx(out_s, rel=1e-6)
     assert flat.reduce_s - direct.reduce_s == pytest.approx(in_s, rel=1e-6)
+
+
+def test_a_trainer_that_sums_everywhere_moves_whole_float32_gradients() -> None:
+    """Over 32 ranks 4 bytes a parameter are summed, not scattered, under ZeRO 1; five passes move 4, 4, 6, 6 and 4 bytes; parameters are gathered as elsewhere."""
+    own = plan(dp=32)
+    own = replace(own, runtime=replace(own.runtime, framework="aa-scaling"), precision=replace(own.precision, grads="bf16"))
+    found = synced(own)
+    summed_s = seconds("all_reduce", 4.0 * ELEMENTS, {"num_ranks": 32, "ranks_per_node": 8})
+    memory_s = 24.0 * ELEMENTS / load_hardware("a100-sxm-80gb").memory_bandwidth_bytes_per_s
+    assert summed_s + memory_s < found.reduce_s < summed_s + 1.4 * memory_s
+    assert found.gather_s == synced(plan(dp=32)).gather_s

@@ -144,3 +144,10 @@ def test_stages_without_layers_run(schedule: str, partition: tuple[int, ...]) ->
 def test_stages_without_layers_run_with_other_techniques(changes: dict[str, object]) -> None:
     result = simulated(plan_of(pp=4, dp=2, partition=(4, 0, 4, 0), **changes))  # type: ignore[arg-type]
     assert result.step_time_s > 0
+
+
+def test_norm_and_head_may_count_as_layers_too() -> None:
+    """40 layers are 43 pieces, 22 and 21 of two stages and 11, 11, 11 and 10 of four; where an end would have no layer there is no such cut."""
+    assert ends_as_layers(40, 2, back=2) == (21, 19)
+    assert ends_as_layers(40, 4, back=2) == (10, 11, 11, 8)
+    assert ends_as_layers(4, 3, back=2) is None

@@ -96,3 +96,11 @@ def test_pools_are_reserved_and_not_alive() -> None:
     own = result.allocators[0]
     assert own.peak_allocated_bytes == pytest.approx(result.peak_memory_bytes[0], rel=0.02)
     assert own.peak_reserved_bytes >= own.peak_allocated_bytes + 4 * 12 * 1024**2
+
+
+def test_a_trainer_that_overwrites_results_keeps_the_logits_before() -> None:
+    """Two buffers for the last stage's results: beside the logits under way there are those of the micro-batch before, whole on each tensor parallel rank."""
+    logits = SEQ_LEN * small_config().vocab * 2
+    assert [kept(plan_of(pp=4, framework="aa-scaling"), rank) for rank in range(4)] == [0, 0, 0, logits]
+    assert kept(plan_of(framework="aa-scaling"), 0) == logits
+    assert kept(plan_of(framework="aa-scaling", num_microbatches=1), 0) == 0
