@@ -126,7 +126,7 @@ def fit_profile(raw: Mapping[str, Any], out_dir: Path, *, source: str = RAW_FILE
         )  # fmt: skip
     write_toml(out_dir / KERNELS_FILE, {"format": FORMAT, "curve": [curve_table(curve) for curve in curves]})
     write_toml(out_dir / PROVENANCE_FILE, _provenance(raw, curves, kernels, seconds, fastest_s, quiet=quiet))
-    write_toml(out_dir / DEVICE_FILE, device_table(raw, kernels, seconds, fastest_s))
+    write_toml(out_dir / DEVICE_FILE, device_table(raw, kernels, seconds, fastest_s, yardstick_s=_yardstick(raw, quiet=quiet)))
     return load_profile(out_dir)
 
 
@@ -140,6 +140,12 @@ def _kernel(row: Mapping[str, Any]) -> Kernel:
 def _time(row: Mapping[str, Any], *, quiet: bool) -> float:
     """One time of a kernel from its samples."""
     return float(np.median(row["samples_s"]) if quiet else np.mean(sorted(row["samples_s"])[:_NUM_FASTEST]))
+
+
+def _yardstick(raw: Mapping[str, Any], *, quiet: bool) -> float | None:
+    """Median over the places in the grid at which the yardstick was timed, each by the statistic of a kernel; None where it was not."""
+    found = [_time({"samples_s": samples}, quiet=quiet) for samples in raw.get("yardstick_s", ()) if samples]
+    return float(np.median(found)) if found else None
 
 
 def _curves(kernels: list[Kernel], seconds: list[float], cache_bytes: int) -> list[Curve]:

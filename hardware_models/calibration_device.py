@@ -64,7 +64,9 @@ def measured_bandwidth(kernels: Sequence[Kernel], fastest_s: Floats) -> float:
     return float(np.quantile((moved / fastest_s)[large], _FAST_TENTH))
 
 
-def device_table(raw: Mapping[str, Any], kernels: Sequence[Kernel], seconds: Floats, fastest_s: Floats) -> Table:
+def device_table(
+    raw: Mapping[str, Any], kernels: Sequence[Kernel], seconds: Floats, fastest_s: Floats, *, yardstick_s: float | None = None
+) -> Table:
     """``device.toml``; efficiencies are relative to the data sheet's peaks where the catalogue has the device, else to the best rates seen.
 
     Args:
@@ -100,6 +102,8 @@ def device_table(raw: Mapping[str, Any], kernels: Sequence[Kernel], seconds: Flo
     }  # fmt: skip
     if entry is not None:
         table |= {key: entry[key] for key in _CARRIED if key in entry}
+    if yardstick_s is not None:
+        table["yardstick_s"] = _value(raw, yardstick_s, "products and sums of one size, between kernels")
     copies = copy_engine(raw["host"].get("copies") or ())
     return table | (_cuda_sections(raw) if cuda else {}) | ({} if copies is None else {"copy_engine": copies})
 

@@ -27,6 +27,7 @@ from hardware_models.microbench_light import light_cases
 from hardware_models.microbench_plan import mirrored
 from hardware_models.microbench_samples import Measured, load_previous, noise, sample, store
 from hardware_models.microbench_timing import Stopwatch
+from hardware_models.yardstick import Yardstick
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction done, 0 to 1."""
@@ -37,6 +38,8 @@ _TIME_LIMIT_S = {True: 40.0, False: 450.0}
 _HOST_SHARE = 0.12
 """Part of the time limit kept for dispatch and sustained load."""
 _ROUNDS = {True: 8, False: 25}
+_YARDSTICK_EVERY = 25
+"""Kernels from one look at the machine's speed to the next."""
 
 
 def measure(
@@ -92,6 +95,7 @@ def _measure_cpu(
     tell("dispatch and sustained load", 0.01)
     raw["host"] = host_timings("cpu", time_limit_s=_HOST_SHARE * limit_s) | {"copies": cpu_copy_timings(quick=quick)}
     rounds = num_rounds or _ROUNDS[quick]
+    raw["yardstick_s"] = [[] for _ in measured[::_YARDSTICK_EVERY]]
     with torch.no_grad():
         _rounds(measured, pool, stopwatch, lambda: time.perf_counter() - begin, limit_s, rounds, tell, path, raw)
     raw["complete"], raw["noise"] = True, noise(measured)
@@ -104,12 +108,15 @@ def _rounds(
     measured: Sequence[Measured], pool: Pool, stopwatch: Stopwatch, elapsed: Callable[[], float], limit_s: float, num_rounds: int,
     tell: Progress, path: Path, raw: dict[str, Any],
 ) -> None:  # fmt: skip
+    yardstick = Yardstick()
     for number in range(num_rounds):
         for position, one in enumerate(measured):
             if elapsed() > limit_s:
                 return
             if len(one.samples_s) > number:
                 continue
+            if position % _YARDSTICK_EVERY == 0:
+                raw["yardstick_s"][position // _YARDSTICK_EVERY].append(yardstick.seconds())
             try:
                 sample(one, pool, stopwatch)
             except RuntimeError as problem:  # an operator that this device or build lacks: its curve is then missing

@@ -14,6 +14,7 @@ import time
 import traceback
 import zipfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +23,7 @@ import torch
 from hardware_models.errors import InputError
 from hardware_models.microbench import problem_of
 from hardware_models.microbench_environment import GpuMonitor, environment
+from hardware_models.yardstick import Yardstick
 from simulator.host_schedule import host_shares
 from simulator.sequence import check_sequence
 from simulator.timeline import Timeline
@@ -80,11 +82,11 @@ def measure_case(case: BundleCase, *, device: str, steps: int, gradients: bool) 
     memory = session.peak(run)
     clock = time.perf_counter()
     with GpuMonitor() if device == "cuda" else _Silence() as monitor:
-        (times,) = interleaved_times([run], repeats=steps, device=session.device)
+        times, speed = _timed(run, steps=steps, device=session.device)
         state = monitor.between(clock, time.perf_counter())
     found: dict[str, Any] = {
         "name": case.name, "kind": case.kind, "step_time_s": times.to_json() | {"seconds": list(times.seconds)}, "allocated_bytes": memory.allocated_bytes,
-        "reserved_bytes": memory.reserved_bytes, "host_bytes": memory.host_bytes, "state": state,
+        "reserved_bytes": memory.reserved_bytes, "host_bytes": memory.host_bytes, "state": state, "yardstick_s": None if speed is None else speed.to_json(),
     }  # fmt: skip
     if isinstance(run, ScheduledRun):
         found |= {"spans": spans_to_json(session.timeline(run)), "host_time_s": _host_times(session, run).to_json()}
@@ -93,6 +95,29 @@ def measure_case(case: BundleCase, *, device: str, steps: int, gradients: bool) 
     workload = session.traced(case.micro_batch).workload if case.kind in {"plan", "plain"} else None
     found["elapsed_s"] = time.perf_counter() - started
     return found, None if workload is None else workload_to_json(workload)
+
+
+class _YardstickStep:
+    """The yardstick in the place of a step."""
+
+    def __init__(self) -> None:
+        self._yardstick = Yardstick()
+
+    def inside(self) -> AbstractContextManager[None]:
+        """Nothing to prepare."""
+        return nullcontext()
+
+    def __call__(self) -> None:
+        """Once."""
+        self._yardstick.seconds()
+
+
+def _timed(run: StepRun, *, steps: int, device: torch.device) -> tuple[StepTimes, StepTimes | None]:
+    """Times of a step and, on a CPU, of the yardstick in turn with it."""
+    if device.type == "cuda":
+        return interleaved_times([run], repeats=steps, device=device)[0], None
+    times, speed = interleaved_times([run, _YardstickStep()], repeats=steps, device=device)
+    return times, speed
 
 
 def _host_times(session: ReplaySession, run: StepRun) -> StepTimes:

@@ -37,6 +37,8 @@ class SuiteRow:
     measured: Mapping[str, Any]
     predicted: Simulation | None
     cause: Cause | None
+    slowness: float = 1.0
+    """Time of the yardstick beside the steps over that in calibration: how much slower the machine was; 1 where not known (a GPU, whose clocks are in ``state``)."""
 
     @property
     def model(self) -> str:
@@ -56,6 +58,16 @@ class SuiteRow:
             if self.predicted is None or self.failed
             else self.predicted.step_time_s / self.measured["step_time_s"]["median"] - 1
         )
+
+    @property
+    def measured_s(self) -> float:
+        """Median step time at the speed that the machine had when it was calibrated."""
+        return float(self.measured["step_time_s"]["median"]) / self.slowness
+
+    @property
+    def paired_error(self) -> float | None:
+        """Error of the step time, machine's speed aside."""
+        return None if self.predicted is None or self.failed else self.predicted.step_time_s / self.measured_s - 1
 
     @property
     def memory_error(self) -> float | None:
@@ -85,7 +97,7 @@ class SuiteRow:
     def to_json(self) -> dict[str, Any]:
         """One row of ``summary.json``."""
         return {
-            "name": self.case.name, "kind": self.case.kind, "failed": self.failed, "time_error": self.time_error, "memory_error": self.memory_error,
+            "name": self.case.name, "kind": self.case.kind, "failed": self.failed, "time_error": self.time_error, "paired_error": self.paired_error, "slowness": self.slowness, "memory_error": self.memory_error,
             "reserved_error": self.reserved_error, "bitwise": self.bitwise, "cause": None if self.cause is None else self.cause.to_json(),
             "measured_s": None if self.failed else self.measured["step_time_s"]["median"],
             "predicted_s": None if self.predicted is None else self.predicted.step_time_s,
@@ -130,7 +142,12 @@ def suite_rows(
 def _row(case: BundleCase, measured: Mapping[str, Any], workload: Workload | None, device: DeviceProfile) -> SuiteRow:
     predicted = None if workload is None or "failed" in measured else predict(case, workload, device)
     cause = None if predicted is None else cause_of(predicted, measured)
-    return SuiteRow(case=case, measured=measured, predicted=predicted, cause=cause)
+    return SuiteRow(case=case, measured=measured, predicted=predicted, cause=cause, slowness=_slowness(measured, device))
+
+
+def _slowness(measured: Mapping[str, Any], device: DeviceProfile) -> float:
+    timed = measured.get("yardstick_s")
+    return float(timed["median"]) / device.yardstick_s if timed and device.yardstick_s else 1.0
 
 
 def predict(case: BundleCase, workload: Workload, device: DeviceProfile) -> Simulation:
@@ -147,13 +164,14 @@ def summary_of(rows: Sequence[SuiteRow]) -> dict[str, Any]:
     more than `TOLD_APART` in measured time whose order is predicted.
     """
     times = np.abs([row.time_error for row in rows if row.time_error is not None])
+    paired = np.array([row.paired_error for row in rows if row.paired_error is not None])
     memory = np.abs([row.memory_error for row in rows if row.memory_error is not None])
     reserved = np.abs([row.reserved_error for row in rows if row.reserved_error is not None])
     compared = [row.bitwise for row in rows if row.bitwise is not None and row.case.kind == "plan"]
     orders = [found for model in dict.fromkeys(row.model for row in rows) if (found := _order(rows, model)) is not None]
     return {
         "num": len(rows), "num_failed": sum(bool(row.failed) for row in rows), "num_predicted": len(times),
-        "time": _errors(times), "allocated": _errors(memory), "reserved": _errors(reserved), "num_compared": len(compared), "num_bitwise": sum(compared),
+        "time": _errors(times), "paired_time": _errors(np.abs(paired)), "paired_bias": float(np.mean(paired)) if len(paired) else None, "allocated": _errors(memory), "reserved": _errors(reserved), "num_compared": len(compared), "num_bitwise": sum(compared),
         "spearman": float(np.mean([one[0] for one in orders])) if orders else None,
         "pairs_in_order": sum(one[1] for one in orders) / max(1, sum(one[2] for one in orders)), "num_pairs": sum(one[2] for one in orders),
     }  # fmt: skip
@@ -172,7 +190,7 @@ def _order(rows: Sequence[SuiteRow], model: str) -> tuple[float, int, int] | Non
     chosen = [
         row for row in rows if row.model == model and row.predicted is not None and not row.failed and row.case.kind == "plan"
     ]
-    measured = np.array([row.measured["step_time_s"]["median"] for row in chosen])
+    measured = np.array([row.measured_s for row in chosen])
     predicted = np.array([row.predicted.step_time_s for row in chosen if row.predicted is not None])
     pairs = [
         (i, j) for i in range(len(chosen)) for j in range(i) if abs(measured[i] / measured[j] - 1) > TOLD_APART
@@ -187,12 +205,12 @@ def _order(rows: Sequence[SuiteRow], model: str) -> tuple[float, int, int] | Non
 def suite_table(rows: Sequence[SuiteRow]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| step | predicted ms | measured ms (p10, p90) | error | allocated GiB: predicted | measured | error | gradients | largest residual |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| step | predicted ms | measured ms (p10, p90) | error | machine's slowness | error without it | allocated GiB: predicted | measured | error | gradients | largest residual |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if row.failed:
-            lines.append(f"| {row.case.name} | | failed: {row.failed[:80]} | | | | | | |")
+            lines.append(f"| {row.case.name} | | failed: {row.failed[:80]} | | | | | | | | |")
             continue
         times = row.measured["step_time_s"]
         measured = f"{times['median'] * MS_PER_S:.1f} ({times['p10'] * MS_PER_S:.1f}, {times['p90'] * MS_PER_S:.1f})"
@@ -205,10 +223,10 @@ def suite_table(rows: Sequence[SuiteRow]) -> str:
             else f"rel {row.measured['gradients_match'][0]['max_rel']:.0e}"
         )
         if row.predicted is None:
-            lines.append(f"| {row.case.name} | | {measured} | | | {allocated} | | {gradients} | |")
+            lines.append(f"| {row.case.name} | | {measured} | | {row.slowness:.2f} | | | {allocated} | | {gradients} | |")
             continue
         lines.append(
-            f"| {row.case.name} | {row.predicted.step_time_s * MS_PER_S:.1f} | {measured} | {row.time_error:+.1%} "
+            f"| {row.case.name} | {row.predicted.step_time_s * MS_PER_S:.1f} | {measured} | {row.time_error:+.1%} | {row.slowness:.2f} | {row.paired_error:+.1%} "
             f"| {row.predicted.peak_allocated_bytes[0] / GIB:.4f} | {allocated} | {row.memory_error:+.2%} | {gradients} "
             f"| {'' if row.cause is None else row.cause.text} |"
         )

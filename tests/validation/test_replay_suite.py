@@ -88,6 +88,11 @@ def test_a_run_suite_is_reported_with_plans_and_figures(cases: list[BundleCase],
     summary = write_results(rows, environment, device, tmp_path / "out")
     assert (summary["num"], summary["num_predicted"], summary["num_bitwise"], summary["num_compared"]) == (4, 3, 2, 2)
     assert summary["allocated"]["max"] < 0.01
+    assert all(row.slowness == 1.0 and row.paired_error == row.time_error for row in rows)  # a profile without a yardstick
+    half = rows[0].measured["yardstick_s"]["median"] / 2
+    (slow, *_), _ = suite_rows(chosen, tmp_path / "results.zip", replace(device, yardstick_s=half))
+    assert slow.slowness == pytest.approx(2.0)
+    assert 1 + slow.paired_error == pytest.approx(2 * (1 + slow.time_error))
     assert all(row.cause is not None for row in rows if row.case.kind == "plan")
     table = suite_table(rows)
     assert table.count("\n") == 6
