@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from hardware_models.kernel import Kernel
+from hardware_models.kernel import COPY_BYTES, Kernel, on_tensor_cores, row_bytes
 from hardware_models.units import DTYPE_BYTES
 
 Floats = NDArray[np.float64]
@@ -43,11 +43,11 @@ def work_flops(kernel: Kernel) -> float:
 
 def _gemm(kernel: Kernel) -> tuple[float, ...]:
     m, n, k = kernel.shape
-    return (*_logs(m, n, k), _unaligned(n, kernel.dtype))
+    return (*_logs(m, n, k), _unaligned(n, kernel.dtype) + _uncopyable(kernel))
 
 
 def _batched_gemm(kernel: Kernel) -> tuple[float, ...]:
-    return _logs(*kernel.shape)
+    return (*_logs(*kernel.shape), *((_uncopyable(kernel),) if on_tensor_cores(kernel) else ()))
 
 
 def _attention(kernel: Kernel) -> tuple[float, ...]:
@@ -81,6 +81,11 @@ def _logs(*values: int) -> tuple[float, ...]:
 
 def _unaligned(columns: int, dtype: str) -> float:
     return 2.0 if columns * DTYPE_BYTES.get(dtype, 1) % _ALIGNED_BYTES else 0.0
+
+
+def _uncopyable(kernel: Kernel) -> float:
+    """Halvings by which rows of a product on tensor cores miss the 16 bytes of an asynchronous copy."""
+    return float(np.log2(COPY_BYTES / min(row_bytes(kernel), COPY_BYTES))) if on_tensor_cores(kernel) else 0.0
 
 
 FEATURES: Mapping[str, Callable[[Kernel], tuple[float, ...]]] = MappingProxyType(

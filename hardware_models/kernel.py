@@ -10,6 +10,10 @@ KernelClass = Literal[
     "normalization", "softmax", "pointwise", "reduction", "embedding", "optimizer", "copy",
 ]  # fmt: skip
 KERNEL_CLASSES: tuple[str, ...] = get_args(KernelClass)
+COPY_BYTES, SECTOR_BYTES = 16, 32
+"""What one asynchronous copy moves, and what a GPU's cache hands out at once: NVIDIA, CUDA C++ programming guide, sections on asynchronous copies and device memory accesses."""
+_TENSOR_CORE_BYTES = {"float16": 2, "bfloat16": 2}
+_PRODUCTS = frozenset({"gemm", "batched_gemm"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,3 +50,21 @@ class Kernel:
     def moved_bytes(self) -> int:
         """Least traffic to and from memory."""
         return self.read_bytes + self.written_bytes
+
+
+def on_tensor_cores(kernel: Kernel) -> bool:
+    """Whether a kernel is a product whose rows tensor cores take as they lie; grouped products pad theirs."""
+    return kernel.kernel_class in _PRODUCTS and kernel.dtype in _TENSOR_CORE_BYTES and kernel.op != "_grouped_mm"
+
+
+def row_bytes(kernel: Kernel) -> int:
+    """The greatest power of two, in bytes, that divides the rows of a product's operands and result; at most `SECTOR_BYTES`.
+
+    **Model**: rows have n or k elements; m counts rows, which lie at any address. Of a weight gradient, whose rows are m and n wide, k is the tokens: a width m that is odd is not seen.
+
+    Args:
+        kernel: for which `on_tensor_cores` holds.
+    """
+    n, k = kernel.shape[-2:]
+    own = (n | k) * _TENSOR_CORE_BYTES[kernel.dtype]
+    return min(own & -own, SECTOR_BYTES)

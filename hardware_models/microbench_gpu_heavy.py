@@ -53,7 +53,7 @@ def rounded(value: float, multiple: int) -> int:
 def _products(num: int, *, least_multiple: int = 1) -> Iterator[tuple[int, int, int]]:
     """Sizes (m, n, k): corners and layers first, then points with logarithms spread evenly."""
     yield from ((4096, 4096, 4096), (128, 128, 128), (8192, 1024, 8192), (16, 8192, 8192), (65536, 512, 512), (2048, 16384, 4096),
-                (512, 512, 32768), (1024, 50304, 1024), (32768, 4096, 1024), (1024, 1024, 1024))  # fmt: skip
+                (512, 512, 32768), (1024, 50304, 1024), (32768, 4096, 1024), (1024, 1024, 1024), (2048, 16386, 2048), (2048, 16385, 2048))  # fmt: skip
     for number, logs in enumerate(halton(num, (4.0, 6.0, 6.0), (17.0, 15.0, 15.0))):
         alignment = max(least_multiple, _ALIGNMENTS[number % len(_ALIGNMENTS)])
         m, n, k = (rounded(2.0**log, min(alignment, 2 ** int(log))) for log in logs)
@@ -121,9 +121,13 @@ def _scaled_mm(pool: Pool, m: int, n: int, k: int) -> Call:
     return Call(run=lambda: torch._scaled_mm(a, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16), reads=(a, b))  # noqa: SLF001
 
 
+_UNEVEN_HEADS = ((64, 1024, 1024, 108), (64, 1024, 108, 1024), (64, 1024, 1024, 75), (64, 1024, 75, 1024))
+"""Scores and mixtures of heads whose rows no 16-byte copy can fetch: of 8 and of 2 bytes (`hardware_models.kernel.row_bytes`)."""
+
+
 def batched_cases(size: GridSize) -> Iterator[Case]:
     """Products of a batch: heads of attention as matrices, experts, and the complex ones of spectral layers."""
-    corners = ((64, 512, 512, 64), (64, 512, 64, 512), (8, 2048, 2048, 2048), (512, 64, 64, 64))
+    corners = ((64, 512, 512, 64), (64, 512, 64, 512), (8, 2048, 2048, 2048), (512, 64, 64, 64), *_UNEVEN_HEADS)
     points = halton(size.num(14, 90), (1.0, 4.0, 4.0, 4.0), (11.0, 12.0, 12.0, 12.0))
     shapes = [*corners, *(tuple(rounded(2.0**log, 8 if log > 3 else 1) for log in logs) for logs in points)]  # noqa: PLR2004 - 2^3 = 8
     for shape in shapes:

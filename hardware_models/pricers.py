@@ -11,6 +11,7 @@ from typing import Protocol
 
 import numpy as np
 
+from hardware_models.alignment import Alignment, alignment_of, misaligned
 from hardware_models.bandwidth_ramp import LaunchMode
 from hardware_models.curves import Curve, Floats
 from hardware_models.gridded import GriddedCurve
@@ -170,6 +171,35 @@ class ProductPricer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MisalignedPricer:
+    """Products whose rows begin at odd addresses (`Alignment`)."""
+
+    aligned: Pricer
+    """Prices them as if they did not."""
+    alignment: Alignment
+    profile: DeviceProfile
+
+    @property
+    def name(self) -> str:
+        """Of the library: how slowly it loads such rows is one error."""
+        return f"{self.aligned.name}/misaligned"
+
+    @property
+    def relative_standard_error(self) -> float:
+        """Of the aligned price and of the bound, independent."""
+        return hypot(self.aligned.relative_standard_error, self.alignment.relative_standard_error)
+
+    @property
+    def evidence(self) -> tuple[Evidence, ...]:
+        """The aligned price's, and published timings of one device."""
+        return (*self.aligned.evidence, "published")
+
+    def seconds_of(self, kernels: Sequence[Kernel]) -> Floats:
+        """The aligned price, bounded by the loads."""
+        return self.alignment.slowed(self.aligned.seconds_of(kernels), kernels, self.profile)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RooflinePricer:
     """First principles."""
 
@@ -223,7 +253,7 @@ def grid_group(kernel: Kernel) -> str:
 def pricer_of(
     kernel: Kernel, profile: DeviceProfile, *, sustained: bool = True, stack: str = "", launch: LaunchMode = "stream"
 ) -> Pricer:
-    """What prices a kernel on a device: its measured curve, else its grid, else products, else the roofline.
+    """What prices a kernel on a device: its measured curve, else its grid, else products, else the roofline; slower where rows are misaligned.
 
     Args:
         kernel: to price.
@@ -235,6 +265,14 @@ def pricer_of(
     curve = curve_of(kernel, profile)
     if curve is not None:
         return MeasuredPricer(curve=curve)
+    aligned = _aligned_pricer(kernel, profile, sustained=sustained, stack=stack, launch=launch)
+    if not (misaligned(kernel) and profile.kind == "cuda" and profile.num_multiprocessors and profile.boost_clock_hz):
+        return aligned
+    return MisalignedPricer(aligned=aligned, alignment=alignment_of(profile.product_library), profile=profile)
+
+
+def _aligned_pricer(kernel: Kernel, profile: DeviceProfile, *, sustained: bool, stack: str, launch: LaunchMode) -> Pricer:
+    """What prices a kernel that was not measured, its rows taken as aligned."""
     grid = _grid_of(kernel, profile, stack)
     if grid is None:
         return RooflinePricer(profile=profile, kernel_class=kernel.kernel_class, launch=launch)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hardware_models.alignment import misaligned
 from hardware_models.bandwidth_ramp import LaunchMode
 from hardware_models.curves import Floats
 from hardware_models.kernel import Kernel
@@ -73,6 +74,7 @@ def _priced(
     positions: dict[tuple[object, ...], list[int]] = {}
     for position, kernel in enumerate(kernels):
         one_token = kernel.kernel_class == "attention" and kernel.shape[3] == 1
-        positions.setdefault((kernel.kernel_class, kernel.op, kernel.dtype, len(kernel.shape), one_token), []).append(position)
+        key = (kernel.kernel_class, kernel.op, kernel.dtype, len(kernel.shape), one_token, misaligned(kernel))
+        positions.setdefault(key, []).append(position)
     for rows in positions.values():
         yield pricer_of(kernels[rows[0]], profile, sustained=sustained, stack=stack, launch=launch), rows

@@ -163,6 +163,8 @@ class DeviceProfile:
     """Time of kernels that only move bytes; None where not known (a CPU)."""
     host_dispatch: HostDispatch | None = None
     sustained: Sustained | None = None
+    product_library: str = ""
+    """Version of the library whose products run, one of `alignment`'s; empty: the newest."""
     grids: tuple[GriddedCurve, ...] = ()
     """Curves of products and attention on grids; the first of a class, operator and dtype prices training, the others are other software."""
 

@@ -1,4 +1,4 @@
-"""Devices as the software of a published run drove them: attention kernels of a first generation, where a row or its framework says so."""
+"""Devices as the software of a published run drove them: attention kernels of a first generation, an earlier product library."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def flash_generation(row: PublishedRow, facts: FrameworkFacts) -> int:
 
 
 @lru_cache(maxsize=64)
-def device_of_run(name: str, generation: int) -> DeviceProfile:
-    """The catalogue's device with attention kernels of a generation.
+def device_of_run(name: str, generation: int, library: str = "") -> DeviceProfile:
+    """The catalogue's device with attention kernels of a generation and a version of the product library (`alignment`; empty: the newest).
 
-    **Model**: the first takes twice the time at every shape.
+    **Model**: the first generation takes twice the time at every shape.
 
     **Not modelled**: its weaker parallelism over few long samples, which slows it further.
     """
-    device = load_hardware(name)
+    device = replace(load_hardware(name), product_library=library)
     if generation > 1:
         return device
     return replace(

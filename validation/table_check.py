@@ -231,7 +231,7 @@ def predicted_run(expressed: Expressed, basis: MemoryBasis = "allocated") -> tup
 def _simulated(expressed: Expressed, plan: Plan, basis: MemoryBasis) -> ParallelSimulation:
     """The step; with the allocator replayed where reserved bytes are compared or decide whether it fits: a replay takes far longer than the step."""
     source = ModelSource(name=expressed.config.name, config=expressed.config, seq_len=expressed.seq_len)
-    device = device_of_run(expressed.cluster.device, expressed.flash_generation)
+    device = device_of_run(expressed.cluster.device, expressed.flash_generation, expressed.facts.product_library)
     if basis == "allocated":
         live = simulate_source(source, plan, expressed.cluster, reserved=False, device=device)
         needed = max(live.peak_memory_bytes) + live.device.context_bytes
