@@ -7,6 +7,9 @@ from collections.abc import Collection
 from simulator.plan import SCHEDULES_TWO_WAYS, Plan
 from simulator.plan_sections import BLOCK_RECOMPUTES, OFFLOADS, Memory, Runtime, plan_refusal
 
+_WAITING = frozenset({"megatron-lm@2021", "deepspeed@2021", "deepspeed"})
+"""Frameworks that capture no step in graphs and wait for collectives of tensor parallelism."""
+
 
 def check_parallel(plan: Plan, *, compute: Collection[str]) -> None:
     """Refuses what cannot be simulated yet on several devices, so that no key is accepted and then ignored.
@@ -69,7 +72,7 @@ def _check_graphs_parallel(plan: Plan) -> None:
     if not runtime.cuda_graphs:
         return
     rule, remedy = "", "leave it at False"
-    if runtime.framework in {"megatron-lm@2021", "deepspeed"}:
+    if runtime.framework in _WAITING:
         rule, remedy = f"{runtime.framework} captures no training step", "leave it at False, or take another runtime.framework"
     elif memory.activation_offload or memory.weight_offload:
         rule = "what leaves for the host inside a pass is not captured (Megatron-core refuses both together)"
@@ -88,7 +91,7 @@ def _check_overlap_tp(plan: Plan) -> None:
             "pieces of the stream are gathered and scattered with tp > 1 and sequence_parallel only",
             "set both, or leave it at False",
         )
-    elif runtime.framework in {"megatron-lm@2021", "deepspeed"}:
+    elif runtime.framework in _WAITING:
         rule = f"{runtime.framework} waits for its collectives"
     elif not runtime.framework.startswith("megatron") and not runtime.compile:
         rule, remedy = (

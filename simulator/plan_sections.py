@@ -23,7 +23,16 @@ SCHEDULES_TWO_CHUNKS = ("zb-v", "v-half", "v-min", "dualpipe-v")
 SCHEDULES = (*SCHEDULES_ONE_CHUNK, "interleaved", "looped-bfs", "chimera", "dualpipe", *SCHEDULES_TWO_CHUNKS)
 BLOCK_RECOMPUTES = ("none", "selective", "full")
 RECOMPUTES = (*BLOCK_RECOMPUTES, "optimal")
-FRAMEWORKS = ("pytorch", "megatron-lm@2021", "megatron-core", "deepspeed", "torchtitan", "aa-scaling", "aa-scaling@fused-norm")
+FRAMEWORKS = (
+    "pytorch",
+    "megatron-lm@2021",
+    "megatron-core",
+    "deepspeed@2021",
+    "deepspeed",
+    "torchtitan",
+    "aa-scaling",
+    "aa-scaling@fused-norm",
+)
 FILE_PREFIX = "file:"
 """Begins a value that names a file; relative paths start at the plan's folder."""
 OFFLOADS = ("activation_offload", "weight_offload", "grad_offload", "optimizer_offload")

@@ -51,6 +51,8 @@ class FrameworkFacts:
     """Sharding where there are pipeline stages, if it is another than the row's for all."""
     fused_norm_runtime: str = ""
     """Runtime of rows that name a norm's kernel; empty: the same."""
+    product_library: str = ""
+    """Version of the product library, one of `hardware_models.alignment`'s; empty: the newest."""
     not_simulated: str = ""
     """Why runs of this framework cannot be expressed; empty if they can."""
 
@@ -63,17 +65,18 @@ FRAMEWORKS_KNOWN: tuple[FrameworkFacts, ...] = (
         not_simulated="MegaScale trains another model: attention and network in parallel, sliding windows (arXiv 2402.15627, section 3.1)",
     ),
     FrameworkFacts(
-        name="Megatron-LM with DeepSpeed ZeRO-3, 2021", pattern=r"megatron.*2021.*(deepspeed|z)", runtime="deepspeed", grads="half", flash_attention=False,
+        name="Megatron-LM with DeepSpeed ZeRO-3, 2021", pattern=r"megatron.*2021.*(deepspeed|z)", runtime="deepspeed@2021", grads="half", overlap_grad_reduce=False, flash_attention=False,
         sequence_parallel=False, dropout=0.1, vocab_multiple=128,
-        source="Narayanan et al. 2021 (arXiv 2104.04473), section 5.2 and table 2; DeepSpeed keeps gradients in the model's format (runtime/zero/stage3.py)",
+        source="Narayanan et al. 2021 (arXiv 2104.04473), section 5.2 and table 2; DeepSpeed keeps gradients in the model's format; overlap_comm is off unless set "
+        "(v0.3.13 deepspeed/runtime/zero/stage3.py)",
     ),
     FrameworkFacts(
         name="Megatron-DeepSpeed of BigScience", pattern=r"megatron-deepspeed.*(bigscience|bloom)", runtime="megatron-lm@2021", grads="half", overlap_grad_reduce=False, overlap_param_gather=False,
         flash_attention=False, heads=64,
-        heads_source="'all NHEADS=64 (above too)', bigscience train/tr11-176B-ml/chronicles-prequel.md", sequence_parallel=False, dropout=0.1, vocab=50257,
+        product_library="cublas-11.6", heads_source="'all NHEADS=64 (above too)', bigscience train/tr11-176B-ml/chronicles-prequel.md", sequence_parallel=False, dropout=0.1, vocab=50257,
         vocab_source="GPT-2's tokenizer, the default of VIA-Research/vTrain's configuration and of Megatron's examples", vocab_multiple=128,
         source="microsoft/Megatron-DeepSpeed, a fork of Megatron-LM v2.4: its fused kernels; DeepSpeed's pipeline engine reduces gradients after the last backward "
-        "pass (runtime/pipe/engine.py, _exec_reduce_grads) in the model's format; bf16 adds them up in fp32 (runtime/bf16_optimizer.py)",
+        "pass (runtime/pipe/engine.py, _exec_reduce_grads) in the model's format; bf16 adds them up in fp32 (runtime/bf16_optimizer.py); CUDA 11.5 (bigscience/bloom model card)",
     ),
     FrameworkFacts(
         name="Megatron-DeepSpeed", pattern=r"megatron-deepspeed", runtime="megatron-lm@2021", grads="half", overlap_grad_reduce=False, overlap_param_gather=False,

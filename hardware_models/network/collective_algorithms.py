@@ -32,6 +32,9 @@ taken for all-reduce and broadcast, whose steps grow with the logarithm (Sanders
 _RING_HOP = 0.5
 """Latency of a ring's hop over the network relative to a tree's: NCCL's own tuning table has 2.7 and 4.0 us against 5.0 and 8.5 us (LL, LL128;
 NVIDIA/nccl src/graph/tuning.cc)."""
+_NEAR_HOP = 0.25
+"""Latency of a ring's hop inside a domain relative to one over the network: 0.6, 1.9 and 3.4 us against 2.7, 4.0 and 14.0 us there (LL, LL128, Simple); that of Simple,
+which carries all but small messages."""
 
 
 def canonical(collective: str) -> str:
@@ -73,11 +76,19 @@ def network_factor(collective: str, num_ranks: int, ranks_per_domain: int) -> fl
     return bus_factor(collective, num_ranks)
 
 
-def num_steps(collective: str, count: int, scope: Scope) -> float:
+def num_steps(collective: str, count: int, scope: Scope, *, num_ranks: int = 0) -> float:
     """Latencies in a row, among ``count`` ranks (intra) or domains (inter).
 
+    Args:
+        collective: its canonical name.
+        count: of ranks or domains.
+        scope: inside a domain or between several.
+        num_ranks: in all domains, where each has several; a ring between domains passes through all of them.
+
     **Model**: ring: ``n - 1``, twice for all_reduce; beyond 8 ranks all_reduce and broadcast grow with ``log2 n`` (trees).
-    Between domains all_reduce and broadcast are trees; others are rings, whose hop counts half of a tree's.
+    Between domains all_reduce and broadcast are trees; others are rings through every rank, whose hop counts half of a tree's, and an eighth inside a domain.
+
+    **Source**: the sum of hops is NCCL's own (NVIDIA/nccl src/graph/tuning.cc, ``(nsteps - nInterSteps) * intraLat + nInterSteps * interLat``).
     """
     if collective == "send_recv":
         return 1.0
@@ -87,7 +98,9 @@ def num_steps(collective: str, count: int, scope: Scope) -> float:
             return float(twice * np.ceil(np.log2(max(2, count))))
         if count > _TREE_FROM_RANKS:
             return float(twice * (_TREE_FROM_RANKS - 1) * np.log2(count) / np.log2(_TREE_FROM_RANKS))
-    return twice * (count - 1) if scope == "intra" else max(1.0, _RING_HOP * (count - 1))
+    if scope == "intra":
+        return twice * (count - 1)
+    return max(1.0, _RING_HOP * (count - 1 + _NEAR_HOP * max(0, num_ranks - count)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +152,7 @@ def physical_seconds(lines: Sequence[ProtocolLine], collective: str, sizes_bytes
 
     In-switch lines count for all_reduce on fabrics that add.
     """
-    steps = num_steps(collective, wire.count, wire.scope)
+    steps = num_steps(collective, wire.count, wire.scope, num_ranks=wire.num_ranks)
     nvls = wire.in_network_reduction and collective == "all_reduce"
     usable = [line for line in lines if line.algorithm == "ring" or nvls]
     times = [line.seconds(steps, sizes_bytes * wire.seconds_per_byte(collective, line.algorithm)) for line in usable]

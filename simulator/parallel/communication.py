@@ -12,6 +12,7 @@ from hardware_models.units import DTYPE_BYTES
 from simulator.parallel.framework import AA_SCALING
 from simulator.parallel.mesh import Mesh, two_steps
 from simulator.parallel.overlapped_products import HalfProducts, TensorOverlap, together_seconds
+from simulator.parallel.parameter_gathers import DEEPSPEED
 from simulator.parallel.stages import Stage
 from simulator.plan import Plan
 from simulator.presets import TransformerConfig
@@ -29,7 +30,7 @@ _EXPERT_EXCHANGES = 2
 """Dispatch and combine."""
 _ATTENTION_BACKWARD = 2.5
 """Time of attention's backward pass over its forward pass: five products instead of two (Dao 2023, FlashAttention-2, section 3)."""
-_HIERARCHICAL = ("deepspeed",)
+_HIERARCHICAL = DEEPSPEED
 """Frameworks that exchange tokens inside nodes first and then across where that is faster (Rajbhandari et al. 2022, DeepSpeed-MoE, arXiv 2201.05596, section 5.2)."""
 _RING_BACKWARD = 2
 """Keys and values, and their gradients, go round in the backward pass (Liu et al. 2023, Ring Attention)."""

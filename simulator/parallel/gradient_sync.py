@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from hardware_models.network.cluster import CommGroup
 from hardware_models.network.collectives import collective_seconds
@@ -11,7 +12,16 @@ from simulator.parallel.communication import Communication
 from simulator.parallel.framework import AA_SCALING
 from simulator.parallel.memory import GRADIENT_BYTES
 from simulator.parallel.mesh import Mesh, two_steps
-from simulator.parallel.parameter_gathers import FLAT_BUFFERS, Gathers, Unit, gathers_of, prefetched_units
+from simulator.parallel.parameter_gathers import (
+    FLAT_BUFFERS,
+    Gathers,
+    ListSeconds,
+    Piece,
+    Unit,
+    gathers_of,
+    pieces_of,
+    prefetched_units,
+)
 from simulator.parallel.wire_format import WireFormat
 from simulator.plan import Plan
 
@@ -27,6 +37,9 @@ PARAMETERS_SHARDED = 3
 NO_GATHERS = Gathers()
 
 
+NO_LISTS = ListSeconds()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageLoad:
     """What data parallelism needs to know of a stage."""
@@ -40,6 +53,8 @@ class StageLoad:
     forward_s: tuple[float, ...] = ()
     """Compute of each unit."""
     backward_s: tuple[float, ...] = ()
+    lists: ListSeconds = NO_LISTS
+    """Of collectives over lists."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +90,8 @@ def gradient_sync(
 
     Where a framework sums all of them everywhere (`WHOLE_SUMS`), ZeRO spares no traffic of gradients.
 
-    FSDP2 copies parameters out of the buffer that they are gathered in, on the compute stream, and gradients into one (`FLAT_BUFFERS`).
+    FSDP2 copies parameters out of the buffer that they are gathered in, on the compute stream, and gradients into one (`FLAT_BUFFERS`). Collectives over lists (`list_seconds`)
+    clear the result first; their copies are kernels of a rank's part each, behind the collective or before it.
 
     **Source**: Rajbhandari et al. 2020 (ZeRO), section 7; Zhao et al. 2023 (PyTorch FSDP), section 3.2.2 (hybrid sharding).
 
@@ -107,14 +123,14 @@ def gradient_sync(
         return GradientSync(
             chunks=chunks, reduce_s=reduce_s, gather_s=gather_s, gather_overlaps=ahead and gather_s > 0.0, reduce_overlaps=overlaps
         )  # fmt: skip
-    gathers_s = [replicas.gather_s(unit.elements) for unit in load.units]
     prefetch = prefetched_units(load.units, plan.runtime) if ahead else 0
-    copy_s = [replicas.copied_out_s(unit.elements) for unit in load.units]
+    forward = pieces_of(load.units, load.forward_s, prefetch)
+    turned = [replace(unit, tensors=unit.tensors[::-1]) for unit in load.units[::-1]]
+    backward = pieces_of(turned, load.backward_s[::-1], prefetch)
     return GradientSync(
         chunks=min(MOST_CHUNKS, max(1, len(load.units))) if overlaps else 1,
-        reduce_s=sum(replicas.copied_in_s(unit.elements) + replicas.reduce_s(unit.elements) for unit in load.units),
-        gather_s=0.0, every_micro_batch=True, forward_gathers=gathers_of(load.forward_s, gathers_s, prefetch, copy_s=copy_s),
-        backward_gathers=gathers_of(load.backward_s[::-1], gathers_s[::-1], prefetch, copy_s=copy_s[::-1]),
+        reduce_s=sum(replicas.scattered_piece_s(piece.elements, load.lists) for piece in forward),
+        gather_s=0.0, every_micro_batch=True, forward_gathers=replicas.gathers(forward, load.lists), backward_gathers=replicas.gathers(backward, load.lists),
     )  # fmt: skip
 
 
@@ -150,6 +166,35 @@ class _Replicas:
             self._gathered_s(elements * self.parts, self.mesh.expert_group(self.distance), self.width) if self.parts else 0.0
         )
         return experts + self._gathered_s(elements * (1.0 - self.parts), group, self.width)
+
+    def gathers(self, pieces: Sequence[Piece], lists: ListSeconds) -> Gathers:
+        """Of the pieces of a pass."""
+        idle_s = [self._listed_s(piece.elements, lists) for piece in pieces]
+        gather_s = [
+            self.gather_s(piece.elements) + idle + self._list_copies_s(piece.elements, lists)
+            for piece, idle in zip(pieces, idle_s, strict=True)
+        ]
+        # the host lists a piece that is gathered ahead before it launches what computes meanwhile
+        ahead_s = [idle if piece.prefetch else 0.0 for piece, idle in zip(pieces[1:], idle_s[1:], strict=True)]
+        copy_s = [self.copied_out_s(piece.elements) + idle for piece, idle in zip(pieces, [*ahead_s, 0.0], strict=True)]
+        return gathers_of([piece.compute_s for piece in pieces], gather_s, [piece.prefetch for piece in pieces], copy_s=copy_s)
+
+    def scattered_piece_s(self, elements: float, lists: ListSeconds) -> float:
+        """Of a piece's gradients."""
+        listed_s = self.shards * lists.scattered_s + self._list_copies_s(elements, lists)
+        return self.copied_in_s(elements) + self.reduce_s(elements) + listed_s
+
+    def _listed_s(self, elements: float, lists: ListSeconds) -> float:
+        """The device stands still while the host lists pieces; before that, the result is cleared."""
+        if lists == NO_LISTS:
+            return 0.0
+        return self.shards * lists.gathered_s + self.wire.pass_s(elements, read_bytes=0.0, written_bytes=self.width)
+
+    def _list_copies_s(self, elements: float, lists: ListSeconds) -> float:
+        """A kernel for each rank's part."""
+        if lists == NO_LISTS:
+            return 0.0
+        return self.shards * self.wire.pass_s(elements / self.shards, read_bytes=self.width, written_bytes=self.width)
 
     def copied_out_s(self, elements: float) -> float:
         """Of gathered parameters, from the buffer that they came in to their own places."""

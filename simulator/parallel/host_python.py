@@ -19,6 +19,8 @@ class PythonSeconds:
     """Once more for a block that runs again in the backward pass: states saved, restored and forked."""
 
 
+BARE_OPERATOR_S = 2e-6
+"""An operator without autograd from Python, no kernel of it launched, on the host that was measured (as `_MEGATRON_LAYER`)."""
 NO_PYTHON = PythonSeconds()
 """Of kernels that a captured graph or a compiled wrapper launches."""
 _MEGATRON_LAYER = PythonSeconds(forward_s=265e-6, backward_s=240e-6, checkpoint_s=220e-6)

@@ -15,13 +15,14 @@ from simulator.parallel.framework import AA_SCALING
 from simulator.parallel.gradient_sync import WHOLE_SUMS
 from simulator.parallel.memory import GRADIENT_BYTES, MASTER_BYTES, STATE_BYTES
 from simulator.parallel.mesh import Mesh
+from simulator.parallel.parameter_gathers import DEEPSPEED
 from simulator.parallel.recompute import MEGATRON
 from simulator.plan import Plan
 
-CLIPPING = (*MEGATRON, *AA_SCALING, "torchtitan", "deepspeed")
+CLIPPING = (*MEGATRON, *AA_SCALING, "torchtitan", *DEEPSPEED)
 """Frameworks that take the norm of all gradients before each step: ``--clip-grad`` 1.0 unless set (Megatron-LM), ``max_norm`` 1.0 (torchtitan), in any case (DeepSpeed's
 ZeRO, ``scaled_global_norm``; ``scale_grads_and_get_global_grad_norm``, Aleph-Alpha/scaling @01b9d21dba). A bare module does not."""
-_RESCALING = (*AA_SCALING, "torchtitan", "deepspeed")
+_RESCALING = (*AA_SCALING, "torchtitan", *DEEPSPEED)
 """Those that multiply gradients by a factor whatever it is (torch ``clip_grads_with_norm_``; DeepSpeed ``unscale_and_clip_grads``); Megatron does so only above the bound."""
 _NORM_BYTES = 4.0
 

@@ -31,7 +31,7 @@ from simulator.parallel.offload_memory import host_peaks, node_peak
 from simulator.parallel.offload_plan import offload_of, weights_away
 from simulator.parallel.optimizer_step import gradient_check, optimizer_seconds
 from simulator.parallel.overlapped_products import TensorOverlap, half_products
-from simulator.parallel.parameter_gathers import Unit, gathered_elements, prefetched_units, unit_seconds, units_of
+from simulator.parallel.parameter_gathers import Unit, gathered_elements, list_seconds, prefetched_units, unit_seconds, units_of
 from simulator.parallel.priced_model import PricedModel, priced_model
 from simulator.parallel.recompute import stage_sequences
 from simulator.parallel.simulation import ParallelSimulation
@@ -313,7 +313,7 @@ class _Assembly:
         forward_s, backward_s = unit_seconds(stage, self.operations[stage.index], self.prices, units)
         load = StageLoad(
             elements=self._stage_elements(stage), expert_elements=expert_elements(stage, self.config, plan.parallel), units=units,
-            forward_s=forward_s, backward_s=backward_s,
+            forward_s=forward_s, backward_s=backward_s, lists=list_seconds(plan.runtime.framework, self.device),
         )  # fmt: skip
         wire = WireFormat(comm=plan.precision.comm, price=self.price)
         return gradient_sync(plan, self.communication, load, wire, distance=holders[-1] - holders[0], dtype=self.dtype)

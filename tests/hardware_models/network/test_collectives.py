@@ -67,6 +67,9 @@ def test_steps_of_rings_and_trees() -> None:
     assert num_steps("all_reduce", 64, "intra") == pytest.approx(28)
     assert num_steps("all_reduce", 16, "inter") == 8
     assert num_steps("all_gather", 2, "inter") == 1
+    assert num_steps("all_gather", 281, "inter") == 140
+    assert num_steps("all_gather", 281, "inter", num_ranks=8 * 281) == pytest.approx(140 + 7 * 281 / 8)
+    assert num_steps("all_reduce", 16, "inter", num_ranks=128) == 8
 
 
 def test_the_fastest_line_is_taken_and_switches_add_only_where_they_can() -> None:

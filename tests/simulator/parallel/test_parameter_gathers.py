@@ -6,7 +6,19 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.parallel.parameter_gathers import Gathers, gathered_elements, gathers_of, prefetched_units, units_of
+from hardware_models.catalogue import load_hardware
+from simulator.parallel.parameter_gathers import (
+    Gathers,
+    ListSeconds,
+    Piece,
+    Unit,
+    gathered_elements,
+    gathers_of,
+    list_seconds,
+    pieces_of,
+    prefetched_units,
+    units_of,
+)
 from simulator.parallel.stages import Stage, stages_of
 from simulator.plan import Runtime
 from simulator.presets import build_workload
@@ -29,10 +41,13 @@ def stage_of(pp: int = 1, index: int = 0) -> Stage:
         ([1, 1, 1], [4, 4, 4], 1, (10, 2)),  # 4 | 8 | 12, then the last computes: 13 - 3
         ([4, 1, 4], [1, 1, 6], 1, (6, 2)),  # the last gather begins when unit 0 has computed, at 5, and ends at 11: 15 - 9
         ([4, 1, 4], [1, 1, 6], 2, (3, 5)),  # it begins at 2 and ends at 8: 12 - 9
+        ([4, 4, 4], [1, 1, 1], [1, 0, 1], (2, 1)),  # only the second waits for the first's compute
         ([], [], 1, (0, 0)),
     ],
 )
-def test_waits_by_hand(compute: list[float], gather: list[float], prefetch: int, expected: tuple[float, float]) -> None:
+def test_waits_by_hand(
+    compute: list[float], gather: list[float], prefetch: int | list[int], expected: tuple[float, float]
+) -> None:
     own = gathers_of(compute, gather, prefetch)
     assert (own.first_s, own.rest_s) == expected
 
@@ -69,6 +84,41 @@ def test_deepspeed_gathers_submodules_by_elements() -> None:
     assert prefetched_units(units, Runtime(framework="deepspeed")) == 50_000_000 // (4 * 1024**2 + 6 * 1024)
     assert prefetched_units(units, Runtime(framework="deepspeed", prefetch_blocks=2)) == 2
     assert prefetched_units(units, Runtime()) == 1
+
+
+def test_deepspeed_gathers_one_unit_ahead_however_large() -> None:
+    units = [Unit(first=0, end=1, elements=600_000_000), Unit(first=1, end=2, elements=1_200_000_000)]
+    assert prefetched_units(units, Runtime(framework="deepspeed")) == 1
+
+
+def test_deepspeed_of_2021_gathers_matrix_by_matrix() -> None:
+    """Query, key and value, and the output; then both of the network. Biases and norms stay."""
+    units = units_of(stage_of(pp=4, index=1), "deepspeed@2021")
+    wide = 1024**2
+    assert [sorted(unit.tensors) for unit in units[:2]] == [[wide, 3 * wide], [4 * wide, 4 * wide]]
+    assert not any(unit.tensors for unit in units_of(stage_of(pp=4, index=1), "deepspeed"))
+
+
+def test_pieces_share_a_units_compute_and_large_ones_let_nothing_be_gathered_ahead() -> None:
+    units = [
+        Unit(first=0, end=1, elements=2_000_000_000, tensors=(1_500_000_000, 500_000_000)),
+        Unit(first=1, end=2, elements=500_000_000, tensors=(500_000_000,)),
+    ]
+    assert pieces_of(units, [4.0, 3.0], 1) == [
+        Piece(elements=1_500_000_000, compute_s=3.0, prefetch=1), Piece(elements=500_000_000, compute_s=1.0, prefetch=0),
+        Piece(elements=500_000_000, compute_s=3.0, prefetch=1),
+    ]  # fmt: skip
+    assert [piece.prefetch for piece in pieces_of(units, [4.0, 3.0], 0)] == [0, 0, 0]
+
+
+def test_a_list_costs_the_host_views_and_copies_for_each_rank() -> None:
+    """2 us a view on the measured host, 1.48 times that beside an A100; a copy from C++ as the profile says."""
+    device = load_hardware("a100-sxm-80gb")
+    assert device.host_dispatch is not None
+    copy_s = device.host_dispatch.autograd_backward_s
+    found = list_seconds("deepspeed@2021", device)
+    assert (found.gathered_s, found.scattered_s) == (pytest.approx(2.96e-6 + copy_s), pytest.approx(5.92e-6 + copy_s))
+    assert list_seconds("deepspeed", device) == ListSeconds()
 
 
 def test_gathered_elements_are_those_of_the_window() -> None:
