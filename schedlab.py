@@ -14,7 +14,7 @@ from hardware_models.catalogue import list_hardware, load_hardware, this_profile
 from hardware_models.network.cluster_file import find_cluster, list_clusters, load_cluster
 from hardware_models.profile import DeviceProfile
 from search.plan_search import search as run_search
-from search.recompute import sequence_of
+from search.plan_sequence import sequence_of
 from search.stage_recompute import simulate_on_cluster
 from simulator.chrome_trace import write_chrome_trace
 from simulator.model_source import ModelSource, model_source

@@ -169,6 +169,14 @@ class _Grid:
         cap = min(self.least_limit_bytes, self.max_limit_bytes)
         return _Grid(self.problem, self.chain, cap, 2 * self._num_slots, self._refinements - 1)
 
+    def bounds_s(self, limits_bytes: Ints) -> Floats:
+        """As `ChainTable.bounds_s`."""
+        raised = limits_bytes + self._rounding_bytes - self.problem.boundary_bytes[0]
+        slots = np.clip(raised // self.slot_bytes, -1, self._slots)
+        whole = float(self.chain.option_s[np.arange(self.problem.num_stages), self.chain.fastest].sum())
+        times = np.append(self._times[self.problem.num_stages - 1], np.inf)[slots]
+        return np.where(slots == self._slots, whole, np.maximum(times, whole))
+
     def answers(self, limit_bytes: int) -> Iterator[tuple[Operation, ...]]:
         """Sequences that fit the limit, the least of which is never slower than that of a smaller limit.
 
@@ -241,6 +249,13 @@ class ChainTable:
             if time_s < best.time_s and least_bytes <= limit_bytes:
                 best = self._better(best, checkpoint_segments(self.problem, num_segments, options), limit_bytes)
         return best
+
+    def bounds_s(self, limits_bytes: Sequence[int] | Ints) -> Floats:
+        """Seconds that no memory-persistent sequence within each limit is below; infinite where none fits.
+
+        **Model**: a sequence that fits a limit fits the slots of that limit raised by all that rounding adds, so the table's time there is no more than its own.
+        """
+        return self._grid.bounds_s(np.asarray(limits_bytes, np.int64))
 
     def _better(self, best: ChainSolution, operations: tuple[Operation, ...], limit_bytes: int) -> ChainSolution:
         time_s, peak_bytes = evaluate(self.problem, operations)

@@ -2,62 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
-from hardware_models.errors import InfeasibleError, InputError
-from hardware_models.profile import DeviceProfile
-from search.recompute import Candidate, RecomputeSolver
-from search.study import BoundedPoint, Outcome, StudyResult, run_study
-from simulator.model_source import ModelSource
-from simulator.plan import Batch, Memory, Plan
+from search.found_plan import Found, rank, summary
+from search.plan_space import PlanSearch
+from search.search_request import ALLOWABLE, OBJECTIVES, Objective, SearchRequest
+from search.study import CERTIFIED_GAP, StudyResult, run_study
+from simulator.plan import Plan
 from simulator.plan_file import plan_to_dict
-from simulator.sequence import Operation, format_sequence, parse_sequence
-from simulator.simulate import Simulation, StepSetting, simulate
+from simulator.sequence import Operation, format_sequence
+from simulator.simulate import Simulation
 
-Objective = Literal["time", "memory"]
-OBJECTIVES: tuple[Objective, ...] = ("time", "memory")
-ALLOWABLE = ("split-batch",)
-"""What a user may allow: ``split-batch`` splits the batch of a model that mixes samples (BatchNorm then sees micro-batches)."""
-PARETO_BUDGETS = 9
-"""Budgets, evenly spread from the least to the plain schedule's, whose best plans make the frontier."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SearchRequest:
-    """What is asked for; everything else is found."""
-
-    model: ModelSource
-    device: DeviceProfile
-    global_batch: int
-    budget_bytes: int
-    """Most bytes allocated on the device."""
-    objective: Objective = "time"
-    allow: tuple[str, ...] = ()
-    optimizer: str = "adamw"
-
-    def __post_init__(self) -> None:
-        if self.global_batch < 1:
-            raise InputError(source="--global-batch", key="", value=self.global_batch, rule="global_batch >= 1 must hold")
-        for name in self.allow:
-            if name not in ALLOWABLE:
-                raise InputError(source="--allow", key="", value=name, rule=f"known are {', '.join(ALLOWABLE)}")
-
-    @property
-    def text(self) -> str:
-        """All that decides the answer; studies of the same text are one."""
-        parts = (
-            self.model.name, self.model.seq_len, self.device.name, self.device.provenance, self.global_batch, self.budget_bytes,
-            self.objective, self.allow, self.optimizer,
-        )  # fmt: skip
-        return repr(parts)
+__all__ = ["ALLOWABLE", "OBJECTIVES", "Objective", "PlanSearch", "SearchRequest", "SearchResult", "search"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
-    """The answer: ``sequence`` is what the plan's ``recompute = "optimal"`` stands for."""
+    """The answer: ``operations`` is what the plan's ``recompute = "optimal"`` stands for."""
 
     request: SearchRequest
     plan: Plan
@@ -68,6 +33,27 @@ class SearchResult:
     elapsed_s: float
     baselines: dict[str, dict[str, Any]]
     pareto: tuple[dict[str, Any], ...]
+    lower_bound: float
+    """Seconds, or bytes where least memory is asked for, that no plan of the space is below."""
+    unlimited_s: float
+    """Time of the fastest step if memory had no end."""
+
+    @property
+    def value(self) -> float:
+        """What is least: the step's seconds, or the peak's bytes."""
+        return (
+            float(self.simulation.peak_memory_bytes[0]) if self.request.objective == "memory" else self.simulation.step_time_s
+        )
+
+    @property
+    def gap(self) -> float:
+        """(best - lower bound) / best."""
+        return (self.value - self.lower_bound) / self.value
+
+    @property
+    def certified(self) -> bool:
+        """Whether the plan is proven optimal within the model."""
+        return self.gap <= CERTIFIED_GAP
 
     def to_json(self) -> dict[str, Any]:
         """The keys of ``schedlab search --json``."""
@@ -76,131 +62,12 @@ class SearchResult:
                 "plan": plan_to_dict(self.plan), "sequence": format_sequence(self.operations).splitlines(),
                 "simulate": self.simulation.to_json(),
             },
-            "objective": self.request.objective, "budget_bytes": self.request.budget_bytes,
-            "lower_bound_s" if self.request.objective == "time" else "lower_bound_bytes": self.study.lower_bound,
-            "gap": self.study.gap, "certified": self.study.certified, "space_size": self.space_size,
-            "num_simulated": self.study.num_simulated, "elapsed_s": self.elapsed_s, "baselines": self.baselines,
-            "pareto": list(self.pareto),
+            "objective": self.request.objective, "budget_bytes": self.request.budget_bytes, "techniques": list(self.request.used_techniques),
+            "lower_bound_bytes" if self.request.objective == "memory" else "lower_bound_s": self.lower_bound,
+            "gap": self.gap, "certified": self.certified, "space_size": self.space_size,
+            "num_simulated": self.study.num_simulated, "elapsed_s": self.elapsed_s, "unlimited_memory_s": self.unlimited_s,
+            "overhead": self.simulation.step_time_s / self.unlimited_s - 1, "baselines": self.baselines, "pareto": list(self.pareto),
         }  # fmt: skip
-
-
-class PlanSearch:
-    """The outer space of one request: micro-batch sizes, each with its exact inner solver, kept between questions."""
-
-    def __init__(self, request: SearchRequest) -> None:
-        self.request = request
-        self._solvers: dict[int, RecomputeSolver] = {}
-
-    def solver(self, micro_batch: int) -> RecomputeSolver:
-        """The recompute solver at a micro-batch."""
-        if micro_batch not in self._solvers:
-            workload = self.request.model.workload(micro_batch)
-            self._solvers[micro_batch] = RecomputeSolver(workload, self.request.device, self.setting(micro_batch))
-        return self._solvers[micro_batch]
-
-    def setting(self, micro_batch: int) -> StepSetting:
-        """The step at a micro-batch."""
-        return StepSetting(
-            num_microbatches=self.request.global_batch // micro_batch,
-            optimizer=self.request.optimizer,
-            budget_bytes=self.request.budget_bytes,
-        )
-
-    def micro_batches(self) -> tuple[int, ...]:
-        """Divisors of the batch, largest first; the whole batch alone for a model that mixes samples, unless splitting is allowed."""
-        whole = self.request.global_batch
-        divisors = tuple(size for size in range(whole, 0, -1) if whole % size == 0)
-        if self.request.model.workload(whole).mixes_samples and "split-batch" not in self.request.allow:
-            return divisors[:1]
-        return divisors
-
-    def least(self) -> Candidate:
-        """The least memory that any point needs."""
-        return min((self.solver(size).least() for size in self.micro_batches()), key=lambda candidate: candidate.peak_bytes)
-
-    def plain(self) -> Candidate:
-        """The whole batch at once, nothing recomputed."""
-        return self.solver(self.request.global_batch).experts()[0]
-
-    def best_within(self, budget_bytes: int) -> tuple[int, Candidate]:
-        """(micro-batch, sequence) of the fastest plan within a budget.
-
-        Raises:
-            InfeasibleError: none fits; says the least budget that does.
-        """
-        found: list[tuple[int, Candidate]] = []
-        refused: list[InfeasibleError] = []
-        for size in self.micro_batches():
-            try:
-                found.append((size, self.solver(size).best(budget_bytes)))
-            except InfeasibleError as error:
-                refused.append(error)
-        if not found:
-            raise min(refused, key=lambda error: error.needed_bytes)
-        return min(found, key=lambda pair: (pair[1].step_time_s, pair[1].peak_bytes))
-
-    def points(self) -> tuple[BoundedPoint, ...]:
-        """The outer space; a point's first bound is its time without any recompute, or its memory with all of it."""
-        by_memory = self.request.objective == "memory"
-        return tuple(
-            BoundedPoint(
-                text=f"micro_batch={size}", bound=0.0 if by_memory else self.solver(size).fastest_s
-            )
-            for size in self.micro_batches()
-        )  # fmt: skip
-
-    def outcome(self, text: str) -> Outcome:
-        """The best plan at a point.
-
-        Raises:
-            InfeasibleError: none fits the budget.
-        """
-        micro_batch = int(text.removeprefix("micro_batch="))
-        solver = self.solver(micro_batch)
-        candidate = solver.best(self.request.budget_bytes)
-        if self.request.objective == "memory":
-            candidate = solver.least()
-            value, bound = float(candidate.peak_bytes), float(candidate.peak_bytes)
-        else:
-            value = candidate.step_time_s
-            bound = min(value, solver.lower_bound_s(self.request.budget_bytes))
-        attributes = {
-            "micro_batch": micro_batch, "recompute": candidate.name, "sequence": format_sequence(candidate.operations),
-            "step_time_s": candidate.step_time_s, "peak_memory_bytes": candidate.peak_bytes,
-        }  # fmt: skip
-        return Outcome(value=value, bound=bound, attributes=attributes)
-
-    def plan_of(self, micro_batch: int, recompute: str) -> Plan:
-        """The plan of an outcome."""
-        named = recompute if recompute in {"none", "selective", "full"} else "optimal"
-        return Plan(
-            batch=Batch(global_batch=self.request.global_batch, micro_batch=micro_batch, seq_len=self.request.model.seq_len),
-            memory=Memory(recompute=named, budget_bytes=self.request.budget_bytes),
-        )
-
-    def simulate(self, micro_batch: int, operations: Sequence[Operation]) -> Simulation:
-        """A sequence at a micro-batch on the reference engine."""
-        solver = self.solver(micro_batch)
-        return simulate(solver.workload, operations, self.request.device, self.setting(micro_batch))
-
-    def baselines(self) -> dict[str, dict[str, Any]]:
-        """Named expert plans with their predicted time and memory, and whether they fit the budget."""
-        return {
-            f"{candidate.name}, micro_batch {size}": _summary(candidate, size, self.request.budget_bytes)
-            for size in self.micro_batches()
-            for candidate in self.solver(size).experts()
-        }
-
-    def pareto(self) -> tuple[dict[str, Any], ...]:
-        """Time against memory: the best plan at budgets from the least to the plain schedule's, none dominated."""
-        least, plain = self.least().peak_bytes, self.plain().peak_bytes
-        points: list[tuple[int, Candidate]] = []
-        for step in range(PARETO_BUDGETS):
-            budget = least + (max(plain, least) - least) * step // (PARETO_BUDGETS - 1)
-            size, candidate = self.best_within(budget)
-            if not points or candidate.step_time_s < points[-1][1].step_time_s:
-                points.append((size, candidate))
-        return tuple(_summary(candidate, size, self.request.budget_bytes) for size, candidate in points)
 
 
 def search(
@@ -222,25 +89,59 @@ def search(
         InfeasibleError: nothing fits the budget; says the least one that does.
         InputError: the model cannot be traced.
     """
-    started = time.perf_counter()
-    space = PlanSearch(request)
-    points = space.points()
-    study = run_study(
-        points, space.outcome, request=request.text, storage=storage, time_limit_s=time_limit_s, on_trial=on_trial
-    )
-    found = study.best.user_attrs
-    micro_batch, operations = int(found["micro_batch"]), parse_sequence(str(found["sequence"]))
-    plan = space.plan_of(micro_batch, str(found["recompute"]))
+    started, space = time.perf_counter(), PlanSearch(request)
+    end = math.inf if time_limit_s is None else time.monotonic() + time_limit_s
+    run = _Run(space=space, storage=storage, end=end, on_trial=on_trial)
     if request.objective == "memory":
-        plan = replace(plan, memory=replace(plan.memory, budget_bytes=int(found["peak_memory_bytes"])))
+        found, study, bound = run.least_memory()
+        plan = space.plan_of(found)
+        plan = replace(plan, memory=replace(plan.memory, budget_bytes=found.candidate.peak_bytes))
+    else:
+        found, study, bound = run.least_time()
+        plan = space.plan_of(found)
+    simulation = space.simulate(found)
+    experts = list(space.experts())
+    baselines = {name: summary(one) | {"fits": space.fits(one, request.budget_bytes)} for name, one in experts}
+    front = space.pareto() if request.objective == "pareto" else space.evaluated_front(found)
     return SearchResult(
-        request=request, plan=plan, operations=operations, simulation=space.simulate(micro_batch, operations), study=study,
-        space_size=len(points), elapsed_s=time.perf_counter() - started, baselines=space.baselines(), pareto=space.pareto(),
+        request=request, plan=plan, operations=found.candidate.operations, simulation=simulation, study=study, space_size=len(space.space()),
+        elapsed_s=time.perf_counter() - started, baselines=baselines, pareto=front, lower_bound=bound, unlimited_s=space.unlimited_s(),
     )  # fmt: skip
 
 
-def _summary(candidate: Candidate, micro_batch: int, budget_bytes: int) -> dict[str, Any]:
-    return {
-        "micro_batch": micro_batch, "recompute": candidate.name, "step_time_s": candidate.step_time_s,
-        "peak_memory_bytes": candidate.peak_bytes, "fits": candidate.peak_bytes <= budget_bytes,
-    }  # fmt: skip
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """Studies of one request."""
+
+    space: PlanSearch
+    storage: str | None
+    end: float
+    """Moment (`time.monotonic`) at which no other plan is begun."""
+    on_trial: Callable[..., None] | None
+
+    def least_time(self) -> tuple[Found, StudyResult, float]:
+        """The fastest plan, its study, and the seconds that none is below."""
+        space, budget = self.space, self.space.request.budget_bytes
+        study = run_study(
+            space.points(), space.outcome, request=space.request.text, storage=self.storage, time_limit_s=self._left_s, on_trial=self.on_trial
+        )  # fmt: skip
+        found = Found.from_attributes(study.best.user_attrs)
+        if not study.certified:
+            found = space.refined(found, budget, until=self.end)
+            fitting = (one for _, one in space.experts() if rank(one) < rank(found) and space.fits(one, budget))
+            found = min((found, *fitting), key=rank)
+        return found, study, min(study.lower_bound, found.candidate.step_time_s)
+
+    def least_memory(self) -> tuple[Found, StudyResult, float]:
+        """The plan of least memory among those that take little more than the fastest, its study, and the bytes that none is below."""
+        space, within = self.space, self.space.request.within
+        limit_s = math.inf if math.isinf(within) else (1 + within) * self.least_time()[0].candidate.step_time_s
+        study = run_study(
+            space.least_bytes_points(limit_s), lambda text: space.least_bytes_outcome(text, limit_s), request=f"{space.request.text} {limit_s}",
+            storage=self.storage, time_limit_s=self._left_s, on_trial=self.on_trial,
+        )  # fmt: skip
+        return Found.from_attributes(study.best.user_attrs), study, study.lower_bound
+
+    @property
+    def _left_s(self) -> float | None:
+        return None if math.isinf(self.end) else max(0.0, self.end - time.monotonic())

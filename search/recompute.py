@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from math import isqrt
 
 import numpy as np
 
 from hardware_models.errors import InfeasibleError
-from hardware_models.pricing import price
 from hardware_models.profile import DeviceProfile
 from hardware_models.units import format_bytes
+from search.chain_kernels import Floats, Ints
 from search.chain_of_workload import chain_of_workload, overcount_bytes
-from search.chain_solver import ChainTable, checkpoint_segments, minimum_limit_bytes
-from simulator.host_schedule import host_shares
-from simulator.lower import PassPrices, lower, resident_bytes
-from simulator.plan import Plan
-from simulator.plan_sections import plan_refusal
-from simulator.recompute import check_no_exceptions, operations_of
+from search.chain_problem import ChainProblem
+from search.chain_solver import ChainTable, checkpoint_segments, evaluate, minimum_limit_bytes, store_all
+from search.step_evaluator import Candidate, StepEvaluator
+from simulator.lower import optimizer_pass, resident_bytes
 from simulator.sequence import Operation, checkpoint_blocks, keep_all
-from simulator.simulate import StepSetting, static_peak_bytes
+from simulator.simulate import StepSetting
 from simulator.workload import Workload
 
 SLOTS_RANGE = (500, 20_000)
@@ -30,16 +27,6 @@ MOST_TABLE_ENTRIES = 1 << 24
 """Entries of the table (blocks^2 / 2 * slots) that its slots may take up."""
 NUM_LIMITS = 17
 """The table is asked at so many limits, as the chain problem may overstate a sequence's memory (`overcount_bytes`)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """A sequence with its exact time and memory."""
-
-    name: str
-    operations: tuple[Operation, ...]
-    step_time_s: float
-    peak_bytes: int
 
 
 class RecomputeSolver:
@@ -55,26 +42,24 @@ class RecomputeSolver:
 
     def __init__(self, workload: Workload, device: DeviceProfile, setting: StepSetting) -> None:
         self.workload, self.device, self.setting = workload, device, setting
-        self._prices = PassPrices(partial(price, profile=device))
+        self.evaluator = StepEvaluator(workload, device, setting)
         self._resident_bytes = sum(
             resident_bytes(workload, num_microbatches=setting.num_microbatches, optimizer=setting.optimizer)
         )
-        self._problem = chain_of_workload(workload, device, first_micro_batch=setting.num_microbatches == 1)
+        self._problem = chain_of_workload(
+            workload, device, first_micro_batch=setting.num_microbatches == 1, pass_seconds=self.evaluator.prices.seconds
+        )
         self._overcount_bytes = overcount_bytes(workload)
-        self._known: dict[tuple[Operation, ...], Candidate] = {}
+        self._tables: dict[int, ChainTable] = {}
+
+    @property
+    def problem(self) -> ChainProblem:
+        """The chain's."""
+        return self._problem
 
     def evaluate(self, name: str, operations: Sequence[Operation]) -> Candidate:
         """The exact step time and peak of a sequence."""
-        key = tuple(operations)
-        if key not in self._known:
-            lowered = min(self.setting.num_microbatches, 2)  # every later micro-batch repeats the second
-            program = lower(self.workload, key, self._prices, num_microbatches=lowered, optimizer=self.setting.optimizer)
-            second_s = float(program.duration_s[program.micro_batch == 1].sum())
-            step_s = float(program.duration_s.sum()) + (self.setting.num_microbatches - lowered) * second_s
-            batches = (self.setting.num_microbatches - lowered) * self.workload.batch_bytes
-            peak = static_peak_bytes(program) + batches
-            self._known[key] = Candidate(name=name, operations=key, step_time_s=step_s, peak_bytes=peak)
-        return self._known[key]
+        return self.evaluator.evaluate(name, operations)
 
     @property
     def fastest_s(self) -> float:
@@ -109,16 +94,41 @@ class RecomputeSolver:
         return min(fitting, key=lambda candidate: (candidate.step_time_s, candidate.peak_bytes))
 
     def lower_bound_s(self, budget_bytes: int) -> float:
-        """No memory-persistent sequence within the budget is faster.
+        """No memory-persistent sequence within the budget is faster; infinite where none fits.
 
         The chain's least time under a limit raised by all that rounding and `overcount_bytes` can take away.
         """
         limit = budget_bytes - self._resident_bytes
-        table = self._table(limit)
-        rounding = 2 * self._problem.num_stages * table.slot_bytes
-        raised = max(limit + self._overcount_bytes + rounding, table.minimum_limit_bytes)
-        chain_s = table.solve(min(raised, table.max_limit_bytes)).time_s
-        return max(self.fastest_s, self.fastest_s + self.setting.num_microbatches * (chain_s - self._chain_fastest_s))
+        return self._step_bound_s(self._table(limit), limit)
+
+    def passes_bounds_s(self, budgets_bytes: Ints) -> Floats:
+        """Per budget, seconds of all passes of a step that no memory-persistent sequence within it is below, the optimizer left out."""
+        chain_s = self._whole_table.bounds_s(budgets_bytes - self._resident_bytes + self._overcount_bytes)
+        return self.least_passes_s + self.setting.num_microbatches * np.maximum(0.0, chain_s - self._chain_fastest_s)
+
+    def ladder(self, budgets_bytes: Iterable[int]) -> Iterator[tuple[Operation, ...]]:
+        """The chain's fastest sequence at each budget that one fits, distinct ones once."""
+        table = self._whole_table
+        seen: set[tuple[Operation, ...]] = set()
+        for budget in budgets_bytes:
+            limit = min(budget - self._resident_bytes, table.max_limit_bytes)
+            if limit >= table.minimum_limit_bytes and (found := table.solve(limit).operations) not in seen:
+                seen.add(found)
+                yield found
+
+    @property
+    def least_passes_s(self) -> float:
+        """Seconds of a step's passes if nothing is recomputed."""
+        return self.fastest_s - self.evaluator.prices.seconds(optimizer_pass(self.workload, optimizer=self.setting.optimizer))
+
+    @property
+    def least_forward_s(self) -> float:
+        """Seconds of one micro-batch's forward passes, each at its fastest."""
+        return sum(min(once, *graphs) for once, graphs in zip(self._problem.discard_s, self._problem.forward_s, strict=True))
+
+    def _step_bound_s(self, table: ChainTable, limit_bytes: int) -> float:
+        chain_s = float(table.bounds_s([limit_bytes + self._overcount_bytes])[0])
+        return self.fastest_s + self.setting.num_microbatches * max(0.0, chain_s - self._chain_fastest_s)
 
     @property
     def _chain_fastest_s(self) -> float:
@@ -134,8 +144,16 @@ class RecomputeSolver:
         return max(fewest, min(most, 2 * MOST_TABLE_ENTRIES // self._problem.num_stages**2))
 
     def _table(self, limit_bytes: int) -> ChainTable:
-        least = minimum_limit_bytes(self._problem)
-        return ChainTable(self._problem, 2 * max(limit_bytes, least) + self._overcount_bytes, self._num_slots)
+        largest = 2 * max(limit_bytes, minimum_limit_bytes(self._problem)) + self._overcount_bytes
+        if largest not in self._tables:
+            self._tables = {largest: ChainTable(self._problem, largest, self._num_slots)}
+        return self._tables[largest]
+
+    @cached_property
+    def _whole_table(self) -> ChainTable:
+        """For every limit up to that at which nothing is recomputed."""
+        _, enough = evaluate(self._problem, store_all(self._problem))
+        return ChainTable(self._problem, enough, self._num_slots)
 
     def _answers(self, budget_bytes: int) -> Iterator[Candidate]:
         limit = budget_bytes - self._resident_bytes
@@ -155,26 +173,3 @@ class RecomputeSolver:
         yield "selective", checkpoint_blocks(count, (), [block.options[-1].name for block in self.workload.blocks])
         yield "full", checkpoint_blocks(count, range(count - 1), everything)
         yield "sqrt-segments", checkpoint_segments(self._problem, max(1, isqrt(count)))
-
-
-def optimal_recompute(plan: Plan, workload: Workload, device: DeviceProfile) -> tuple[Operation, ...]:
-    """The sequence that ``recompute = "optimal"`` stands for: the fastest within ``memory.budget_bytes``, else the device's memory.
-
-    Raises:
-        InfeasibleError: no sequence fits.
-        InputError: the plan offloads too (the joint optimum is not solved here), or sets single blocks.
-    """
-    check_no_exceptions(plan)
-    if host_shares(plan, len(workload.blocks)).any:
-        rule = "with offload fractions on a single device the two are not solved together"
-        raise plan_refusal("memory.recompute", "optimal", rule, "name a file with the sequence, or none, selective or full")
-    setting = StepSetting(num_microbatches=plan.num_microbatches, optimizer=plan.precision.optimizer)
-    budget = plan.memory.budget_bytes or device.memory_bytes - device.context_bytes
-    return RecomputeSolver(workload, device, setting).best(budget).operations
-
-
-def sequence_of(plan: Plan, workload: Workload, device: DeviceProfile, **options: object) -> tuple[Operation, ...]:
-    """The sequence of any plan: the plan's own rule, or the solver's answer where it says ``optimal``."""
-    if plan.memory.recompute == "optimal":
-        return optimal_recompute(plan, workload, device)
-    return operations_of(plan, workload, **options)  # type: ignore[arg-type]

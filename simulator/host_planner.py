@@ -105,16 +105,16 @@ class _Planner:
     parts: list[Part] = field(default_factory=list)
     before: dict[int, list[Errand]] = field(default_factory=dict)
     after: dict[int, list[Errand]] = field(default_factory=dict)
+    returning: tuple[int, ...] = ()
+    """Blocks with parameters that live on the host while the device updates them."""
+
+    def __post_init__(self) -> None:
+        self.returning = tuple(block for block in range(len(self.away)) if self.returning_of(block))
 
     @property
     def num_operations(self) -> int:
         """Of the whole step."""
         return self.num_microbatches * len(self.operations)
-
-    @property
-    def returning(self) -> tuple[int, ...]:
-        """Blocks with parameters that live on the host while the device updates them."""
-        return tuple(block for block in range(len(self.away)) if self.returning_of(block))
 
     def returning_of(self, block: int) -> tuple[int, ...]:
         """Places of those parameters."""
@@ -253,15 +253,24 @@ def _stays(workload: Workload, operations: Sequence[Operation]) -> Iterator[_Sta
     A block's tensors stay from its forward to its backward pass, a checkpointed input from the run that keeps it to the next that reads it. An
     input that is computed anew meanwhile stays on the device. The first block's input is the batch, which stays resident.
     """
+    runs: list[list[int]] = [[] for _ in workload.blocks]
+    """By block, the positions of its forward runs."""
+    backward = [0] * len(workload.blocks)
+    for position, operation in enumerate(operations):
+        if operation.kind == "B":
+            backward[operation.block] = position
+        else:
+            runs[operation.block].append(position)
     for made, (kind, index, option) in enumerate(operations):
         if kind not in {"F_all", "F_ck"}:
             continue
-        used = _next_use(operations, made)
+        used = backward[index] if kind == "F_all" else next((run for run in runs[index] if run > made), made)
         if used - made < LEAST_STAY:
             continue
         block = workload.blocks[index]
-        made_anew = any(other.kind != "B" and other.block == index - 1 for other in operations[made:used])
-        takes_input = index > 0 and not made_anew and (kind == "F_ck" or block.option(option).keeps_input)
+        takes_input = index > 0 and (kind == "F_ck" or block.option(option).keeps_input)
+        if takes_input:
+            takes_input = not any(made <= run < used for run in runs[index - 1])  # made anew meanwhile
         tensors = [(INPUT, block.input_bytes)] if takes_input else []
         if kind == "F_all":
             tensors += _own_tensors(block, option)
@@ -270,12 +279,3 @@ def _stays(workload: Workload, operations: Sequence[Operation]) -> Iterator[_Sta
 
 def _own_tensors(block: Block, option: str) -> list[tuple[int, int]]:
     return sorted((tensor.packed, tensor.size_bytes) for tensor in block.option(option).saved if tensor.packed >= 0)
-
-
-def _next_use(operations: Sequence[Operation], made: int) -> int:
-    """Position of the backward pass of a graph, or of the next run on a checkpointed input; ``made`` where there is none."""
-    kind, block, _ = operations[made]
-    backward = kind == "F_all"
-    later = range(made + 1, len(operations))
-    uses = (n for n in later if operations[n].block == block and (operations[n].kind == "B") == backward)
-    return next(uses, made)

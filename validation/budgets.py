@@ -60,11 +60,11 @@ def budget_cases(
     budgets = tuple(least + round(fraction * (plain - least)) for fraction in fractions)
     cases = []
     for fraction, budget in zip(fractions, budgets, strict=True):
-        micro_batch, candidate = space.best_within(budget)
-        plan = space.plan_of(micro_batch, candidate.name)
+        found = space.best_within(budget)
+        plan = space.plan_of(found)
         plan = replace(plan, memory=replace(plan.memory, budget_bytes=budget))
-        name = f"{fraction:.0%}: micro-batch {micro_batch}, {candidate.name}"
-        cases.append(ReplayCase(name=name, plan=plan, operations=candidate.operations))
+        name = f"{fraction:.0%}: micro-batch {found.micro_batch}, {found.candidate.name}"
+        cases.append(ReplayCase(name=name, plan=plan, operations=found.candidate.operations))
     return tuple(cases), budgets, space
 
 

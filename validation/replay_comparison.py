@@ -13,7 +13,7 @@ import torch
 from hardware_models.errors import InfeasibleError, InputError
 from hardware_models.profile import DeviceProfile
 from hardware_models.units import format_bytes
-from search.recompute import sequence_of
+from search.plan_sequence import sequence_of
 from simulator.host_schedule import HostShares
 from simulator.model_source import ModelSource
 from simulator.models import MODELS

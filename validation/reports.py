@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
 from hardware_models.units import GIB, MS_PER_S, format_bytes
+from search.found_plan import shares_summary
 from search.plan_search import SearchResult
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.pipeline.order_text import order_texts
@@ -126,31 +127,31 @@ def parallel_table(simulation: ParallelSimulation, model: str) -> Table:
 
 def search_table(result: SearchResult) -> Table:
     """What ``schedlab search`` prints: the best plan beside the experts'."""
-    best, size = result.simulation, result.plan.batch.micro_batch
-    rows = [
-        (
-            "best",
-            str(size),
-            result.plan.memory.recompute,
-            f"{best.step_time_s:.4f}",
-            format_bytes(best.peak_memory_bytes[0]),
-            "yes",
-        )
-    ]
-    rows += [
-        (
-            name,
-            str(row["micro_batch"]),
-            str(row["recompute"]),
-            f"{row['step_time_s']:.4f}",
-            format_bytes(row["peak_memory_bytes"]),
-            "yes" if row["fits"] else "no",
-        )
-        for name, row in sorted(result.baselines.items(), key=lambda item: item[1]["step_time_s"])
-    ]
-    proof = "certified optimal within the model" if result.study.certified else f"gap to the bound {result.study.gap:.2%}"
-    title = f"{result.request.model.name} on {result.request.device.name}, budget {format_bytes(result.request.budget_bytes)}: {proof}"
-    return table_of(title, ("plan", "micro-batch", "recompute", "step s", "peak", "fits"), rows)
+    best, size, memory = result.simulation, result.plan.batch.micro_batch, result.plan.memory
+    shares = best.setting.host
+    row = {
+        "micro_batch": size, "precision": result.plan.precision.compute, "recompute": memory.recompute, "step_time_s": best.step_time_s,
+        "peak_memory_bytes": best.peak_memory_bytes[0], "fits": best.fits,
+    }  # fmt: skip
+    if shares is not None:
+        row |= shares_summary(shares)
+    rows = [_search_row("best", row)]
+    rows += [_search_row(name, one) for name, one in sorted(result.baselines.items(), key=lambda item: item[1]["step_time_s"])]
+    proof = "certified optimal within the model" if result.certified else f"gap to the bound {result.gap:.2%}"
+    title = (
+        f"{result.request.model.name} on {result.request.device.name}, budget {format_bytes(result.request.budget_bytes)}: {proof}; "
+        f"{result.study.num_simulated} of {result.space_size} points simulated"
+    )
+    return table_of(title, ("plan", "micro-batch", "precision", "recompute", "on the host", "step s", "peak", "fits"), rows)
+
+
+def _search_row(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    away = {"activations": "activation_offload", "weights": "weight_offload", "optimizer": "optimizer_offload"}
+    return (
+        name, str(row["micro_batch"]), str(row["precision"]), str(row["recompute"]),
+        ", ".join(f"{word} {row[key]:.0%}" for word, key in away.items() if row.get(key)), f"{row['step_time_s']:.4f}",
+        format_bytes(row["peak_memory_bytes"]), "yes" if row["fits"] else "no",
+    )  # fmt: skip
 
 
 def replay_table(replays: Sequence[tuple[str, Replay]]) -> Table:

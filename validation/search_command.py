@@ -16,13 +16,18 @@ from hardware_models.files import whole_file
 from hardware_models.network.cluster import Cluster
 from hardware_models.network.cluster_file import cluster_of_device, find_cluster
 from hardware_models.units import format_bytes, parse_bytes
+from search.cluster_objectives import Search, least_memory, time_against_memory
 from search.joint.batch_study import Progress
 from search.joint.joint_search import Baseline, JointResult, joint_search
 from search.joint.make_request import ALLOWABLE as ALLOWABLE_TOGETHER
 from search.joint.make_request import joint_request
 from search.joint.refusals import refusal_line
-from search.plan_search import ALLOWABLE, OBJECTIVES, SearchRequest, SearchResult
+from search.joint.space import JointRequest
+from search.plan_search import SearchResult
 from search.plan_search import search as run_search
+from search.prices import Prices, read_prices
+from search.search_request import ALLOWABLE, OBJECTIVES, WITHIN, SearchRequest, usable_techniques
+from search.study import CERTIFIED_GAP
 from search.trainers import TRAINERS, trainer_of
 from simulator.model_source import model_source
 from simulator.parallel.simulation import ParallelSimulation
@@ -35,7 +40,8 @@ from validation.figure_files import write_figures
 from validation.reports import search_table, table_of
 
 TIME_LIMIT_S = 60.0
-"""Of a search over several devices unless another is given."""
+"""Of a search unless another is given."""
+PERCENT = 100.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,10 +57,12 @@ class Asked:
     objective: str
     allow: tuple[str, ...]
     trainer: str
-    time_limit_s: float | None
+    time_limit_s: float
     storage: str | None
     workers: int
     out: Path | None
+    within: float
+    prices: Prices | None
 
 
 @click.command()
@@ -63,7 +71,21 @@ class Asked:
 @click.option("--gpus", type=click.IntRange(min=1), help="Devices (default: one, or all of a cluster).")
 @click.option("--global-batch", type=click.IntRange(min=1), help="Samples per step (default on one device: the model's).")
 @click.option("--memory-budget", help="Most bytes allocated on a device, such as 40GiB (default: what it has).")
-@click.option("--objective", type=click.Choice(OBJECTIVES), default="time", show_default=True)
+@click.option(
+    "--objective",
+    type=click.Choice(OBJECTIVES),
+    default="time",
+    show_default=True,
+    help="cost needs --prices; memory is the least within --within of the best time.",
+)
+@click.option(
+    "--within",
+    type=click.FloatRange(min=0),
+    default=PERCENT * WITHIN,
+    show_default=True,
+    help="Percent more than the best time that the least memory may take (inf: as long as it takes).",
+)
+@click.option("--prices", "prices_path", type=click.Path(path_type=Path), help="TOML: currency, and [per_hour] by device.")
 @click.option(
     "--allow",
     default="",
@@ -73,7 +95,9 @@ class Asked:
 @click.option(
     "--time-limit",
     type=click.FloatRange(min=0, min_open=True),
-    help=f"Seconds; the remaining gap is printed (default over several devices: {TIME_LIMIT_S:g}).",
+    default=TIME_LIMIT_S,
+    show_default=True,
+    help="Seconds; the remaining gap is printed.",
 )
 @click.option(
     "--storage", help="Optuna storage URL, or journal:FILE; a search of the same request goes on there, together with others."
@@ -83,14 +107,18 @@ class Asked:
 @reported
 def search(
     model_name: str, seq_len: int | None, hardware_name: str, gpus: int | None, global_batch: int | None, memory_budget: str | None,
-    objective: str, allow: str, trainer: str, time_limit: float | None, storage: str | None, workers: int, out: Path | None,
+    objective: str, within: float, prices_path: Path | None, allow: str, trainer: str, time_limit: float, storage: str | None, workers: int,
+    out: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Finds the best plan for a model on exactly the devices given, and how far it is from a proven bound."""
     budget = parse_bytes(memory_budget, source="--memory-budget", key="") if memory_budget else None
     asked = Asked(
         model=model_name, seq_len=seq_len, hardware=hardware_name, gpus=gpus, global_batch=global_batch, budget_bytes=budget, objective=objective,
         allow=tuple(part for part in allow.split(",") if part), trainer=trainer, time_limit_s=time_limit, storage=storage, workers=workers, out=out,
+        within=within / PERCENT, prices=None if prices_path is None else read_prices(prices_path),
     )  # fmt: skip
+    if objective == "cost" and asked.prices is None:
+        raise InputError(source="--objective", key="", value=objective, rule="cost needs prices", remedy="give --prices FILE")
     cluster = find_cluster(hardware_name)
     if cluster is None and gpus is not None and gpus > 1:
         cluster = cluster_of_device(hardware_name, num_gpus=gpus)
@@ -112,21 +140,23 @@ def search_alone(asked: Asked) -> dict[str, Any]:
     source = model_source(asked.model, device=device, batch=asked.global_batch, seq_len=asked.seq_len)
     request = SearchRequest(
         model=source, device=device, global_batch=source.global_batch, budget_bytes=asked.budget_bytes or device.memory_bytes - device.context_bytes,
-        objective=asked.objective, allow=asked.allow,  # type: ignore[arg-type]
+        objective=asked.objective, allow=asked.allow, within=asked.within,  # type: ignore[arg-type]
     )  # fmt: skip
+    unusable = usable_techniques(device)[1]
+    if unusable and device.kind != "cpu":
+        stderr.print(f"nothing goes to the host: {unusable}", highlight=False, markup=False)
     result = run_search(request, storage=asked.storage, time_limit_s=asked.time_limit_s, on_trial=_tell_trial)
+    found = result.to_json()
+    if asked.prices is not None:
+        tokens = result.simulation.workload.tokens * result.plan.num_microbatches
+        found["cost"] = asked.prices.cost(device.name, num_gpus=1, step_time_s=result.simulation.step_time_s, tokens=tokens)
     if asked.out:
-        write_lone(result, asked.out)
-    return result.to_json() | {"_table": search_table(result)}
+        write_lone(result, found, asked.out)
+    return found | {"_table": search_table(result)}
 
 
 def search_together(asked: Asked, cluster: Cluster) -> dict[str, Any]:
     """The answer over several devices."""
-    if asked.objective != "time":
-        rule = "over several devices the least time is searched for"
-        raise InputError(
-            source="--objective", key="", value=asked.objective, rule=rule, remedy="give a --memory-budget instead"
-        )
     if asked.global_batch is None:
         rule = "over several devices samples per step must be given"
         raise InputError(
@@ -143,16 +173,42 @@ def search_together(asked: Asked, cluster: Cluster) -> dict[str, Any]:
         allow=asked.allow,
         budget_bytes=asked.budget_bytes,
     )
-    limit_s = asked.time_limit_s or TIME_LIMIT_S
-    result = joint_search(
-        request, source, device, storage=asked.storage, workers=asked.workers, time_limit_s=limit_s, on_progress=_tell_progress
-    )
+
+    def run(one: JointRequest, limit_s: float) -> JointResult:
+        return joint_search(
+            one, source, device, storage=asked.storage, workers=asked.workers, time_limit_s=limit_s, on_progress=_tell_progress
+        )
+
+    result, more = _by_objective(asked, request, run)
     if result.study.refused:
         stderr.print(refusal_line(result.study.refused), highlight=False, markup=False)
-    found = result.to_json() | {"cluster": cluster.name, "num_gpus": cluster.num_gpus}
+    found = result.to_json() | {"cluster": cluster.name, "num_gpus": cluster.num_gpus} | more
+    if asked.prices is not None:
+        step_s = result.simulation.step_time_s
+        rate: Any = result.simulation.to_json()["tokens_per_s_per_gpu"]
+        tokens = rate * cluster.num_gpus * step_s
+        found["cost"] = asked.prices.cost(device.name, num_gpus=cluster.num_gpus, step_time_s=step_s, tokens=tokens)
     if asked.out:
         _write(result.plan, found, asked.out, result.simulation, asked.model)
     return found | {"_table": joint_table(result, asked.model)}
+
+
+def _by_objective(asked: Asked, request: JointRequest, run: Search) -> tuple[JointResult, dict[str, Any]]:
+    """The answer for an objective, and the keys of JSON that it changes."""
+    if asked.objective == "memory":
+        least = least_memory(request, run, within=asked.within, time_limit_s=asked.time_limit_s)
+        gap = (least.peak_bytes - least.lower_bound_bytes) / least.peak_bytes
+        keys = {
+            "lower_bound_bytes": least.lower_bound_bytes,
+            "gap": gap,
+            "certified": gap <= CERTIFIED_GAP,
+            "pareto": least.front_json(),
+        }
+        return least.best, {"objective": "memory"} | keys
+    if asked.objective == "pareto":
+        front = time_against_memory(request, run, time_limit_s=asked.time_limit_s)
+        return front.best, {"objective": "pareto", "pareto": front.front_json()}
+    return run(request, asked.time_limit_s), {"objective": asked.objective}
 
 
 def joint_table(result: JointResult, model: str) -> Table:
@@ -215,10 +271,10 @@ def _tell_trial(_study: Any, trial: Any) -> None:
         stderr.print(f"{trial.params['point']}: does not fit; {found['infeasible']['smallest_change']}", highlight=False)
 
 
-def write_lone(result: SearchResult, out: Path) -> None:
+def write_lone(result: SearchResult, found: dict[str, Any], out: Path) -> None:
     """The plan with its sequence, the answer and the figures."""
     sequence = out / "plan.seq"
     with whole_file(sequence) as temporary:
         temporary.write_text(format_sequence(result.operations), encoding="utf-8")
     plan = replace(result.plan, memory=replace(result.plan.memory, recompute=f"file:{sequence.name}"))
-    _write(plan, result.to_json(), out, result.simulation, result.request.model.name)
+    _write(plan, found, out, result.simulation, result.request.model.name)

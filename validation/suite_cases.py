@@ -8,6 +8,7 @@ from types import MappingProxyType
 
 from hardware_models.errors import InfeasibleError, InputError
 from hardware_models.profile import DeviceProfile
+from search.device.host_cells import TECHNIQUES
 from search.plan_search import PlanSearch, SearchRequest
 from simulator.model_source import ModelSource, model_source
 from simulator.plan import Batch, Memory, Plan, Precision
@@ -48,7 +49,7 @@ SUITES = MappingProxyType({
     ),
 })  # fmt: skip
 """By kind of device."""
-TECHNIQUES = MappingProxyType({
+ONE_BY_ONE = MappingProxyType({
     "none": Memory(), "selective": Memory(recompute="selective"), "full": Memory(recompute="full"),
     "activations 50% on host": Memory(activation_offload=0.5), "activations on host": Memory(activation_offload=1.0),
     "full, activations on host": Memory(recompute="full", activation_offload=1.0), "weights on host": Memory(weight_offload=1.0),
@@ -88,34 +89,36 @@ def _cases(
     tell(f"{title}: tracing")
     plain = bundle_case(replay_case(base, source, device, name=f"{title}: plain"), source, device)
     yield replace(plain, kind="plain", operations=())
-    for name, memory in TECHNIQUES.items():
+    for name, memory in ONE_BY_ONE.items():
         yield bundle_case(replay_case(replace(base, memory=memory), source, device, name=f"{title}: {name}"), source, device)
     halves = replace(base, batch=replace(base.batch, micro_batch=max(1, model.batch // 2)), memory=Memory(recompute="full"))
     yield bundle_case(replay_case(halves, source, device, name=f"{title}: full, half the batch"), source, device)
-    yield from _searched(base, source, device, title, tell)
+    yield from _searched(source, device, title, tell)
     for means in HAND_MADE:
         yield replace(plain, name=f"{title}: {means}", kind=means, operations=(), predicted={}, program={})
 
 
-def _searched(
-    base: Plan, source: ModelSource, device: DeviceProfile, title: str, tell: Callable[[str], None]
-) -> Iterator[BundleCase]:
-    """What the search chooses at each budget that something fits."""
+def _searched(source: ModelSource, device: DeviceProfile, title: str, tell: Callable[[str], None]) -> Iterator[BundleCase]:
+    """What the joint search chooses at each budget that something fits; on a CPU what it sends to the host leaves the step's live tensors, not the machine's memory."""
     space = PlanSearch(
-        SearchRequest(model=source, device=device, global_batch=source.global_batch, budget_bytes=device.memory_bytes)
+        SearchRequest(
+            model=source,
+            device=device,
+            global_batch=source.global_batch,
+            budget_bytes=device.memory_bytes,
+            techniques=TECHNIQUES,
+        )
     )
     plain = space.plain().peak_bytes
     for share in BUDGETS:
         budget = round(share * plain)
         try:
-            size, found = space.best_within(budget)
+            found = space.best_within(budget)
         except InfeasibleError as error:
             tell(f"{title}: {share:.0%} of the plain peak: {error.smallest_change}")
             continue
-        memory = Memory(
-            recompute="optimal" if found.name not in {"none", "selective", "full"} else found.name, budget_bytes=budget
-        )
-        plan = replace(base, batch=replace(base.batch, micro_batch=size), memory=memory)
+        plan = space.plan_of(found)
+        plan = replace(plan, memory=replace(plan.memory, budget_bytes=budget))
         yield bundle_case(
-            ReplayCase(name=f"{title}: searched, {share:.0%}", plan=plan, operations=found.operations), source, device
+            ReplayCase(name=f"{title}: searched, {share:.0%}", plan=plan, operations=found.candidate.operations), source, device
         )

@@ -156,3 +156,15 @@ def llama_1b(*, batch: int, seq_len: int) -> tuple[nn.Module, dict[str, Tensor]]
         layers=16, hidden=2048, heads=32, kv_heads=8, ffn=8192, vocab=vocab, max_positions=max(2048, seq_len), llama=True
     )
     return module, token_inputs(batch=batch, seq_len=seq_len, vocab=vocab)
+
+
+def llama_8b(*, batch: int, seq_len: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The shape of Llama 3 8B: 32 layers, 4096 wide, 32 heads over 8 key-value heads, 128,256 tokens (8.03 billion parameters).
+
+    Source: Dubey et al. 2024 (arXiv 2407.21783), table 3.
+    """
+    vocab = 128256
+    module = Decoder(
+        layers=32, hidden=4096, heads=32, kv_heads=8, ffn=14336, vocab=vocab, max_positions=max(2048, seq_len), llama=True
+    )
+    return module, token_inputs(batch=batch, seq_len=seq_len, vocab=vocab)

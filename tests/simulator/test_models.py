@@ -23,6 +23,7 @@ PUBLISHED_PARAMETERS = {
     "gpt2-xl": 1_557_611_200,
     "bert-base": 109_514_298,
     "gpt-small": 124_439_808,
+    "llama-8b": 8_030_261_248,
 }
 SMALL = {"resnet18": 32, "fno1d-plain": 32, "fno2d-plain": 24, "fno3d-plain": 16, "fno2d": 16}
 
@@ -48,7 +49,7 @@ def test_parameters_are_the_published_ones(name: str, expected: int) -> None:
     assert sum(parameter.numel() for parameter in module.parameters()) == expected
 
 
-LARGE = frozenset({"gpt2-medium", "gpt2-large", "gpt2-xl", "bert-large"})
+LARGE = frozenset({"gpt2-medium", "gpt2-large", "gpt2-xl", "bert-large", "llama-8b"})
 """Deeper than others of their family, not different."""
 
 

@@ -37,7 +37,7 @@ def test_search_over_devices_gives_the_keys_of_the_design_and_a_plan_that_simula
     ("arguments", "status", "words"),
     [
         (("--hardware", "selene", "--gpus", "8"), EXIT_INPUT, ("--global-batch", "take a multiple of 8")),
-        (("--hardware", "selene", "--gpus", "8", "--global-batch", "8", "--objective", "memory"), EXIT_INPUT, ("--objective", "--memory-budget")),
+        (("--hardware", "selene", "--gpus", "8", "--global-batch", "8", "--objective", "cost"), EXIT_INPUT, ("--objective", "--prices")),
         (("--hardware", "h100-sxm", "--workers", "2"), EXIT_INPUT, ("one device", "--gpus")),
         (("--hardware", "selene", "--gpus", "2", "--global-batch", "2", "--memory-budget", "1KiB"), EXIT_INFEASIBLE, ("1024 bytes", "the least that was seen")),
     ],

@@ -1,0 +1,268 @@
+"""Recompute and what lives on the host, decided together for one workload on one device: the fastest plan of a cell within a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby
+
+import numpy as np
+
+from hardware_models.errors import InfeasibleError, InputError
+from hardware_models.units import format_bytes
+from search.device.device_bound import DeviceBound
+from search.device.host_cells import HostBytes, HostCell, Technique, uniform_shares
+from search.recompute import RecomputeSolver
+from search.solvers.offload_problem import HostLink, OffloadProblem
+from search.solvers.offload_solver import OffloadSolution, solve_offload
+from search.step_evaluator import Candidate
+from simulator.host_schedule import HostShares
+from simulator.lower_host import HostLanes, host_lanes
+from simulator.plan import MemoryBlock
+from simulator.sequence import Operation, keep_all
+
+NUM_BUDGETS = 12
+"""The chain is asked for sequences at so many budgets between the cell's room and what nothing recomputed needs."""
+SHARE_BITS = 5
+"""The least share of activations that fits is found to 2**-SHARE_BITS."""
+POFO_LABELS = 32
+"""Partial schedules a stage of the solver of recompute and offload."""
+POFO_SLOTS = 300
+KEPT_LAST = (1, 2, 3, 4, 6, 8, 12, 16)
+"""So many last blocks may keep their activations: they come back at once."""
+
+
+class DeviceSolver:
+    """Finds the fastest plan of one micro-batch size.
+
+    Args:
+        recompute: the workload, its device and step, and what recompute alone can do.
+        techniques: what may save memory.
+
+    **Model**: for fractions of parameters and optimizer states, sequences come from the chain's table at budgets between the room that is left and what nothing recomputed
+    needs, from experts and from `search.solvers.offload_solver`; beside each the least share of activations that fits goes to the host. All are lowered and played,
+    so that time and peak are the simulator's.
+    """
+
+    def __init__(self, recompute: RecomputeSolver, techniques: tuple[Technique, ...]) -> None:
+        self.techniques, self.recompute = techniques, recompute
+        self.workload, self.evaluator = recompute.workload, recompute.evaluator
+        setting = self.evaluator.setting
+        self.lanes: HostLanes | None = host_lanes(recompute.device) if set(techniques) - {"recompute"} else None
+        self.bound = DeviceBound(self.evaluator, self.recompute, self.lanes, activations="activations" in techniques)
+        self._host = HostBytes(self.workload, num_microbatches=setting.num_microbatches, optimizer=setting.optimizer)
+        self._nothing = keep_all(len(self.workload.blocks))
+
+    def plain(self) -> Candidate:
+        """Nothing recomputed, nothing on the host."""
+        return self.recompute.evaluate("none", self._nothing)
+
+    def experts(self) -> tuple[Candidate, ...]:
+        """What is set by hand today, of the techniques that are allowed."""
+        alone = self.recompute.experts() if "recompute" in self.techniques else (self.plain(),)
+        return (*alone, *(self.evaluator.evaluate(*one) for one in self._expert_offloads()))
+
+    def least(self, cell: HostCell) -> Candidate:
+        """The plan of least memory that is known among those that send all that the cell allows."""
+        activations = 1.0 if "activations" in self.techniques else 0.0
+        shares = self._shares(activations, cell.weights_high, cell.optimizer_high)
+        found = [self.evaluator.evaluate(name, operations, shares) for name, operations in self._lean_sequences()]
+        return min(found, key=lambda one: (one.peak_bytes, one.step_time_s))
+
+    def best(self, budget_bytes: int, cell: HostCell) -> Candidate:
+        """The fastest plan within a budget at the upper end of a cell, all its micro-batches lowered.
+
+        Raises:
+            InfeasibleError: none fits; says the least budget that does.
+        """
+        best = self._at(budget_bytes, cell.weights_high, cell.optimizer_high)
+        if best is None:
+            raise self._refusal(budget_bytes, self.least(cell).peak_bytes)
+        return self.evaluator.exact(self._polished(best, budget_bytes))
+
+    def best_beside(self, budget_bytes: int, shares: HostShares) -> Candidate:
+        """The fastest sequence within a budget beside what goes to the host.
+
+        Raises:
+            InfeasibleError: none fits; says the least budget that does.
+        """
+        if not shares.any:
+            return self.recompute.best(budget_bytes)
+        best: Candidate | None = None
+        least = 0
+        for name, operations in self._sequences(budget_bytes, max(shares.weights), shares.optimizer):
+            found = self.evaluator.evaluate(name, operations, shares)
+            least = min(least or found.peak_bytes, found.peak_bytes)
+            best = _better(best, found, budget_bytes)
+        if best is None:
+            raise self._refusal(budget_bytes, least)
+        return best
+
+    def _at(self, budget_bytes: int, weights: float, optimizer: float) -> Candidate | None:
+        """The fastest plan with these fractions within a budget; None where none fits."""
+        best: Candidate | None = None
+        found = sorted(self._sequences(budget_bytes, weights, optimizer), key=lambda one: self.evaluator.compute_s(one[1]))
+        for name, operations in found:
+            if best is not None and self.evaluator.compute_s(operations) >= best.step_time_s:
+                break
+            shares = self._least_shares(operations, budget_bytes, weights, optimizer)
+            if shares is not None:
+                best = _better(best, self.evaluator.evaluate(name, operations, shares), budget_bytes)
+        for operations, shares in self._together(budget_bytes, weights, optimizer):
+            if best is None or self.evaluator.compute_s(operations) < best.step_time_s:
+                best = _better(best, self.evaluator.evaluate("optimal", operations, shares), budget_bytes)
+        return best
+
+    def _sequences(self, budget_bytes: int, weights: float, optimizer: float) -> Iterator[tuple[str, tuple[Operation, ...]]]:
+        """Sequences worth trying, by name."""
+        if "recompute" not in self.techniques:
+            yield "none", self._nothing
+            return
+        if not weights and not optimizer:
+            with_recompute = self._recompute_alone(budget_bytes)
+            if with_recompute is not None:
+                yield with_recompute.name, with_recompute.operations
+        seen: set[tuple[Operation, ...]] = set()
+        for name, operations in self._lean_sequences():
+            if operations not in seen:
+                seen.add(operations)
+                yield name, operations
+        cell = HostCell(weights_low=weights, weights_high=weights, optimizer_low=optimizer, optimizer_high=optimizer)
+        room = budget_bytes + self._host.most_freed_bytes(cell) + self._host.most_gradients_freed_bytes(cell)
+        most = max(self.plain().peak_bytes, room)
+        lowest = min(room, self.recompute.least().peak_bytes)
+        budgets = np.linspace(lowest, most, NUM_BUDGETS).astype(np.int64).tolist()
+        for operations in self.recompute.ladder(budgets):
+            if operations not in seen:
+                yield "optimal", operations
+
+    def _lean_sequences(self) -> Iterator[tuple[str, tuple[Operation, ...]]]:
+        """Experts' sequences and the one of least memory; the plain one alone where nothing may be recomputed."""
+        if "recompute" not in self.techniques:
+            yield "none", self._nothing
+            return
+        yield from ((one.name, one.operations) for one in (*self.recompute.experts(), self.recompute.least()))
+
+    def _recompute_alone(self, budget_bytes: int) -> Candidate | None:
+        try:
+            return self.recompute.best(budget_bytes)
+        except InfeasibleError:
+            return None
+
+    def _least_shares(
+        self, operations: tuple[Operation, ...], budget_bytes: int, weights: float, optimizer: float
+    ) -> HostShares | None:
+        """The least share of activations, equal in all blocks, with which a sequence fits; None where none does."""
+
+        def fits(share: int) -> bool:
+            return (
+                self.evaluator.peak_bytes(operations, self._shares(share / (1 << SHARE_BITS), weights, optimizer))
+                <= budget_bytes
+            )
+
+        if fits(0):
+            return self._shares(0.0, weights, optimizer)
+        low, high = 0, 1 << SHARE_BITS
+        if "activations" not in self.techniques or not fits(high):
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if fits(middle) else (middle, high)
+        return self._shares(high / (1 << SHARE_BITS), weights, optimizer)
+
+    def _together(
+        self, budget_bytes: int, weights: float, optimizer: float
+    ) -> Iterator[tuple[tuple[Operation, ...], HostShares]]:
+        """What the solver of recompute and offload chooses for the chain in the room that fractions leave."""
+        if self.lanes is None or not {"recompute", "activations"} <= set(self.techniques):
+            return
+        spare = budget_bytes - self.evaluator.resident_bytes(self._shares(0.0, weights, optimizer))
+        link = HostLink(out_bytes_per_s=self.lanes.to_host_bytes_per_s, in_bytes_per_s=self.lanes.to_device_bytes_per_s)
+        problem = OffloadProblem(chain=self.recompute.problem, link=link)
+        least = max(
+            option.saved_internal_bytes + block.output_bytes for block in self.workload.blocks for option in block.options
+        )
+        for room in (spare, spare - least, spare - 2 * least):
+            try:
+                found = solve_offload(problem, room, num_slots=POFO_SLOTS, most_labels=POFO_LABELS)
+            except InfeasibleError:
+                return
+            yield found.operations, self._shares_of(found, weights, optimizer)
+
+    def _shares_of(self, found: OffloadSolution, weights: float, optimizer: float) -> HostShares:
+        """Blocks whose items go: those of a graph by its block, a boundary by the block that reads it."""
+        count = len(self.workload.blocks)
+        gone = {step.first if step.option else step.stop for step in found.steps if step.offloaded}
+        activations = tuple(1.0 if block in gone else 0.0 for block in range(count))
+        return HostShares(activations=activations, weights=(weights,) * count, optimizer=optimizer)
+
+    def _polished(self, best: Candidate, budget_bytes: int) -> Candidate:
+        """The same with the activations of few last blocks kept, where that is faster and fits."""
+        if best.shares is None or not any(best.shares.activations):
+            return best
+        start, count = best.shares, len(self.workload.blocks)
+        for kept in KEPT_LAST:
+            if kept >= count:
+                break
+            activations = (*start.activations[: count - kept], *(0.0,) * kept)
+            shares = replace(start, activations=activations)
+            best = _better(best, self.evaluator.evaluate(best.name, best.operations, shares), budget_bytes) or best
+        return best
+
+    def _expert_offloads(self) -> Iterator[tuple[str, tuple[Operation, ...], HostShares]]:
+        """Whole classes on the host, as `torch.autograd.graph.save_on_cpu`, ZeRO-Offload and ZeRO-Infinity put them there, beside none or full recompute."""
+        alone = {one.name: one.operations for one in self.recompute.experts() if one.name in {"none", "full"}}
+        for name, classes in (
+            ("activations on the host", ("activations",)),
+            ("optimizer on the host", ("optimizer",)),
+            ("weights and optimizer on the host", ("weights", "optimizer")),
+        ):
+            if not set(classes) <= set(self.techniques):
+                continue
+            shares = self._shares(*(1.0 if one in classes else 0.0 for one in ("activations", "weights", "optimizer")))
+            for recompute in ("none", "full") if "recompute" in self.techniques else ("none",):
+                yield f"{recompute}, {name}", alone[recompute], shares
+
+    def _shares(self, activations: float, weights: float, optimizer: float) -> HostShares:
+        return uniform_shares(len(self.workload.blocks), activations=activations, weights=weights, optimizer=optimizer)
+
+    def _refusal(self, budget_bytes: int, least: int) -> InfeasibleError:
+        return InfeasibleError(
+            limit=f"a memory budget of {budget_bytes} bytes ({format_bytes(budget_bytes)}) holds no schedule of {self.workload.model} "
+            f"at micro-batch {self.workload.micro_batch}",
+            smallest_change=f"the least budget that fits is {least} bytes ({format_bytes(least)})",
+            needed_bytes=least,
+        )  # fmt: skip
+
+
+def _better(best: Candidate | None, other: Candidate, budget_bytes: int) -> Candidate | None:
+    """The faster of two of which the second must fit."""
+    if other.peak_bytes > budget_bytes:
+        return best
+    if best is None or (other.step_time_s, other.peak_bytes) < (best.step_time_s, best.peak_bytes):
+        return other
+    return best
+
+
+def memory_keys(shares: HostShares | None) -> dict[str, object]:
+    """Keys of a plan's memory section for fractions that `simulator.host_schedule.host_shares` reads back.
+
+    Raises:
+        InputError: weights differ between blocks.
+    """
+    if shares is None:
+        return {}
+    if len(set(shares.weights)) > 1:
+        raise InputError(source="host shares", key="weights", value=shares.weights, rule="equal in all blocks")
+    common = max(set(shares.activations), key=shares.activations.count)
+    blocks: list[MemoryBlock] = []
+    start = 0
+    for value, run in groupby(shares.activations):
+        stop = start + len(list(run))
+        if value != common:
+            text = str(start) if stop == start + 1 else f"{start}-{stop - 1}"
+            blocks.append(MemoryBlock(blocks=text, activation_offload=value))
+        start = stop
+    return {
+        "activation_offload": common, "weight_offload": shares.weights[0], "optimizer_offload": shares.optimizer, "block": tuple(blocks)
+    }  # fmt: skip
