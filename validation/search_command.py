@@ -38,6 +38,7 @@ from simulator.simulate import Simulation
 from validation.command_line import device_profile, hardware_option, model_options, reported, stderr
 from validation.figure_files import write_figures
 from validation.reports import search_table, table_of
+from validation.search_explanation import write_explanation
 
 TIME_LIMIT_S = 60.0
 """Of a search unless another is given."""
@@ -190,6 +191,7 @@ def search_together(asked: Asked, cluster: Cluster) -> dict[str, Any]:
         found["cost"] = asked.prices.cost(device.name, num_gpus=cluster.num_gpus, step_time_s=step_s, tokens=tokens)
     if asked.out:
         _write(result.plan, found, asked.out, result.simulation, asked.model)
+        write_explanation(result, request, source, device, asked.out)
     return found | {"_table": joint_table(result, asked.model)}
 
 

@@ -88,6 +88,15 @@ class Evaluator:
         cluster = self.space.request.cluster
         return simulate_on_cluster(self.source, plan, cluster, gpus=cluster.num_gpus, reserved=reserved, device=self.device)
 
+    def _below(self, plan: Plan, best: float) -> ParallelSimulation:
+        """A plan's prediction, with what the allocator reserves where it would be the best and fits by live bytes; that may ask ``optimal`` for other, slower sequences.
+
+        Raises:
+            InfeasibleError: no sequence of an ``optimal`` plan fits, or none leaves room for what the allocator reserves.
+        """
+        result = self.simulate(plan, reserved=False)
+        return self.simulate(plan) if result.step_time_s < best and result.fits else result
+
     def forecast(self, plan: Plan) -> Forecast:
         """A plan's time, and whether it fits."""
         found = self.simulate(plan)
@@ -122,7 +131,7 @@ class Evaluator:
             try:
                 if plain is not None and plain.least_s(plan, self._cut(plan)) >= best:
                     continue
-                result = self.simulate(plan, reserved=False)
+                result = self._below(plan, best)
                 cut = self._cut(plan) if plain is None else ()
             except InfeasibleError as error:
                 least = _least(least, error.needed_bytes)
@@ -135,8 +144,6 @@ class Evaluator:
                 plain = _Plain(cut=cut, step_time_s=result.step_time_s, update_s=_update_seconds(result))
             if result.step_time_s >= best:
                 continue
-            if result.fits:
-                result = self.simulate(plan)
             if result.fits:
                 best, found = result.step_time_s, plan
             else:

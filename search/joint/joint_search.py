@@ -18,12 +18,16 @@ from search.joint.bounded_space import BoundedSpace, bounded_space
 from search.joint.evaluate import Evaluator
 from search.joint.experts import Expert, experts
 from search.joint.explain import Contribution, contributions
+from search.joint.least_memory import least_memory
 from search.joint.space import JointRequest, joint_space
 from search.study import CERTIFIED_GAP
 from simulator.model_source import ModelSource
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.plan import Plan
 from simulator.plan_file import plan_from_dict, plan_to_dict
+
+LEAST_MEMORY_S = 20.0
+"""That a search with a time limit looks for the least memory that would do, where nothing fits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +164,7 @@ def joint_search(
     study = _together(prepared, workers, storage, limit_s, on_progress)
     plan = plan_from_dict(study.best.user_attrs["plan"]) if study.best is not None else known.plan if known else None
     if plan is None:
-        raise _infeasible(request, device, study)
+        raise _infeasible(evaluator, study, limited=time_limit_s is not None)
     simulation = evaluator.simulate(plan)
     return JointResult(
         plan=plan, simulation=simulation, study=study, lower_bound_s=min(simulation.step_time_s, study.progress.lower_bound), space_size=len(space),
@@ -191,14 +195,20 @@ def _together(
                 one.join()
 
 
-def _infeasible(request: JointRequest, device: DeviceProfile, study: JointStudyResult) -> InfeasibleError:
-    need, room = study.least_bytes, request.budget_bytes or device.memory_bytes - device.context_bytes
+def _infeasible(evaluator: Evaluator, study: JointStudyResult, *, limited: bool) -> InfeasibleError:
+    """The error that names the least memory that would do; a search with a time limit looks for it for `LEAST_MEMORY_S`."""
+    request, device = evaluator.space.request, evaluator.device
+    least = least_memory(evaluator, end=time.monotonic() + LEAST_MEMORY_S if limited else NOTHING)
+    need, room = least.needed_bytes, request.budget_bytes or device.memory_bytes - device.context_bytes
+    said = "the least that fits is" if least.exact else "the least that was seen is"
     proven = (
         "no plan" if not study.progress.lower_bound < NOTHING else f"none of {study.progress.num_simulated} simulated plans"
     )
     return InfeasibleError(
         limit=f"{proven} over {request.cluster.num_gpus} devices fits {room} bytes ({format_bytes(room)}) on each",
-        smallest_change=f"the least that was seen is {need} bytes ({format_bytes(need)}); take more devices, a smaller batch or a smaller model",
+        smallest_change=f"{said} {need} bytes ({format_bytes(need)}); or take more devices, a smaller batch or a smaller model"
+        if need
+        else "take more devices, a smaller batch or a smaller model",
         needed_bytes=need,
     )
 
