@@ -79,6 +79,8 @@ def express(row: PublishedRow, siblings: Sequence[PublishedRow] = ()) -> Express
     config = model_of(row, facts, layers=layers, tp=tp)
     if not row.text("n_heads"):
         assumed.append(f"n_heads = {config.heads}" + (f": {facts.heads_source}" if facts.heads else ""))
+    if facts.recompute and not row.text("recompute"):
+        assumed.append(f"recompute = {facts.recompute}: the framework's own recipes")
     if not row.text("vocab"):
         assumed.append(f"vocab = {config.vocab}: {facts.vocab_source}")
     plan = plan_of(row, facts, layers=config.layers, has_experts=config.experts is not None, assumed=assumed)
@@ -89,7 +91,7 @@ def express(row: PublishedRow, siblings: Sequence[PublishedRow] = ()) -> Express
     device = device_named(row.text("gpu"), memory_gb=_memory_gb(row), source=row.row_id)
     cluster = _cluster(device, plan.num_gpus, row.count("gpus_per_node"), row.text("interconnect"))
     return Expressed(
-        config=config, plan=plan, cluster=cluster, seq_len=config.max_positions, facts=facts, assumed=tuple(assumed), recompute_stated=bool(row.text("recompute")), flash_generation=flash_generation(row, facts),
+        config=config, plan=plan, cluster=cluster, seq_len=config.max_positions, facts=facts, assumed=tuple(assumed), recompute_stated=bool(row.text("recompute") or facts.recompute), flash_generation=flash_generation(row, facts),
     )  # fmt: skip
 
 
@@ -146,7 +148,7 @@ def plan_of(row: PublishedRow, facts: FrameworkFacts, *, layers: int, has_expert
         precision=Precision(compute=compute, grads=_grads(facts, compute)),
         runtime=Runtime(
             framework=_runtime(row, facts), flash_attention=_flash_attention(row, facts, assumed), overlap_grad_reduce=_overlaps(row, stated=facts.overlap_grad_reduce),
-            overlap_param_gather=_overlaps(row, stated=facts.overlap_param_gather), compile=_compiles(row),
+            overlap_param_gather=_overlaps(row, stated=facts.overlap_param_gather), overlap_tp=tp > 1 and (facts.overlap_tp or _overlaps_tp(row)), compile=_compiles(row),
         ),
     )  # fmt: skip
 
@@ -256,6 +258,11 @@ def _overlaps(row: PublishedRow, *, stated: bool) -> bool:
     return stated and not re.search(r"no overlap|without overlap|disables? all [\w/ ]*overlap", words)
 
 
+def _overlaps_tp(row: PublishedRow) -> bool:
+    """Asynchronous tensor parallelism of torch's, by the name that its tables give it."""
+    return bool(re.search(r"async[ -]?tp", f"{row.text('zero_or_fsdp')} {row.text('notes')}", re.IGNORECASE))
+
+
 def _compiles(row: PublishedRow) -> bool:
     words = f"{row.text('framework')} {row.text('notes')}".lower()
     return "torch.compile" in words and not re.search(
@@ -268,9 +275,11 @@ def _memory(row: PublishedRow, facts: FrameworkFacts, *, pp: int) -> Memory:
     stage = _zero_stage(row, row.text("zero_or_fsdp"))
     if stage and pp > 1 and facts.zero_stage_in_pipelines is not None:
         stage = facts.zero_stage_in_pipelines
-    recompute = row.text("recompute").lower() or "none"
+    recompute = row.text("recompute").lower() or facts.recompute or "none"
     if recompute not in {"none", "selective", "full"}:
         raise row.cells.error("recompute", recompute, "one of none, selective, full")
+    if recompute == "selective":
+        recompute = facts.selective_is
     return replace(Memory(zero_stage=stage, recompute=recompute), **_offload(row))  # type: ignore[arg-type]
 
 

@@ -30,7 +30,11 @@ class FrameworkFacts:
     flash_attention: bool = True
     """Where a row says ``unknown`` or nothing."""
     flash_generation: int = 2
-    """Of its flash attention kernels, where a row does not say: 1 or 2."""
+    """Of its flash attention kernels, where a row does not say: 1, 2 or 3 (the third, or cuDNN's, which are as fast)."""
+    overlap_tp: bool = False
+    """Tensor-parallel collectives travel beside the products that they feed."""
+    selective_is: str = "selective"
+    """What its word ``selective`` means: that, or ``full`` where it checkpoints whole layers."""
     sequence_parallel: bool = True
     """Where a row with tensor parallelism does not say."""
     dropout: float = 0.0
@@ -53,6 +57,8 @@ class FrameworkFacts:
     """Runtime of rows that name a norm's kernel; empty: the same."""
     product_library: str = ""
     """Version of the product library, one of `hardware_models.alignment`'s; empty: the newest."""
+    recompute: str = ""
+    """What is recomputed where a row does not say; empty: the least that fits."""
     not_simulated: str = ""
     """Why runs of this framework cannot be expressed; empty if they can."""
 
@@ -99,8 +105,22 @@ FRAMEWORKS_KNOWN: tuple[FrameworkFacts, ...] = (
         source=f"{_MEGATRON_ARGUMENTS} v2.5: accumulate_allreduce_grads_in_fp32 is set for bf16 only; megatron/model/distributed.py reduces after the last backward pass",
     ),
     FrameworkFacts(
-        name="Megatron-core", pattern=r"(megatron(?!-style)|nemo)", runtime="megatron-core", vocab_multiple=128,
-        source=f"{_MEGATRON_ARGUMENTS} core_r0.8: gradients in fp32 for bf16, --overlap-grad-reduce and --overlap-param-gather with the distributed optimizer",
+        name="Megatron-LM of 2023", pattern=r"megatron-lm 285068c8", runtime="megatron-core", overlap_grad_reduce=False, overlap_param_gather=False,
+        flash_attention=False, dropout=0.1, vocab_multiple=128,
+        source="Jiang et al. 2024 (arXiv 2402.15627), section 6.1 (commit 285068c8) and table 3: FlashAttention-2 and the overlap of data, tensor and pipeline parallel "
+        f"communication are what MegaScale adds to this baseline; {_MEGATRON_ARGUMENTS}: dropout 0.1, --use-flash-attn off",
+    ),
+    FrameworkFacts(
+        name="Megatron-Bridge", pattern=r"(megatron-bridge|nemo)", runtime="megatron-core", bf16_grads="half", flash_generation=3, overlap_tp=True, recompute="none", vocab_multiple=128,
+        source="NVIDIA-NeMo/Megatron-Bridge scripts/performance/configs: grad_reduce_in_fp32 = False in every model's common settings (llama/llama3_llm_pretrain.py, "
+        "qwen/qwen3_llm_pretrain.py), user buffers for tensor parallelism (llama/llama31_llm_pretrain.py: userbuffers_fp8_h100_h16384_tp8_cp2_mbs1_seqlen8192), recompute_granularity "
+        "None (qwen3; no recompute_* in WorkloadBaseConfig of H100's Llama 3 70B and 405B); CUDA graphs of H100's runs are off, or of networks only (cuda_graph_scope); "
+        "attention by cuDNN, as fast as the third FlashAttention",
+    ),
+    FrameworkFacts(
+        name="Megatron-core", pattern=r"megatron(?!-style)", runtime="megatron-core", flash_generation=3, vocab_multiple=128,
+        source=f"{_MEGATRON_ARGUMENTS} core_r0.8: gradients in fp32 for bf16, --overlap-grad-reduce and --overlap-param-gather with the distributed optimizer; Transformer Engine's "
+        "attention is cuDNN's on Hopper and later (transformer_engine/pytorch/attention.py, get_attention_backend)",
     ),
     FrameworkFacts(
         name="AA-Scaling", pattern=r"(aa-scaling|aleph)", runtime="aa-scaling", fused_norm_runtime="aa-scaling@fused-norm", grads="half", bf16_grads="half", overlap_grad_reduce=False, overlap_param_gather=False, sequence_parallel=False,
@@ -116,6 +136,11 @@ FRAMEWORKS_KNOWN: tuple[FrameworkFacts, ...] = (
         name="llm-foundry", pattern=r"(llm-foundry|composer|mosaic)", runtime="pytorch", sequence_parallel=False, flash_generation=1,
         source="mosaicml/llm-foundry scripts/train/benchmarking/README.md: FSDP, mixed_precision DEFAULT (reduces in fp32), limit_all_gathers; torch's FSDP prefetches one block; "
         "scripts/train/benchmarking/submit_benchmarks.py: torch 1.13, attn_impl triton, a port of the first FlashAttention",
+    ),
+    FrameworkFacts(
+        name="FMS-FSDP", pattern=r"fms-fsdp", runtime="pytorch", sequence_parallel=False, selective_is="full",
+        source="foundation-model-stack/fms-fsdp fms_fsdp/policies/ac_handler.py: selective checkpointing keeps nothing of the layers that it picks; fms_fsdp/config/training.py: "
+        "selective_checkpointing = 1, all of them; README.md: torch's SDPA, FlashAttention v2",
     ),
     FrameworkFacts(
         name="PyTorch FSDP", pattern=r"(fsdp|pytorch|ddp|accelerate|hugging|transformers|lightning|meta internal)", runtime="pytorch", sequence_parallel=False,

@@ -14,35 +14,50 @@ from validation.framework_facts import FrameworkFacts
 from validation.published_row import PublishedRow
 
 FIRST_OVER_SECOND = 2.0
-"""Time of the first FlashAttention's kernels over that of the second's: "around 2x speedup", 25-40% against 50-73% of A100's peak (Dao 2023, arXiv 2307.08691, abstract). The
-catalogue's curves are of the second and later."""
+"""Time of the first FlashAttention's kernels over that of the second's: "around 2x speedup", 25-40% against 50-73% of A100's peak (Dao 2023, arXiv 2307.08691, abstract)."""
+SECOND_SHARE_OF_HOPPER = 0.35
+"""Of Hopper's peak that the second's kernels reach, which know neither its tensor cores' own instructions nor its copy engine (Shah et al. 2024, FlashAttention-3, arXiv 2407.08608, abstract)."""
+CURVE_SHARE_OF_HOPPER = 0.51
+"""Of the same peak that the catalogue's curve of H100 reaches: 505 of 989 TFLOP/s forward, 16,384 tokens, masked half not counted."""
+_HOPPER = "hopper"
+_NEWEST = 3
 _FIRST = re.compile(r"flash[_ -]?attention[_ -]?v?1(\.\d+)*\b", re.IGNORECASE)
-_SECOND = re.compile(r"flash[_ -]?attention[_ -]?v?[23]\b", re.IGNORECASE)
+_SECOND = re.compile(r"flash[_ -]?attention[_ -]?v?2\b", re.IGNORECASE)
+_THIRD = re.compile(r"flash[_ -]?attention[_ -]?v?3\b", re.IGNORECASE)
 
 
 def flash_generation(row: PublishedRow, facts: FrameworkFacts) -> int:
     """Generation of the flash attention kernels: as the row's words say, else the framework's."""
     words = f"{row.text('flash_attention')} {row.text('notes')}"
-    if _FIRST.search(words):
-        return 1
-    return 2 if _SECOND.search(words) else facts.flash_generation
+    stated = next((number for number, pattern in ((1, _FIRST), (2, _SECOND), (3, _THIRD)) if pattern.search(words)), None)
+    return stated or facts.flash_generation
 
 
 @lru_cache(maxsize=64)
 def device_of_run(name: str, generation: int, library: str = "") -> DeviceProfile:
-    """The catalogue's device with attention kernels of a generation and a version of the product library (`alignment`; empty: the newest).
+    """The catalogue's device with attention kernels of a generation, whose curves are of the newest that a device had, and a version of the product library (`alignment`; empty: the
+    newest).
 
-    **Model**: the first generation takes twice the time at every shape.
+    **Model**: the first takes twice the time at every shape; the second takes that of the curves up to Ampere, and `CURVE_SHARE_OF_HOPPER` / `SECOND_SHARE_OF_HOPPER` times
+    that on Hopper, forward and backward alike (the paper finds the third 1.5 to 2.0 and 1.5 to 1.75 times faster).
 
-    **Not modelled**: its weaker parallelism over few long samples, which slows it further.
+    **Not modelled**: the first's weaker parallelism over few long samples, which slows it further; what it takes on Hopper beyond twice; the second on Blackwell.
     """
     device = replace(load_hardware(name), product_library=library)
-    if generation > 1:
+    factor = _time_factor(device, generation)
+    if factor == 1.0:
         return device
     return replace(
-        device, grids=tuple(_slower(curve) if curve.kernel_class == "attention" else curve for curve in device.grids)
+        device,
+        grids=tuple(_slower(curve, factor) if curve.kernel_class == "attention" else curve for curve in device.grids),
     )
 
 
-def _slower(curve: GriddedCurve) -> GriddedCurve:
-    return replace(curve, log_ratios=curve.log_ratios + log(FIRST_OVER_SECOND))
+def _time_factor(device: DeviceProfile, generation: int) -> float:
+    if generation == 1:
+        return FIRST_OVER_SECOND
+    return CURVE_SHARE_OF_HOPPER / SECOND_SHARE_OF_HOPPER if generation < _NEWEST and device.architecture == _HOPPER else 1.0
+
+
+def _slower(curve: GriddedCurve, factor: float) -> GriddedCurve:
+    return replace(curve, log_ratios=curve.log_ratios + log(factor))

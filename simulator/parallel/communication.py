@@ -9,7 +9,8 @@ from hardware_models.network.cluster import CommGroup
 from hardware_models.network.collectives import collective_seconds
 from hardware_models.network.overlap import OverlapFactors
 from hardware_models.units import DTYPE_BYTES
-from simulator.parallel.framework import AA_SCALING
+from simulator.parallel.early_stop import STOPPED, stops_early
+from simulator.parallel.framework import AA_SCALING, gathers_again, gathers_eight_bits
 from simulator.parallel.mesh import Mesh, two_steps
 from simulator.parallel.overlapped_products import HalfProducts, TensorOverlap, together_seconds
 from simulator.parallel.parameter_gathers import DEEPSPEED
@@ -99,6 +100,9 @@ class Communication:
 
     With ``overlap_tp`` collectives travel in pieces beside the products at both ends of a half (`overlapped_products`).
 
+    What enters a half is gathered in eight bits where its products compute in them; torch's selective checkpointing gathers it once more in the backward pass
+    (`simulator.parallel.framework`).
+
     A ring of context parallelism passes keys and values on while their block of attention computes (`together_seconds`); the last block waits for nothing. Each rank holds an early and a
     late piece of the sequence, so that causal blocks take equal times (zig-zag; Brandon et al. 2023, arXiv 2311.09431; Megatron-core and torch do so).
     Experts exchange the tokens of the busiest rank (`Experts.load`).
@@ -138,7 +142,7 @@ class Communication:
             attention_s: seconds of one block's attention forward, behind which a ring of keys hides.
         """
         forward = sum((self.block(block, attention_s) for block in stage.blocks), Exposed())
-        again = sum((self.block(stage.blocks[index], attention_s) for index in recomputed), Exposed())
+        again = sum((self.block(stage.blocks[index], attention_s, again=True) for index in recomputed), Exposed())
         backward = sum((self.block(block, attention_s, backward=True) for block in stage.blocks), Exposed())
         stream = self.tokens * self.config.hidden * self.element_bytes
         parallel = self.plan.parallel
@@ -149,12 +153,16 @@ class Communication:
         split = parallel.tp if parallel.sequence_parallel or scatters else 1
         return StageCommunication(forward=forward, backward=backward + again, message_bytes=stream / split)
 
-    def block(self, block: Block, attention_s: float, *, backward: bool = False) -> Exposed:
-        """Of one block's forward or backward pass."""
+    def block(self, block: Block, attention_s: float, *, backward: bool = False, again: bool = False) -> Exposed:
+        """Of one block's forward or backward pass; ``again``: its forward pass inside the backward one, which may stop before its last collective."""
         tp_s = cp_s = ep_s = 0.0
         stream = self.tokens * self.config.hidden * self.element_bytes
         if block.name in _TP_BLOCKS:
-            tp_s = self._gradient_collective(block.name, stream) if backward else self._stream_collective(block.name, stream)
+            stopped = again and stops_early(self.plan) and any(option.name == STOPPED for option in block.options)
+            tp_s = (
+                self._gradient_collective(block.name, stream) if backward
+                else self._stream_collective(block.name, stream, stopped=stopped)
+            )  # fmt: skip
         elif block.name == "embedding":
             tp_s = self._embedding(stream, backward=backward)
         elif block.name == "head":
@@ -166,27 +174,36 @@ class Communication:
             ep_s = _EXPERT_EXCHANGES * self.routed_seconds(stream * experts.top_k / split.tp * experts.load(split.ep))
         return Exposed(tp_s=tp_s, cp_s=cp_s, ep_s=ep_s)
 
-    def _stream_collective(self, name: str, stream: float) -> float:
+    def _stream_collective(self, name: str, stream: float, *, stopped: bool = False) -> float:
+        """What enters a half is gathered, what leaves it summed; ``stopped``: it does not leave."""
         if not self.plan.parallel.sequence_parallel:
-            return self.seconds("tp", "all_reduce", stream)
-        gather_s, scatter_s = self.seconds("tp", "all_gather", stream), self.seconds("tp", "reduce_scatter", stream)
+            return 0.0 if stopped else self.seconds("tp", "all_reduce", stream)
+        gather_s = self._gathered(stream)
+        scatter_s = 0.0 if stopped else self.seconds("tp", "reduce_scatter", stream)
         products = self.beside.products.get(name) if self.beside else None
         if self.beside is None or products is None:
             return gather_s + scatter_s
         overlap = self.beside.overlap
-        return overlap.gathered_s(products.columns, gather_s) + overlap.scattered_s([products.row], scatter_s)
+        left_s = 0.0 if stopped else overlap.scattered_s([products.row], scatter_s)
+        return overlap.gathered_s(products.columns, gather_s) + left_s
+
+    def _gathered(self, stream: float) -> float:
+        """Seconds of a stream's gather around products, in eight bits where the products read these."""
+        return self.seconds("tp", "all_gather", stream / self.element_bytes if gathers_eight_bits(self.plan) else stream)
 
     def _gradient_collective(self, name: str, stream: float) -> float:
-        """The gathered gradient that enters a half, and the sum over tp of the one that leaves it."""
+        """The gathered gradient that enters a half, the sum over tp of the one that leaves it, and the input where it is gathered again for the weights' gradients."""
         parallel = self.plan.parallel.sequence_parallel
-        gather_s = self.seconds("tp", "all_gather", stream) if parallel else 0.0
+        gather_s = self._gathered(stream) if parallel else 0.0
         summed_s = self.seconds("tp", "reduce_scatter" if parallel else "all_reduce", stream)
+        again_s = gather_s if parallel and gathers_again(self.plan) else 0.0
         products = self.beside.products.get(name) if self.beside else None
         if self.beside is not None and products is not None:
+            again_s = self.beside.overlap.gathered_s(products.columns, again_s) if again_s else 0.0
             gather_s = self.beside.overlap.gathered_s([products.row_gradient], gather_s)
             if self.behind is None:
-                return gather_s + self.beside.overlap.scattered_s(products.column_gradients, summed_s)
-        return gather_s + (summed_s if self.behind is None else self.behind.exposed_s(name, summed_s))
+                return again_s + gather_s + self.beside.overlap.scattered_s(products.column_gradients, summed_s)
+        return again_s + gather_s + (summed_s if self.behind is None else self.behind.exposed_s(name, summed_s))
 
     def _embedding(self, stream: float, *, backward: bool) -> float:
         """Ranks hold rows of the table each: what they find is summed; the sum's backward pass is the identity."""

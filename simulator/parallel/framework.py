@@ -17,6 +17,8 @@ FUSED_ACCUMULATION = ("megatron-core",)
 """Frameworks whose weight-gradient products add to the gradient buffer themselves (Megatron-LM's ``gradient_accumulation_fusion``, on unless switched off)."""
 AA_SCALING = ("aa-scaling", "aa-scaling@fused-norm")
 """Aleph Alpha's trainer, with RMS norms of its own and with those of flash-attn's kernel."""
+EIGHT_BIT_GATHERS = (*FUSED_ACCUMULATION, "torchtitan")
+"""Frameworks whose tensor parallelism gathers in eight bits where products read these."""
 OPERATORS: Mapping[str, Operators] = MappingProxyType(
     {
         "aa-scaling": Operators(attention_inputs=True, gathered_logits=True),
@@ -72,6 +74,23 @@ def _packs(plan: Plan) -> bool:
     **Not modelled**: grouped products in eight bits; scales of blocks, 1/32 of the bytes.
     """
     return plan.runtime.framework in FUSED_ACCUMULATION and plan.precision.compute == "fp8"
+
+
+def gathers_eight_bits(plan: Plan) -> bool:
+    """Whether tensor parallelism gathers streams and their gradients in the eight bits that products read.
+
+    **Source**: ``PrepareFloat8ModuleInput`` and ``Float8RowwiseParallel`` cast what enters and, in the backward pass, what left before it is gathered (torchao/float8/float8_tensor_parallel.py,
+    as torchtitan's ``apply_tp`` uses them); ``gather_along_first_dim`` of a quantizer (transformer_engine/pytorch/distributed.py). Sums stay in bfloat16.
+    """
+    return plan.precision.compute == "fp8" and plan.runtime.framework in EIGHT_BIT_GATHERS
+
+
+def gathers_again(plan: Plan) -> bool:
+    """Whether the backward pass gathers a half's input again: ``selective`` saves results of products and of scattered sums, not of gathers.
+
+    **Source**: torchtitan's ``_save_list`` (torchtitan/models/llama/parallelize_llama.py, 2024-12; what is not in it is ``PREFER_RECOMPUTE``).
+    """
+    return OPERATORS.get(plan.runtime.framework, EAGER).alternate and plan.memory.recompute == "selective"
 
 
 def allocator_of(plan: Plan) -> AllocatorSettings:

@@ -10,6 +10,7 @@ from hardware_models.pricing import price
 from hardware_models.profile import DeviceProfile
 from simulator.lower import PassPrices, Price
 from simulator.parallel.compiled_kernels import compiled_workload
+from simulator.parallel.early_stop import stops_early, with_early_stop
 from simulator.parallel.framework import FUSED_ACCUMULATION, operators_of
 from simulator.parallel.fused_kernels import column_products
 from simulator.parallel.host_dispatch import dispatch_of, host_seconds, with_dispatch
@@ -96,9 +97,10 @@ def _priced_model(
         sequence_parallel=parallel.sequence_parallel and parallel.tp > 1, flash_attention=runtime.flash_attention, operators=operators_of(plan),
     )  # fmt: skip
     fitted = fit_framework(made, plan, config, dtype=dtype, seq_len=seq_len)
+    compiled = compiled_workload(fitted) if runtime.compile else fitted
     own = price_in(precision.compute, device.value, launch="graph" if runtime.cuda_graphs else "stream")
     return PricedModel(
-        plan=plan, config=config, device=device.value, seq_len=seq_len, workload=compiled_workload(fitted) if runtime.compile else fitted,
+        plan=plan, config=config, device=device.value, seq_len=seq_len, workload=with_early_stop(compiled) if stops_early(plan) else compiled,
         price=own, prices=PassPrices(own),
     )  # fmt: skip
 

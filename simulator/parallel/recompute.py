@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from simulator.parallel.early_stop import option_again
 from simulator.parallel.framework import FUSED_ACCUMULATION, operators_of, with_spare_gradient
 from simulator.parallel.fused_kernels import accumulating, fuse_kernels, without
 from simulator.parallel.stages import LAYER_ENDS, Stage
@@ -121,7 +122,8 @@ def stage_operations(plan: Plan, stage: Stage) -> tuple[Operation, ...]:
 
     **Model**: ``full`` keeps the input of each layer and runs all layers of every stage again, the last one too: other micro-batches pass between a
     layer's forward and backward pass. Embedding and head run once (Megatron-LM's ``recompute_method=uniform`` with one layer, torchtitan's ``full``).
-    Other values are those of `simulator.recompute`.
+    Where the framework stops a layer's second run early, that is another option of its last block (`simulator.parallel.early_stop`). Other values are those of
+    `simulator.recompute`.
     """
     if not stage.blocks:
         return ()
@@ -132,7 +134,10 @@ def stage_operations(plan: Plan, stage: Stage) -> tuple[Operation, ...]:
     backward: list[Operation] = []
     for first, end, layer in runs:
         blocks = range(first, end)
-        taped = [Operation("F_all", block, stage.blocks[block].options[0].name) for block in blocks]
+        taped = [
+            Operation("F_all", block, option_again(stage.blocks[block]) if layer else stage.blocks[block].options[0].name)
+            for block in blocks
+        ]
         back = [Operation("B", block) for block in reversed(blocks)]
         if layer:
             forward += [Operation("F_ck" if block == first else "F_e", block) for block in blocks]

@@ -249,7 +249,11 @@ def _cuts(ahead: Sequence[int], back: Sequence[int], last: int) -> list[int]:
 
 
 def _recomputed_flops(stage: Stage, operations: Sequence[Operation], recomputed: Sequence[int]) -> int:
-    whole = sum(stage.blocks[block].discard.flops for block in recomputed)
+    names = {operation.block: operation.option for operation in operations if operation.kind == "F_all"}
+    whole = sum(
+        (stage.blocks[block].option(names[block]).forward if block in names else stage.blocks[block].discard).flops
+        for block in recomputed
+    )
     taped = [(stage.blocks[operation.block], operation.option) for operation in operations if operation.kind == "F_all"]
     return whole + sum(block.option(name).backward.flops - block.options[0].backward.flops for block, name in taped)
 

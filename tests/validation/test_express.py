@@ -133,12 +133,44 @@ def test_what_cannot_be_expressed_is_named(changes: dict[str, str], reason: str)
     [
         ("Megatron-LM 2021", "Megatron-LM of 2021 and 2022"), ("Megatron-LM 2021 + DeepSpeed ZeRO-3", "Megatron-LM with DeepSpeed ZeRO-3, 2021"), ("Megatron-LM 0.14 (commit 23e00ed)", "Megatron-core"),
         ("Megatron-DeepSpeed (BigScience, BLOOM 176B tuning)", "Megatron-DeepSpeed of BigScience"), ("AA-Scaling (Aleph Alpha, Megatron-style)", "AA-Scaling"), ("Composer/llm-foundry (PyTorch FSDP)", "llm-foundry"),
-        ("PyTorch FSDP + torch.compile (IBM fms-fsdp)", "PyTorch FSDP"), ("torchtitan (PyTorch FSDP2/DTensor)", "torchtitan"), ("Megatron-LM fork (sail-sg)", "Megatron-LM fork of Zero Bubble"),
-        ("Megatron-Bridge (Megatron-Core), container 26.06", "Megatron-core"), ("DeepSpeed ZeRO-Infinity", "DeepSpeed"),
+        ("PyTorch FSDP + torch.compile (IBM fms-fsdp)", "FMS-FSDP"), ("PyTorch FSDP", "PyTorch FSDP"), ("Megatron-LM 285068c8", "Megatron-LM of 2023"), ("torchtitan (PyTorch FSDP2/DTensor)", "torchtitan"), ("Megatron-LM fork (sail-sg)", "Megatron-LM fork of Zero Bubble"),
+        ("Megatron-Bridge (Megatron-Core), container 26.06", "Megatron-Bridge"), ("DeepSpeed ZeRO-Infinity", "DeepSpeed"),
     ],
 )  # fmt: skip
 def test_frameworks_by_the_words_of_tables(framework: str, name: str) -> None:
     assert facts_of(framework).name == name
+
+
+CORE = {
+    "framework": "Megatron-Bridge (Megatron-Core)",
+    "recompute": "",
+    "precision": "fp8",
+    "flash_attention": "yes",
+    "seq_parallel": "",
+}
+
+
+def test_recipes_say_what_rows_leave_open() -> None:
+    found = express(row_of(**CORE))
+    assert (found.plan.memory.recompute, found.plan.runtime.overlap_tp, found.plan.precision.grads) == ("none", True, "bf16")
+    assert found.recompute_stated
+    assert "recompute = none: the framework's own recipes" in found.assumed
+    assert express(row_of(**{**CORE, "recompute": "full"})).plan.memory.recompute == "full"
+    assert not express(row_of(**CORE, tp="1", dp="8", micro_batch="1", global_batch="8")).plan.runtime.overlap_tp
+
+
+def test_selective_is_what_the_framework_calls_so() -> None:
+    changes = {"flash_attention": "yes", "seq_parallel": "no", "tp": "1", "dp": "8", "micro_batch": "1", "global_batch": "8"}
+    found = [
+        express(row_of(framework=name, **changes)).plan.memory.recompute
+        for name in ("PyTorch FSDP (IBM fms-fsdp)", "torchtitan")
+    ]
+    assert found == ["full", "selective"]
+
+
+@pytest.mark.parametrize(("notes", "overlaps"), [("AsyncTP; local batch 8", True), ("Async TP", True), ("vanilla TP", False)])
+def test_asynchronous_tensor_parallelism_is_read_from_the_row(notes: str, overlaps: bool) -> None:
+    assert express(row_of(framework="torchtitan", notes=notes)).plan.runtime.overlap_tp is overlaps
 
 
 def test_every_fact_has_a_source() -> None:

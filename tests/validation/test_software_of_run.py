@@ -8,7 +8,13 @@ from hardware_models.kernel import Kernel
 from hardware_models.pricing import price
 from tests.published_rows import row_of
 from validation.framework_facts import facts_of
-from validation.software_of_run import FIRST_OVER_SECOND, device_of_run, flash_generation
+from validation.software_of_run import (
+    CURVE_SHARE_OF_HOPPER,
+    FIRST_OVER_SECOND,
+    SECOND_SHARE_OF_HOPPER,
+    device_of_run,
+    flash_generation,
+)
 
 ATTENTION = Kernel(
     kernel_class="attention", op="_scaled_dot_product_flash_attention", shape=(2, 16, 16, 4096, 4096, 128, 128), dtype="bfloat16", flops=10**12, read_bytes=10**8, written_bytes=10**8
@@ -31,6 +37,9 @@ PRODUCT = Kernel(
         ("flash_attention: flash_attention2 + RMS kernel", "AA-Scaling", 2),
         ("", "AA-Scaling", 2),
         ("attn_impl flash", "Composer/llm-foundry (PyTorch FSDP)", 1),
+        ("flash_attention: yes (SDPA)", "torchtitan (PyTorch FSDP2/DTensor)", 2),
+        ("", "Megatron-LM 0.14", 3),
+        ("FlashAttention3", "torchtitan", 3),
     ],
 )
 def test_generations_by_row_and_framework(notes: str, framework: str, generation: int) -> None:
@@ -42,3 +51,22 @@ def test_the_first_generation_takes_twice_the_time_and_nothing_else_does() -> No
     slow, fast = price([ATTENTION, PRODUCT], first, sustained=False), price([ATTENTION, PRODUCT], second, sustained=False)
     assert slow[0] == pytest.approx(FIRST_OVER_SECOND * fast[0])
     assert slow[1] == fast[1]
+
+
+def test_the_second_generation_is_slower_on_hopper_only() -> None:
+    def seconds(device: str, generation: int) -> float:
+        return float(price([ATTENTION], device_of_run(device, generation), sustained=False)[0])
+
+    assert seconds("h100-sxm", 2) == pytest.approx(CURVE_SHARE_OF_HOPPER / SECOND_SHARE_OF_HOPPER * seconds("h100-sxm", 3))
+    assert seconds("a100-sxm-80gb", 2) == seconds("a100-sxm-80gb", 3)
+
+
+def test_the_curve_reaches_the_share_that_the_factor_assumes() -> None:
+    """A long causal sample forward on H100, masked half not counted."""
+    tokens, heads, width = 16384, 32, 128
+    kernel = Kernel(
+        kernel_class="attention", op="attention", shape=(1, heads, 8, tokens, tokens, width, 1), dtype="bfloat16", flops=4 * heads * width * tokens**2, read_bytes=1, written_bytes=1
+    )  # fmt: skip
+    device = device_of_run("h100-sxm", 3)
+    rate = kernel.flops / 2 / price([kernel], device, sustained=False)[0]
+    assert rate / device.peak("bfloat16") == pytest.approx(CURVE_SHARE_OF_HOPPER, abs=0.005)

@@ -10,6 +10,7 @@ from hardware_models.network.cluster import CommGroup
 from hardware_models.network.collectives import collective_seconds
 from hardware_models.network.overlap import OverlapFactors
 from simulator.parallel.communication import Behind, Communication, Exposed, StageCommunication
+from simulator.parallel.early_stop import with_early_stop
 from simulator.parallel.mesh import mesh_of
 from simulator.parallel.stages import stages_of
 from simulator.plan import Plan
@@ -240,3 +241,38 @@ def test_logits_may_be_gathered_in_place_of_three_sums() -> None:
     whole = float(SEQ_LEN * small_config().vocab * BF16)
     assert exposed(plan, "head").tp_s == seconds(plan, "all_gather", whole, num_ranks=8, ranks_per_node=8)
     assert exposed(plan, "head", backward=True).tp_s == seconds(plan, "all_reduce", STREAM, num_ranks=8, ranks_per_node=8)
+
+
+@pytest.mark.parametrize(
+    ("framework", "compute", "width"),
+    [("torchtitan", "fp8", 1), ("torchtitan", "bf16", 2), ("megatron-core", "fp8", 1), ("pytorch", "fp8", 2)],
+)
+def test_streams_are_gathered_in_the_format_that_products_read(framework: str, compute: str, width: int) -> None:
+    plan = plan_of(tp=8, sequence_parallel=True)
+    plan = replace(plan, runtime=replace(plan.runtime, framework=framework), precision=replace(plan.precision, compute=compute))  # type: ignore[arg-type]
+    gather_s = seconds(plan, "all_gather", STREAM * width / BF16, num_ranks=8, ranks_per_node=8)
+    scatter_s = seconds(plan, "reduce_scatter", STREAM, num_ranks=8, ranks_per_node=8)
+    assert exposed(plan, "network").tp_s == pytest.approx(gather_s + scatter_s)
+    assert exposed(plan, "network", backward=True).tp_s == pytest.approx(gather_s + scatter_s)
+
+
+def test_selective_checkpointing_of_torchtitan_gathers_inputs_again() -> None:
+    plan = plan_of(tp=8, sequence_parallel=True)
+    plan = replace(plan, runtime=replace(plan.runtime, framework="torchtitan"))
+    gather_s = seconds(plan, "all_gather", STREAM, num_ranks=8, ranks_per_node=8)
+    kept = exposed(plan, "network", backward=True).tp_s
+    again = exposed(replace(plan, memory=replace(plan.memory, recompute="selective")), "network", backward=True).tp_s
+    assert again == pytest.approx(kept + gather_s)
+
+
+def test_a_layer_that_stops_early_gathers_but_does_not_scatter() -> None:
+    plan = plan_of(tp=8, sequence_parallel=True)
+    plan = replace(plan, runtime=replace(plan.runtime, framework="torchtitan"), memory=replace(plan.memory, recompute="full"))
+    made = blocks(plan)
+    stopping = with_early_stop(
+        build_workload(small_config(), micro_batch=1, seq_len=SEQ_LEN, dtype="bfloat16", tp=8, sequence_parallel=True)
+    )
+    network = next(block for block in stopping.blocks if block.name == "network")
+    gather_s = seconds(plan, "all_gather", STREAM, num_ranks=8, ranks_per_node=8)
+    assert communication(plan).block(network, 0.0, again=True).tp_s == pytest.approx(gather_s)
+    assert communication(plan).block(network, 0.0).tp_s == communication(plan).block(made["network"], 0.0).tp_s > gather_s
