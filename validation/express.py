@@ -145,7 +145,7 @@ def plan_of(row: PublishedRow, facts: FrameworkFacts, *, layers: int, has_expert
         batch=batch,
         pipeline=Pipeline(schedule=schedule, partition=_partition(layers, pp * chunks) if pp > 1 else None),
         memory=_memory(row, facts, pp=pp),
-        precision=Precision(compute=compute, grads=_grads(facts, compute)),
+        precision=Precision(compute=compute, grads=_grads(facts, compute), comm=_comm(row, compute, assumed)),
         runtime=Runtime(
             framework=_runtime(row, facts), flash_attention=_flash_attention(row, facts, assumed), overlap_grad_reduce=_overlaps(row, stated=facts.overlap_grad_reduce),
             overlap_param_gather=_overlaps(row, stated=facts.overlap_param_gather), overlap_tp=tp > 1 and (facts.overlap_tp or _overlaps_tp(row)), compile=_compiles(row),
@@ -230,6 +230,14 @@ def _grads(facts: FrameworkFacts, compute: str) -> Literal["fp32", "bf16"]:
     """``bf16`` stands for any two-byte format."""
     kept = facts.bf16_grads if compute in {"bf16", "fp8"} else facts.grads
     return "bf16" if kept == "half" and compute in _TWO_BYTES else "fp32"
+
+
+def _comm(row: PublishedRow, compute: str, assumed: list[str]) -> Literal["same", "bf16"]:
+    """Tensors whose rows have scales of their own are gathered before they are cast, where the row says so."""
+    if compute != "fp8" or not re.search(r"row-?wise", row.text("notes"), re.IGNORECASE):
+        return "same"
+    assumed.append("precision.comm = bf16: what has a scale for each row is gathered as it is")
+    return "bf16"
 
 
 def _sequence_parallel(row: PublishedRow, facts: FrameworkFacts, *, tp: int, assumed: list[str]) -> bool:

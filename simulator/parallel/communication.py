@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from hardware_models.network.cluster import CommGroup
@@ -10,7 +10,7 @@ from hardware_models.network.collectives import collective_seconds
 from hardware_models.network.overlap import OverlapFactors
 from hardware_models.units import DTYPE_BYTES
 from simulator.parallel.early_stop import STOPPED, stops_early
-from simulator.parallel.framework import AA_SCALING, gathers_again, gathers_eight_bits
+from simulator.parallel.framework import AA_SCALING, gathers_again, gathers_eight_bits, lays_out_gathers
 from simulator.parallel.mesh import Mesh, two_steps
 from simulator.parallel.overlapped_products import HalfProducts, TensorOverlap, together_seconds
 from simulator.parallel.parameter_gathers import DEEPSPEED
@@ -100,8 +100,8 @@ class Communication:
 
     With ``overlap_tp`` collectives travel in pieces beside the products at both ends of a half (`overlapped_products`).
 
-    What enters a half is gathered in eight bits where its products compute in them; torch's selective checkpointing gathers it once more in the backward pass
-    (`simulator.parallel.framework`).
+    What enters a half is gathered in eight bits where its products compute in them; torch's selective checkpointing gathers it once more in the backward pass, and
+    DTensor copies it into order where it is split inside samples (`simulator.parallel.framework`).
 
     A ring of context parallelism passes keys and values on while their block of attention computes (`together_seconds`); the last block waits for nothing. Each rank holds an early and a
     late piece of the sequence, so that causal blocks take equal times (zig-zag; Brandon et al. 2023, arXiv 2311.09431; Megatron-core and torch do so).
@@ -112,8 +112,9 @@ class Communication:
 
     def __init__(
         self, plan: Plan, mesh: Mesh, config: TransformerConfig, *, dtype: str, seq_len: int, factors: OverlapFactors, behind: Behind | None = None,
-        beside: Beside | None = None,
+        beside: Beside | None = None, copy_s: Callable[[float], float] | None = None,
     ) -> None:  # fmt: skip
+        self.copy_s = copy_s if copy_s is not None and lays_out_gathers(plan) else None
         self.plan, self.mesh, self.config, self.behind, self.beside = plan, mesh, config, behind, beside
         self.element_bytes, self.factors = DTYPE_BYTES[dtype], factors
         self.tokens = (plan.batch.micro_batch or 1) * seq_len // plan.parallel.cp
@@ -179,7 +180,7 @@ class Communication:
         if not self.plan.parallel.sequence_parallel:
             return 0.0 if stopped else self.seconds("tp", "all_reduce", stream)
         gather_s = self._gathered(stream)
-        scatter_s = 0.0 if stopped else self.seconds("tp", "reduce_scatter", stream)
+        scatter_s = 0.0 if stopped else self._scattered(stream)
         products = self.beside.products.get(name) if self.beside else None
         if self.beside is None or products is None:
             return gather_s + scatter_s
@@ -188,14 +189,19 @@ class Communication:
         return overlap.gathered_s(products.columns, gather_s) + left_s
 
     def _gathered(self, stream: float) -> float:
-        """Seconds of a stream's gather around products, in eight bits where the products read these."""
-        return self.seconds("tp", "all_gather", stream / self.element_bytes if gathers_eight_bits(self.plan) else stream)
+        """Seconds of a stream's gather around products, in eight bits where the products read these, and of laying it out."""
+        size = stream / self.element_bytes if gathers_eight_bits(self.plan) else stream
+        return self.seconds("tp", "all_gather", size) + (self.copy_s(size) if self.copy_s else 0.0)
+
+    def _scattered(self, stream: float) -> float:
+        """Seconds of laying a stream out and scattering it."""
+        return self.seconds("tp", "reduce_scatter", stream) + (self.copy_s(stream) if self.copy_s else 0.0)
 
     def _gradient_collective(self, name: str, stream: float) -> float:
         """The gathered gradient that enters a half, the sum over tp of the one that leaves it, and the input where it is gathered again for the weights' gradients."""
         parallel = self.plan.parallel.sequence_parallel
         gather_s = self._gathered(stream) if parallel else 0.0
-        summed_s = self.seconds("tp", "reduce_scatter" if parallel else "all_reduce", stream)
+        summed_s = self._scattered(stream) if parallel else self.seconds("tp", "all_reduce", stream)
         again_s = gather_s if parallel and gathers_again(self.plan) else 0.0
         products = self.beside.products.get(name) if self.beside else None
         if self.beside is not None and products is not None:

@@ -19,6 +19,8 @@ AA_SCALING = ("aa-scaling", "aa-scaling@fused-norm")
 """Aleph Alpha's trainer, with RMS norms of its own and with those of flash-attn's kernel."""
 EIGHT_BIT_GATHERS = (*FUSED_ACCUMULATION, "torchtitan")
 """Frameworks whose tensor parallelism gathers in eight bits where products read these."""
+LAID_OUT = ("torchtitan",)
+"""Frameworks whose tensor parallelism is DTensor's over tokens."""
 OPERATORS: Mapping[str, Operators] = MappingProxyType(
     {
         "aa-scaling": Operators(attention_inputs=True, gathered_logits=True),
@@ -80,9 +82,21 @@ def gathers_eight_bits(plan: Plan) -> bool:
     """Whether tensor parallelism gathers streams and their gradients in the eight bits that products read.
 
     **Source**: ``PrepareFloat8ModuleInput`` and ``Float8RowwiseParallel`` cast what enters and, in the backward pass, what left before it is gathered (torchao/float8/float8_tensor_parallel.py,
-    as torchtitan's ``apply_tp`` uses them); ``gather_along_first_dim`` of a quantizer (transformer_engine/pytorch/distributed.py). Sums stay in bfloat16.
+    as torchtitan's ``apply_tp`` uses them); ``gather_along_first_dim`` of a quantizer (transformer_engine/pytorch/distributed.py). Sums stay in bfloat16. Where ``precision.comm`` says
+    bf16, gathers do too and each rank casts what it has gathered, as with scales by rows (torchtitan: ``PrepareModuleInput`` for the recipe ``rowwise``).
     """
-    return plan.precision.compute == "fp8" and plan.runtime.framework in EIGHT_BIT_GATHERS
+    return plan.precision.compute == "fp8" and plan.runtime.framework in EIGHT_BIT_GATHERS and plan.precision.comm != "bf16"
+
+
+def lays_out_gathers(plan: Plan) -> bool:
+    """Whether what tensor parallelism gathers or scatters is copied into order by a kernel: tokens are split inside samples, ranks' parts come one behind the other.
+
+    **Source**: ``all_gather_tensor`` and ``reduce_scatter_tensor`` along another axis than the first chunk and concatenate (torch/distributed/_functional_collectives.py);
+    torchtitan splits ``Shard(1)`` of (samples, tokens, hidden). One sample is in order as it is; pieces of asynchronous tensor parallelism are multiplied where they lie. Megatron keeps
+    tokens first.
+    """
+    split = plan.parallel.tp > 1 and plan.parallel.sequence_parallel
+    return plan.runtime.framework in LAID_OUT and split and (plan.batch.micro_batch or 1) > 1 and not plan.runtime.overlap_tp
 
 
 def gathers_again(plan: Plan) -> bool:
@@ -106,8 +120,7 @@ def kept_bytes(blocks: Iterable[Block], plan: Plan, device: DeviceProfile, *, dt
 
     **Source**: ``get_dummy_wgrad`` (transformer_engine/pytorch/module/base.py, 2.x).
 
-    **Not modelled**: workspaces of other streams; cuDNN's; eight-bit weights: stored as such and transposed they take the two bytes of bfloat16
-    (``fp8_param_gather``: Megatron-Bridge's recipes, src/megatron/bridge/training/mixed_precision.py; a plan cannot name it yet), beside bfloat16 ones two bytes an element more.
+    **Not modelled**: workspaces of other streams; cuDNN's. Casts of weights: `simulator.parallel.eight_bit`.
 
     Args:
         blocks: of the rank.

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from types import MappingProxyType
 
 from hardware_models.pricing import price
 from hardware_models.profile import DeviceProfile
 from simulator.lower import PassPrices, Price
 from simulator.parallel.compiled_kernels import compiled_workload
 from simulator.parallel.early_stop import stops_early, with_early_stop
+from simulator.parallel.eight_bit import eight_bit_workload
 from simulator.parallel.framework import FUSED_ACCUMULATION, operators_of
 from simulator.parallel.fused_kernels import column_products
 from simulator.parallel.host_dispatch import dispatch_of, host_seconds, with_dispatch
@@ -23,6 +25,8 @@ from simulator.presets import TransformerConfig, build_workload
 from simulator.sequence import Operation
 from simulator.workload import Workload
 
+PRICED_IN: Mapping[str, str] = MappingProxyType({"fp8": "bf16"})
+"""Precisions whose workloads name the format of each product and hold its casts (`simulator.parallel.eight_bit`): kernels are priced as they stand."""
 MOST_MODELS = 1024
 """Priced models that are kept: a search compares plans that share some hundreds."""
 
@@ -97,10 +101,16 @@ def _priced_model(
         sequence_parallel=parallel.sequence_parallel and parallel.tp > 1, flash_attention=runtime.flash_attention, operators=operators_of(plan),
     )  # fmt: skip
     fitted = fit_framework(made, plan, config, dtype=dtype, seq_len=seq_len)
+    if precision.compute == "fp8":
+        tokens = (batch.micro_batch or 1) * seq_len // parallel.cp
+        fitted = eight_bit_workload(fitted, plan, config, device.value, tokens=tokens)
     compiled = compiled_workload(fitted) if runtime.compile else fitted
-    own = price_in(precision.compute, device.value, launch="graph" if runtime.cuda_graphs else "stream")
+    ready = with_early_stop(compiled) if stops_early(plan) else compiled
+    own = price_in(
+        PRICED_IN.get(precision.compute, precision.compute), device.value, launch="graph" if runtime.cuda_graphs else "stream"
+    )
     return PricedModel(
-        plan=plan, config=config, device=device.value, seq_len=seq_len, workload=with_early_stop(compiled) if stops_early(plan) else compiled,
+        plan=plan, config=config, device=device.value, seq_len=seq_len, workload=ready,
         price=own, prices=PassPrices(own),
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ from simulator.parallel.allocations import rank_peaks, rank_resident, stage_tens
 from simulator.parallel.batch_copy import copy_seconds
 from simulator.parallel.communication import Behind, Beside, Communication
 from simulator.parallel.default_cut import partition_of
+from simulator.parallel.eight_bit import kept_weight_bytes, weight_cast_seconds, weight_elements
 from simulator.parallel.experts import expert_elements
 from simulator.parallel.framework import FUSED_ACCUMULATION, allocator_of, kept_bytes
 from simulator.parallel.gradient_sync import PARAMETERS_SHARDED, GradientSync, StageLoad, gradient_sync, tied_seconds
@@ -43,12 +44,13 @@ from simulator.pipeline.action import Order
 from simulator.plan import Memory, Parallel, Pipeline, Plan
 from simulator.precision import PRODUCTS_IN, STORED_AS
 from simulator.presets import TransformerConfig
+from simulator.presets.tape import copy
 from simulator.program import Program
 from simulator.reserved_memory import reserved_peaks
 from simulator.run_record import RunRecord, check_complete, profiles_of
 from simulator.sequence import Operation
 from simulator.simulate import ENGINES
-from simulator.workload import Workload
+from simulator.workload import Block, Workload
 
 WEIGHT_SHARE = 0.5
 """Part of the activations that only weight gradients need: as the Zero Bubble paper takes it for its memory limits (arXiv 2401.10241, section 2)."""
@@ -157,7 +159,13 @@ class _Assembly:
             factors=overlap_of(device, cluster),
             behind=self._behind(),
             beside=self._beside(),
+            copy_s=self._copy_s,
         )
+
+    def _copy_s(self, size_bytes: float) -> float:
+        """Seconds of a kernel that copies so many bytes."""
+        elements = max(1, round(size_bytes / DTYPE_BYTES[self.dtype]))
+        return float(self.price([copy("cat", elements, self.dtype)])[0])
 
     def _chunks(self) -> tuple[tuple[ChunkCost, ...], ...]:
         """Passes of each stage as offloaded bytes travel beside them."""
@@ -226,13 +234,21 @@ class _Assembly:
         return StepParts(
             order=self.order, costs=[own.cost for own in usual], communication=[own.communication for own in usual],
             exceptions=Exceptions(variants=others, variant_of=self._variant_of()) if any(others) else None, sync=[self._sync(stage) for stage in self.stages],
-            optimizer_s=[optimizer_seconds(self.plan, self.device, elements=self._elements(rank), dtype=self.dtype) for rank in range(self.order.num_ranks)],
+            optimizer_s=[
+                optimizer_seconds(self.plan, self.device, elements=self._elements(rank), dtype=self.dtype)
+                + weight_cast_seconds(self.plan, self.device, weight_elements(self._blocks(rank), self.config))
+                for rank in range(self.order.num_ranks)
+            ],
             tied_s=tied_seconds(self.plan, self.mesh, tied), message_limit_bytes_per_s=limit,
             message_latency_s=latency_s, link_bytes_per_s=[limit] * (2 * self.order.num_ranks), weight_share=WEIGHT_SHARE,
             waits_for_messages=waits_for_messages(self.plan), offload=self._offload(),
             check=gradient_check(self.plan, self.mesh, self.device, [self._elements(rank) for rank in range(self.order.num_ranks)]),
             load_s=copy_seconds(self.order, self.cluster, self.workload.batch_bytes),
         )  # fmt: skip
+
+    def _blocks(self, rank: int) -> list[Block]:
+        """Of a pipeline rank's stages."""
+        return [block for stage in self.order.stages_of_rank[rank] for block in self.stages[stage].blocks]
 
     def _variant_of(self) -> NDArray[np.int64]:
         """[stages, micro-batches of the order]: which of a stage's variants it is."""
@@ -258,7 +274,7 @@ class _Assembly:
 
     def _allocators(self, result: ParallelSimulation) -> tuple[AllocatorPeaks, ...]:
         """Replays of the allocator: tensor by tensor, or rise by rise where chunks of tensors travel to the host."""
-        blocks = [[block for stage in stages for block in self.stages[stage].blocks] for stages in self.order.stages_of_rank]
+        blocks = [self._blocks(rank) for rank in range(self.order.num_ranks)]
         resident = [
             rank_resident(own, sizes, self.plan, dtype=self.dtype)
             for own, sizes in zip(blocks, result.program.resident_bytes, strict=True)
@@ -359,7 +375,8 @@ class _Assembly:
                 parameters=memory.parameters
                 - copies * weights_away(plan, self.order, self.chunks, rank, width=DTYPE_BYTES[self.dtype]),
             )
-            kept = kept_bytes([block for stage in stages for block in stage.blocks], plan, self.device, dtype=self.dtype)
+            kept = kept_bytes(self._blocks(rank), plan, self.device, dtype=self.dtype)
+            kept += kept_weight_bytes(plan, self.device, weight_elements(self._blocks(rank), self.config))
             kept += pipeline_bytes(self.order, rank, stages, plan, dtype=self.dtype)
             resident.append(memory.by_class(batch + (self.workload.buffer_bytes if 0 in ends else 0), kept))
         return resident

@@ -173,6 +173,16 @@ def test_asynchronous_tensor_parallelism_is_read_from_the_row(notes: str, overla
     assert express(row_of(framework="torchtitan", notes=notes)).plan.runtime.overlap_tp is overlaps
 
 
+@pytest.mark.parametrize(
+    ("precision", "notes", "comm"),
+    [("fp8", "precision: float8 rowwise", "bf16"), ("fp8", "float8 tensorwise", "same"), ("bf16", "rowwise", "same")],
+)
+def test_scales_by_rows_do_not_travel(precision: str, notes: str, comm: str) -> None:
+    found = express(row_of(framework="torchtitan", precision=precision, notes=notes))
+    assert found.plan.precision.comm == comm
+    assert any(text.startswith("precision.comm") for text in found.assumed) is (comm != "same")
+
+
 def test_every_fact_has_a_source() -> None:
     assert all(len(facts.source) > 20 for facts in FRAMEWORKS_KNOWN)
 

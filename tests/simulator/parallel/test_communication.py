@@ -276,3 +276,31 @@ def test_a_layer_that_stops_early_gathers_but_does_not_scatter() -> None:
     gather_s = seconds(plan, "all_gather", STREAM, num_ranks=8, ranks_per_node=8)
     assert communication(plan).block(network, 0.0, again=True).tp_s == pytest.approx(gather_s)
     assert communication(plan).block(network, 0.0).tp_s == communication(plan).block(made["network"], 0.0).tp_s > gather_s
+
+
+def test_bf16_on_the_wire_keeps_gathers_wide() -> None:
+    plan = plan_of(tp=8, sequence_parallel=True, framework="torchtitan")
+    eight = replace(plan, precision=replace(plan.precision, compute="fp8"))
+    wide = replace(eight, precision=replace(eight.precision, comm="bf16"))
+    assert exposed(wide, "network").tp_s == exposed(plan, "network").tp_s > exposed(eight, "network").tp_s
+
+
+def test_streams_split_inside_samples_are_copied_into_order() -> None:
+    """Of two samples; one gather and one scatter a half, forward and backward."""
+
+    def waited(plan: Plan, *, backward: bool) -> float:
+        made = Communication(
+            plan, mesh_of(plan, cluster_of(plan)), small_config(), dtype="bfloat16", seq_len=SEQ_LEN, factors=NO_SLOWDOWN, copy_s=lambda size: size / 1e12
+        )  # fmt: skip
+        return made.block(blocks(plan)["network"], 0.0, backward=backward).tp_s
+
+    plan = plan_of(tp=8, sequence_parallel=True, micro_batch=2, framework="torchtitan")
+    for backward in (False, True):
+        copied = waited(plan, backward=backward) - exposed(plan, "network", backward=backward).tp_s
+        assert copied == pytest.approx(2 * 2 * STREAM / 1e12)
+    for other in (
+        plan_of(tp=8, sequence_parallel=True, framework="torchtitan"),
+        replace(plan, runtime=replace(plan.runtime, framework="pytorch")),
+        replace(plan, parallel=replace(plan.parallel, sequence_parallel=False)),
+    ):
+        assert waited(other, backward=False) == exposed(other, "network").tp_s
