@@ -8,6 +8,7 @@ A spread widens intervals and makes out-of-memory a probability. It never moves 
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -77,19 +78,17 @@ def probability_above(predicted: float, limit: float, spread: float) -> float:
 
 
 def spread_of(residuals: Sequence[Residual]) -> float:
-    """The spread beyond the prices' errors that makes 80% intervals hold 80% of some residuals.
+    """The least spread beyond the prices' errors with which 80% intervals hold 80% of some residuals.
 
-    **Model**: tables count alike, however many rows they have: the 0.8 quantile of magnitudes, each weighted by one over the rows of its table, is ``z sqrt(s^2 + k^2)``
-    with k the median error of prices.
+    **Model**: each residual lies in its own interval, ``|e| <= z sqrt(s^2 + k^2)``, k its own error of prices, from ``s = sqrt((e / z)^2 - k^2)`` on (0 where prices explain it). Tables count alike, however
+    many rows they have: the 0.8 quantile of these, each weighted by one over the rows of its table. A bias counts with its magnitude and widens both sides.
     """
-    magnitudes = np.array([abs(one.error) for one in residuals])
-    sizes = {table: sum(one.table == table for one in residuals) for table in {one.table for one in residuals}}
+    needed = np.array([sqrt(max(0.0, (one.error / NORMAL_Z) ** 2 - one.kernel_error**2)) for one in residuals])
+    sizes = Counter(one.table for one in residuals)
     weights = np.array([1.0 / sizes[one.table] for one in residuals])
-    order = np.argsort(magnitudes)
+    order = np.argsort(needed, kind="stable")
     reached = np.cumsum(weights[order]) / weights.sum()
-    quantile = float(magnitudes[order][min(int(np.searchsorted(reached, QUANTILE - _ROUNDING)), len(order) - 1)])
-    kernel = float(np.median([one.kernel_error for one in residuals]))
-    return sqrt(max(0.0, (quantile / NORMAL_Z) ** 2 - kernel**2))
+    return float(needed[order][min(int(np.searchsorted(reached, QUANTILE - _ROUNDING)), len(order) - 1)])
 
 
 def spreads_of(residuals: Sequence[Residual]) -> dict[str, dict[str, float]]:
