@@ -35,10 +35,9 @@ def flash_generation(row: PublishedRow, facts: FrameworkFacts) -> int:
 
 @lru_cache(maxsize=64)
 def device_of_run(name: str, generation: int, library: str = "") -> DeviceProfile:
-    """The catalogue's device with attention kernels of a generation, whose curves are of the newest that a device had, and a version of the product library (`alignment`; empty: the
-    newest).
+    """The catalogue's device with attention kernels of a generation and a version of the product library (`alignment`; empty: the newest).
 
-    **Model**: the first takes twice the time at every shape; the second takes that of the curves up to Ampere, and `CURVE_SHARE_OF_HOPPER` / `SECOND_SHARE_OF_HOPPER` times
+    **Model**: curves are of the newest attention kernels that a device had. The first takes twice the time at every shape; the second takes that of the curves up to Ampere, and `CURVE_SHARE_OF_HOPPER` / `SECOND_SHARE_OF_HOPPER` times
     that on Hopper, forward and backward alike (the paper finds the third 1.5 to 2.0 and 1.5 to 1.75 times faster).
 
     **Not modelled**: the first's weaker parallelism over few long samples, which slows it further; what it takes on Hopper beyond twice; the second on Blackwell.
