@@ -16,11 +16,12 @@ from simulator.parallel.optimizer_step import GradientCheck
 from simulator.parallel.order_blocks import KINDS, order_blocks
 from simulator.parallel.pass_template import Holding, PassSetting, PassShape, Sends, host_can_bind, pass_template
 from simulator.parallel.rank_ends import RankEnd, beginning, ending, late_parts
+from simulator.parallel.shared_adapters import on_adapters
 from simulator.parallel.stages import StageCost
 from simulator.parallel.stamp import stamp
 from simulator.parallel.template import Template
 from simulator.pipeline.action import Order
-from simulator.program import Program
+from simulator.program import Program, Stream
 
 _LINKS_BETWEEN_RANKS = 2
 """Of a rank: out and in."""
@@ -72,6 +73,8 @@ class StepParts:
     """What is done to gradients before the optimizer steps; None: nothing."""
     exceptions: Exceptions | None = None
     """Micro-batches that are not as all others; None: none."""
+    adapter_streams: frozenset[Stream] = frozenset()
+    """Whose collectives share the links between ranks with messages (`shared_adapters`)."""
     load_s: Sequence[float] = ()
     """Of each rank: copy of the first micro-batch, which its first pass waits for; empty: nothing is copied."""
 
@@ -80,7 +83,7 @@ def lower_step(parts: StepParts, resident_bytes: Sequence[tuple[int, ...]], slow
     """The program of one training step.
 
     **Model**: per pass one compute instruction per kind, then the collectives that it waits for; a message to the neighbour as a transfer over the links out of one rank
-    and into the other; gradients go between replicas bucket by bucket behind the last backward pass; the optimizer steps when they are there. What lives on the host travels
+    and into the other, which collectives that leave the node share (`shared_adapters`); gradients go between replicas bucket by bucket behind the last backward pass; the optimizer steps when they are there. What lives on the host travels
     beside all that (`offload_step`). Where the host may need longer to launch a pass than the device to compute it, it launches the rank's passes one after the other on a
     stream of its own, and a pass is not over before it is launched.
 
@@ -97,6 +100,8 @@ def lower_step(parts: StepParts, resident_bytes: Sequence[tuple[int, ...]], slow
     offload, order = parts.offload, parts.order
     own = offload.path.capacities * order.num_ranks if offload else ()
     templates, template = _Plan(parts).templates()
+    if parts.adapter_streams:
+        templates = [on_adapters(one, parts.adapter_streams, parts.message_limit_bytes_per_s) for one in templates]
     return stamp(
         order_blocks(order), templates, template, link_bytes_per_s=[*parts.link_bytes_per_s, *own], links_per_rank=(_LINKS_BETWEEN_RANKS, LINKS_PER_RANK),
         resident_bytes=resident_bytes, slowdown=slowdown,

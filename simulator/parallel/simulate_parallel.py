@@ -35,6 +35,7 @@ from simulator.parallel.overlapped_products import TensorOverlap, half_products
 from simulator.parallel.parameter_gathers import Unit, gathered_elements, list_seconds, prefetched_units, unit_seconds, units_of
 from simulator.parallel.priced_model import PricedModel, priced_model
 from simulator.parallel.recompute import stage_sequences
+from simulator.parallel.shared_adapters import crossing_streams
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.parallel.stages import ChunkCost, Stage, chunk_costs, stages_of
 from simulator.parallel.torch_buffers import pipeline_bytes, stream_pool_bytes, with_pool
@@ -241,7 +242,7 @@ class _Assembly:
             ],
             tied_s=tied_seconds(self.plan, self.mesh, tied), message_limit_bytes_per_s=limit,
             message_latency_s=latency_s, link_bytes_per_s=[limit] * (2 * self.order.num_ranks), weight_share=WEIGHT_SHARE,
-            waits_for_messages=waits_for_messages(self.plan), offload=self._offload(),
+            waits_for_messages=waits_for_messages(self.plan), offload=self._offload(), adapter_streams=crossing_streams(self.mesh),
             check=gradient_check(self.plan, self.mesh, self.device, [self._elements(rank) for rank in range(self.order.num_ranks)]),
             load_s=copy_seconds(self.order, self.cluster, self.workload.batch_bytes),
         )  # fmt: skip

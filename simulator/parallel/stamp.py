@@ -72,7 +72,7 @@ def _transfers(
     between, to_host = links_per_rank
     rank, receiver = blocks.rank[home], blocks.receiver[home]
     to_host_first = between * (len(blocks.first_block) - 1)
-    routes = np.where(link == Link.OUT, between * rank, np.where(link == Link.INTO_RECEIVER, between * receiver + 1, 0))
+    routes = np.where(link == Link.OUT, between * rank, between * np.where(link == Link.INTO_OWN, rank, receiver) + 1)
     routes = np.where(link >= Link.HOST, to_host_first + to_host * rank + link - Link.HOST, routes)
     return Transfers(
         instruction=instruction, size_bytes=np.array([one[0] for one in moved], np.float64)[own],

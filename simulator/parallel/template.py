@@ -42,7 +42,8 @@ class Link(IntEnum):
 
     OUT = 0
     INTO_RECEIVER = 1
-    HOST = 2
+    INTO_OWN = 2
+    HOST = 3
 
 
 def outside(what: Outside, number: int = 0) -> int:
