@@ -7,7 +7,9 @@ from collections.abc import Collection
 from simulator.plan import SCHEDULES_TWO_WAYS, Plan
 from simulator.plan_sections import BLOCK_RECOMPUTES, OFFLOADS, Memory, Runtime, plan_refusal
 
-_WAITING = frozenset({"megatron-lm@2021", "deepspeed@2021", "deepspeed"})
+_WAITING = frozenset(
+    {"megatron-lm@2021", "megatron-core@2023", "deepspeed@2021", "deepspeed", "aa-scaling", "aa-scaling@fused-norm"}
+)
 """Frameworks that capture no step in graphs and wait for collectives of tensor parallelism."""
 
 

@@ -27,6 +27,7 @@ FRAMEWORKS = (
     "pytorch",
     "megatron-lm@2021",
     "megatron-core",
+    "megatron-core@2023",
     "deepspeed@2021",
     "deepspeed",
     "torchtitan",

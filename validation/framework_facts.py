@@ -53,6 +53,10 @@ class FrameworkFacts:
     """Micro-batches per pipeline rank where a row states neither them nor their size; 0: one sample each."""
     zero_stage_in_pipelines: int | None = None
     """Sharding where there are pipeline stages, if it is another than the row's for all."""
+    precision: str = ""
+    """In which it computes where the source of a row does not state it, whatever the row assumes; empty: as the row says."""
+    validates_afterwards: bool = False
+    """Orders that split the backward pass step before gradients' norms are agreed on."""
     fused_norm_runtime: str = ""
     """Runtime of rows that name a norm's kernel; empty: the same."""
     product_library: str = ""
@@ -92,11 +96,12 @@ FRAMEWORKS_KNOWN: tuple[FrameworkFacts, ...] = (
         "pass (runtime/pipe/engine.py, _exec_reduce_grads) in the model's format; bf16 adds them up in fp32 (runtime/bf16_optimizer.py)",
     ),
     FrameworkFacts(
-        name="Megatron-LM fork of Zero Bubble", pattern=r"(sail-sg|zero.?bubble)", runtime="megatron-core", grads="half", overlap_grad_reduce=False,
+        name="Megatron-LM fork of Zero Bubble", pattern=r"(sail-sg|zero.?bubble)", runtime="megatron-core@2023", precision="fp16", validates_afterwards=True, grads="half", overlap_grad_reduce=False,
         overlap_param_gather=False, flash_attention=False, sequence_parallel=False, dropout=0.1, vocab=32000,
         vocab_source="printed sizes of 1.5, 6.2, 14.6 and 28.3 billion are 12 L h^2 and one table of 32,000 rows (arXiv 2401.10241, table 3)", vocab_multiple=128,
         source="sail-sg/zero-bubble-pipeline-parallelism, a fork of Megatron-LM of 10/2023, whose weight gradients are added inside products (gradient_accumulation_fusion); "
-        "examples/pretrain_zero_bubble.sh, first release: --fp16, no --use-flash-attn, dropout as by default, --no-overlap-p2p-communication",
+        "examples/pretrain_zero_bubble.sh, first release: --fp16, no --use-flash-attn, dropout as by default, --no-overlap-p2p-communication; "
+        "section 4 and appendix C of arXiv 2401.10241: optimizer post-validation with ZB-1p, ZB-2p and ZB-V",
     ),
     FrameworkFacts(
         name="Megatron-LM of 2021 and 2022", pattern=r"megatron-lm.*202[0-2]", runtime="megatron-lm@2021", grads="half", overlap_grad_reduce=False,

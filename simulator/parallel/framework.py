@@ -13,8 +13,10 @@ from simulator.plan import Plan
 from simulator.presets.operators import EAGER, Operators
 from simulator.workload import Block, BlockOption, MemoryEvent, Pass
 
-FUSED_ACCUMULATION = ("megatron-core",)
+FUSED_ACCUMULATION = ("megatron-core", "megatron-core@2023")
 """Frameworks whose weight-gradient products add to the gradient buffer themselves (Megatron-LM's ``gradient_accumulation_fusion``, on unless switched off)."""
+TRANSFORMER_ENGINE = ("megatron-core",)
+"""Frameworks whose layers are Transformer Engine's; Megatron-core of 2023 was run with layers of its own (``--transformer-impl local``, then the default)."""
 AA_SCALING = ("aa-scaling", "aa-scaling@fused-norm")
 """Aleph Alpha's trainer, with RMS norms of its own and with those of flash-attn's kernel."""
 EIGHT_BIT_GATHERS = (*FUSED_ACCUMULATION, "torchtitan")
@@ -26,6 +28,7 @@ OPERATORS: Mapping[str, Operators] = MappingProxyType(
         "aa-scaling": Operators(attention_inputs=True, gathered_logits=True),
         "aa-scaling@fused-norm": Operators(norm=True, attention_inputs=True, gathered_logits=True),
         "megatron-core": Operators(norm=True, gated=True, rotary=True, routed=True, attention_inputs=True, loss=True),
+        "megatron-core@2023": Operators(attention_inputs=True, loss=True),
         "torchtitan": Operators(alternate=True, gathers_once=True, sharded_loss=True),
         "megatron-lm@2021": Operators(attention_inputs=True, loss=True),
     }
@@ -75,7 +78,7 @@ def _packs(plan: Plan) -> bool:
 
     **Not modelled**: grouped products in eight bits; scales of blocks, 1/32 of the bytes.
     """
-    return plan.runtime.framework in FUSED_ACCUMULATION and plan.precision.compute == "fp8"
+    return plan.runtime.framework in TRANSFORMER_ENGINE and plan.precision.compute == "fp8"
 
 
 def gathers_eight_bits(plan: Plan) -> bool:
@@ -132,7 +135,7 @@ def kept_bytes(blocks: Iterable[Block], plan: Plan, device: DeviceProfile, *, dt
         return 0
     recent = float(device.compute_capability or 0.0) >= _HOPPER
     library = _TORCH_LIBRARY_BYTES[recent]
-    if plan.runtime.framework not in FUSED_ACCUMULATION:
+    if plan.runtime.framework not in TRANSFORMER_ENGINE:
         return library
     shapes = {
         kernel.shape[-2:]

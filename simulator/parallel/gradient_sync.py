@@ -151,7 +151,10 @@ class _Replicas:
     def reduce_s(self, elements: float) -> float:
         """Of gradients: summed, each rank keeping what ZeRO leaves it."""
         if self.everywhere:
-            return self._summed_everywhere_s(elements)
+            experts = (
+                self._summed_everywhere_s(elements * self.parts, self.mesh.expert_group(self.distance)) if self.parts else 0.0
+            )
+            return experts + self._summed_everywhere_s(elements * (1.0 - self.parts), self.mesh.gradient_group(self.distance))
         experts = self._summed_s(elements * self.parts, self.mesh.expert_group(self.distance)) if self.parts else 0.0
         dense = elements * (1.0 - self.parts)
         if not self.sharded or self.whole:
@@ -168,7 +171,9 @@ class _Replicas:
         return experts + self._gathered_s(elements * (1.0 - self.parts), group, self.width)
 
     def gathers(self, pieces: Sequence[Piece], lists: ListSeconds) -> Gathers:
-        """Of the pieces of a pass."""
+        """Of the pieces of a pass; a stage without parameters has none."""
+        if not pieces:
+            return NO_GATHERS
         idle_s = [self._listed_s(piece.elements, lists) for piece in pieces]
         gather_s = [
             self.gather_s(piece.elements) + idle + self._list_copies_s(piece.elements, lists)
@@ -204,12 +209,12 @@ class _Replicas:
         """Of gradients, as the backward pass made them, into the buffer that they leave from."""
         return self.wire.pass_s(elements, read_bytes=self.width, written_bytes=self.grads) if self.flat else 0.0
 
-    def _summed_everywhere_s(self, elements: float) -> float:
+    def _summed_everywhere_s(self, elements: float, group: CommGroup) -> float:
         """In float32: a flat copy, divided in place, cast, summed, cast back, and copied to where the gradients are."""
         narrow, wide = self.grads, _FLOAT_BYTES
         passes = ((narrow, narrow), (narrow, narrow), (narrow, wide), (wide, narrow), (narrow, narrow))
         moved_s = sum(self.wire.pass_s(elements, read_bytes=read, written_bytes=written) for read, written in passes)
-        return moved_s + self.over("all_reduce", elements * wide, self.mesh.gradient_group(self.distance))
+        return moved_s + self.over("all_reduce", elements * wide, group)
 
     def _summed_s(self, elements: float, group: CommGroup) -> float:
         return self._scattered_s(elements, group) if self.sharded else self._all_reduced_s(elements, group)

@@ -39,3 +39,30 @@ def python_seconds(framework: str, architecture: str) -> PythonSeconds:
     return PythonSeconds(
         forward_s=own.forward_s * slower, backward_s=own.backward_s * slower, checkpoint_s=own.checkpoint_s * slower
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostStalls:
+    """Seconds for which an idle device waits for its host before a pass, where the trainer synchronises the two."""
+
+    batch_s: float = 0.0
+    """Before each forward pass, on every stage: the micro-batch is fetched, sent round the tensor parallel group, and its sizes are read back."""
+    exchange_s: float = 0.0
+    """Around each exchange with a neighbour that the host waits for, beyond its bytes."""
+
+
+NO_STALLS = HostStalls()
+_BATCH_S, _EXCHANGE_S = 0.51e-3, 0.24e-3
+STALLS: Mapping[str, HostStalls] = MappingProxyType(
+    {
+        "megatron-lm@2021": HostStalls(batch_s=_BATCH_S, exchange_s=_EXCHANGE_S),
+        "megatron-core@2023": HostStalls(batch_s=_BATCH_S, exchange_s=_EXCHANGE_S),
+        "megatron-core": HostStalls(exchange_s=_EXCHANGE_S),
+    }
+)
+"""By framework. Until the end of 2023 every stage of Megatron read a batch, with copies that wait for the device (``broadcast_data``, megatron/core/tensor_parallel/data.py); later ones
+do so on the first and the last stage, without waiting. Exchanges end in ``torch.cuda.synchronize`` (``batch_p2p_sync``, megatron/core/pipeline_parallel/p2p_communication.py).
+
+**Source**: batch: 524, 520 and 522 ms for 1,024 micro-batches between synchronising timers, GPT of 40 layers on 8 GPUs in September 2021 (``batch-generator`` of a log of Megatron-LM v2.5;
+0.64 to 0.71 ms in two others). Exchange: 0.377 ms for 10.5 MB and 0.601 ms for 28.3 MB, hop by hop, are 0.24 ms and 79 GB/s (Qi et al. 2024, arXiv 2401.10241, table 6: T_comm, their
+benchmark of messages)."""

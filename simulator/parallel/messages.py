@@ -11,8 +11,12 @@ from simulator.plan import Plan
 _BLOCKING = (*MEGATRON, *AA_SCALING)
 """Frameworks whose ranks wait for their messages in orders of one chunk (Aleph-Alpha/scaling @01b9d21dba: ``torch.distributed.send`` and ``recv`` on the stream that computes,
 src/scaling/core/nn/parallel_module/communicator.py)."""
-_ALWAYS_BLOCKING = ("megatron-lm@2021",)
-"""Those that also do so in interleaved orders; Megatron-core overlaps there (``overlap_p2p_comm``, on unless switched off)."""
+_ALWAYS_BLOCKING = ("megatron-lm@2021", "megatron-core@2023")
+"""Those that also do so in interleaved orders; Megatron-core overlaps there (``overlap_p2p_comm``, on unless switched off: sail-sg/zero-bubble-pipeline-parallelism
+examples/pretrain_zero_bubble.sh does so)."""
+_FREE_ORDERS = ("zb-", "v-", "dualpipe")
+"""How names of orders begin that split the backward pass: runtimes written for them send and receive beside computing (``fused_pipeline_ops``, sail-sg/zero-bubble-pipeline-parallelism
+megatron/core/pipeline_parallel/zb_schedules.py)."""
 _TINY_BYTES = 8.0
 
 
@@ -27,4 +31,6 @@ def message_link(mesh: Mesh) -> tuple[float, float]:
 def waits_for_messages(plan: Plan) -> bool:
     """Whether a rank computes on only when its message has arrived."""
     framework, chunks = plan.runtime.framework, plan.parallel.virtual_stages
+    if plan.pipeline.schedule.startswith(_FREE_ORDERS):
+        return False
     return framework in _ALWAYS_BLOCKING or (framework in _BLOCKING and chunks == 1)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from simulator.parallel.framework import AA_SCALING
 
-EVEN = ("megatron-lm@2021", "megatron-core", "deepspeed@2021", "deepspeed")
+EVEN = ("megatron-lm@2021", "megatron-core", "megatron-core@2023", "deepspeed@2021", "deepspeed")
 """Frameworks that cut layers evenly, whatever the ends cost.
 
 **Source**: ``get_num_layers`` / ``get_num_layers_to_build`` (megatron/core/transformer/transformer_block.py, 0.14): layers // stages, unless told otherwise; Megatron-DeepSpeed cuts by ``type:transformer``.

@@ -59,6 +59,8 @@ class Holding:
     """Gradients that have gone to the host when the last micro-batch is over."""
     dispatched: bool = False
     """Whether the rank may wait for its host."""
+    stalls_s: tuple[float, float] = (0.0, 0.0)
+    """For which an idle device waits for its host before a forward and a backward pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,9 +114,11 @@ class _PassWriter:
         self.host = HostTraffic(self.writer, setting.offload) if setting.offload else None
 
     def template(self) -> Template:
+        stall = self._stall()
         dispatch = self._dispatch()
         gathered = self._gather()
-        first, indices = self._compute((_PREVIOUS, *gathered[:1]))
+        first, indices = self._compute((_PREVIOUS, *gathered[:1], *stall))
+        first = (*stall, first)[0]
         indices = self._dispatched(dispatch, indices)
         communication = self.holding.communication
         exposed = {"F": communication.forward, "W": Exposed()}.get(self.kind, communication.backward)
@@ -126,6 +130,13 @@ class _PassWriter:
         return self.writer.template(
             first=first, exits=(*ends, *waits), delivers=ends if message is None else (message,)
         )  # fmt: skip
+
+    def _stall(self) -> tuple[int, ...]:
+        """The host begins with the pass when the device is idle and the message has arrived."""
+        seconds = {"F": self.holding.stalls_s[0], "W": 0.0}.get(self.kind, self.holding.stalls_s[1])
+        if seconds <= 0.0:
+            return ()
+        return (self.writer.issue(Kind.DISPATCH, Stream.DISPATCH, seconds, after=(_PREVIOUS,), label="sync"),)
 
     def _dispatch(self) -> int | None:
         """The host launches the pass's kernels, where that can matter."""

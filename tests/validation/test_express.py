@@ -204,3 +204,22 @@ def test_a_row_that_names_its_norm_kernel_runs_it() -> None:
     fused = express(row_of(**changes, notes="flash_attention: flash_attention2 + RMS kernel"))
     plain = express(row_of(**changes, notes="flash_attention: flash_attention2"))
     assert [found.plan.runtime.framework for found in (fused, plain)] == ["aa-scaling@fused-norm", "aa-scaling"]
+
+
+def test_a_precision_that_the_source_leaves_open_is_the_frameworks() -> None:
+    changes = {
+        "framework": "Megatron-LM fork (sail-sg)",
+        "model": "GPT-1.5B",
+        "precision": "bf16",
+        "tp": "1",
+        "pp": "8",
+        "vocab": "",
+        "pipeline_schedule": "zb-1p",
+    }
+    assumed = express(row_of(**changes, notes="precision: fp16/bf16 mixed (not stated)"))
+    assert assumed.plan.precision == Precision(compute="fp16", grads="bf16")
+    assert any(text.startswith("precision = fp16") for text in assumed.assumed)
+    stated = express(row_of(**changes))
+    assert stated.plan.precision == Precision(compute="bf16", grads="fp32")
+    assert stated.plan.runtime.optimizer_sync == "post-validation"
+    assert express(row_of(**{**changes, "pipeline_schedule": "1f1b"})).plan.runtime.optimizer_sync == "pre"

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from simulator import engine_compiled
 from simulator.exposed_time import exposed_times
+from simulator.parallel.host_python import HostStalls
 from simulator.parallel.lower_step import StepParts
 from simulator.parallel.stages import StageCost
+from simulator.pipeline.action import Order
 from simulator.pipeline.one_way import one_f_one_b
 from simulator.pipeline.zero_bubble import zb_h1
 from simulator.program import Stream
@@ -86,3 +88,36 @@ def test_a_slower_host_never_helps(forward_s: float, backward_s: float, more_s: 
     first = step_s(with_host(plain, launched(forward_s, backward_s)))
     assert first >= max(step_s(plain), batches * (forward_s + backward_s)) * (1 - 1e-12)
     assert step_s(with_host(plain, launched(forward_s + more_s, backward_s))) >= first * (1 - 1e-12)
+
+
+def stalled(order: Order, *, batch_s: float = 0.0, exchange_s: float = 0.0, waits: bool = True) -> StepParts:
+    return replace(parts_of(order, waits=waits), stalls=HostStalls(batch_s=batch_s, exchange_s=exchange_s))
+
+
+def test_an_idle_device_waits_for_each_batch() -> None:
+    """One rank: half a second before each of four forward passes, none before backward ones."""
+    parts = stalled(one_f_one_b(1, 4), batch_s=0.5)
+    program = lowered(parts)
+    record = engine_compiled.record(program)
+    assert record.makespan_s == pytest.approx(4 * (BOTH_S + 0.5), rel=1e-12)
+    assert exposed_times(program, record)["host"] == pytest.approx(4 * 0.5, rel=1e-12)
+
+
+def test_an_exchange_stalls_the_pass_that_takes_the_message() -> None:
+    """Two ranks, one micro-batch: the message forward and its gradient back."""
+    parts = stalled(one_f_one_b(2, 1), exchange_s=0.25)
+    assert step_s(parts) == pytest.approx(2 * BOTH_S + 2 * 0.25, rel=1e-12)
+    assert step_s(stalled(one_f_one_b(2, 1), exchange_s=0.25, waits=False)) == pytest.approx(2 * BOTH_S, rel=1e-12)
+
+
+def test_a_stalled_host_launches_from_an_idle_device_on() -> None:
+    """Launching takes 5 s forward, after half a second for the batch: host and device wait for each other at each forward pass."""
+    parts = with_host(stalled(one_f_one_b(1, 3), batch_s=0.5), launched(5.0, 4.0))
+    assert step_s(parts) == pytest.approx(3 * (0.5 + 5.0 + BACKWARD_S), rel=1e-12)
+
+
+def test_the_weights_pass_never_waits_for_messages() -> None:
+    """ZB-H1 on two ranks: stalls before forward passes and inputs' gradients only."""
+    program = lowered(stalled(zb_h1(2, 3), batch_s=0.5, exchange_s=0.25))
+    spans_s = sorted(program.duration_s[program.stream == Stream.DISPATCH].tolist())
+    assert spans_s == [0.25] * 3 + [0.5] * 3 + [0.75] * 3
