@@ -149,12 +149,8 @@ def plan_of(row: PublishedRow, facts: FrameworkFacts, *, layers: int, has_expert
         precision=Precision(compute=compute, grads=_grads(facts, compute), comm=_comm(row, compute, assumed)),
         runtime=Runtime(
             framework=_runtime(row, facts), flash_attention=_flash_attention(row, facts, assumed), overlap_grad_reduce=_overlaps(row, stated=facts.overlap_grad_reduce),
-<<<<<<< HEAD
             overlap_param_gather=_overlaps(row, stated=facts.overlap_param_gather), overlap_tp=tp > 1 and (facts.overlap_tp or _overlaps_tp(row)), compile=_compiles(row),
-=======
-            overlap_param_gather=_overlaps(row, stated=facts.overlap_param_gather), compile=_compiles(row),
             optimizer_sync="post-validation" if facts.validates_afterwards and pp > 1 and schedule.startswith("zb") else "pre",
->>>>>>> 76c5c64 (Let devices wait for their host where Megatron synchronises them, and run Zero Bubble's fork as it was: vTrain from 10.6% to 7.6%, Zero Bubble from 11.3% to 5.1%)
         ),
     )  # fmt: skip
 

@@ -74,13 +74,10 @@ class StepParts:
     """What is done to gradients before the optimizer steps; None: nothing."""
     exceptions: Exceptions | None = None
     """Micro-batches that are not as all others; None: none."""
-<<<<<<< HEAD
     adapter_streams: frozenset[Stream] = frozenset()
     """Whose collectives share the links between ranks with messages (`shared_adapters`)."""
-=======
     stalls: HostStalls = NO_STALLS
     """What an idle device waits for its host."""
->>>>>>> 76c5c64 (Let devices wait for their host where Megatron synchronises them, and run Zero Bubble's fork as it was: vTrain from 10.6% to 7.6%, Zero Bubble from 11.3% to 5.1%)
     load_s: Sequence[float] = ()
     """Of each rank: copy of the first micro-batch, which its first pass waits for; empty: nothing is copied."""
 

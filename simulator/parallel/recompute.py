@@ -5,15 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-<<<<<<< HEAD
 from simulator.parallel.early_stop import option_again
-from simulator.parallel.framework import FUSED_ACCUMULATION, operators_of, with_spare_gradient
-from simulator.parallel.fused_kernels import accumulating, fuse_kernels, without
-=======
 from simulator.parallel.framework import FUSED_ACCUMULATION, TRANSFORMER_ENGINE, operators_of, with_spare_gradient
 from simulator.parallel.fused_kernels import EAGER_SCRIPTS, accumulating, fuse_kernels, without
 from simulator.parallel.memory import GRADIENT_BYTES
->>>>>>> 76c5c64 (Let devices wait for their host where Megatron synchronises them, and run Zero Bubble's fork as it was: vTrain from 10.6% to 7.6%, Zero Bubble from 11.3% to 5.1%)
 from simulator.parallel.stages import LAYER_ENDS, Stage
 from simulator.plan import Plan
 from simulator.plan_sections import plan_refusal

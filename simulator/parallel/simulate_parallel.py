@@ -243,24 +243,18 @@ class _Assembly:
             ],
             tied_s=tied_seconds(self.plan, self.mesh, tied), message_limit_bytes_per_s=limit,
             message_latency_s=latency_s, link_bytes_per_s=[limit] * (2 * self.order.num_ranks), weight_share=WEIGHT_SHARE,
-<<<<<<< HEAD
-            waits_for_messages=waits_for_messages(self.plan), offload=self._offload(), adapter_streams=crossing_streams(self.mesh),
-=======
-            waits_for_messages=waits_for_messages(self.plan), stalls=self._stalls(), offload=self._offload(),
->>>>>>> 76c5c64 (Let devices wait for their host where Megatron synchronises them, and run Zero Bubble's fork as it was: vTrain from 10.6% to 7.6%, Zero Bubble from 11.3% to 5.1%)
+            waits_for_messages=waits_for_messages(self.plan), stalls=self._stalls(), offload=self._offload(), adapter_streams=crossing_streams(self.mesh),
             check=gradient_check(self.plan, self.mesh, self.device, [self._elements(rank) for rank in range(self.order.num_ranks)]),
             load_s=copy_seconds(self.order, self.cluster, self.workload.batch_bytes),
         )  # fmt: skip
 
-<<<<<<< HEAD
     def _blocks(self, rank: int) -> list[Block]:
         """Of a pipeline rank's stages."""
         return [block for stage in self.order.stages_of_rank[rank] for block in self.stages[stage].blocks]
-=======
+
     def _stalls(self) -> HostStalls:
         """Of the plan's framework, on a device that its host launches kernels on."""
         return STALLS.get(self.plan.runtime.framework, NO_STALLS) if self.device.kind == "cuda" else NO_STALLS
->>>>>>> 76c5c64 (Let devices wait for their host where Megatron synchronises them, and run Zero Bubble's fork as it was: vTrain from 10.6% to 7.6%, Zero Bubble from 11.3% to 5.1%)
 
     def _variant_of(self) -> NDArray[np.int64]:
         """[stages, micro-batches of the order]: which of a stage's variants it is."""
