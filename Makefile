@@ -22,10 +22,11 @@ lint: .venv/.stamp
 	$(RUN) ruff format --check --quiet .
 	$(RUN) mypy
 
-.venv/.stamp: pyproject.toml constraints.txt
+.venv/.stamp: pyproject.toml constraints.txt tests/trainers.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'schedlab needs Python 3.11 or newer: make PYTHON=python3.12')"
 	@echo "setting up .venv from constraints.txt (once, some minutes)"
 	@$(PYTHON) -m venv .venv
 	@$(PIP) torch
 	@$(PIP) -e ".[dev]"
+	@$(PIP) --no-deps -r tests/trainers.txt
 	@touch $@

@@ -105,7 +105,7 @@ def test_deepspeeds_parser_takes_it(values: dict[str, Any], monkeypatch: pytest.
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = pytest.importorskip("deepspeed.runtime.config", reason="deepspeed is not installed")
+        config = pytest.importorskip("deepspeed.runtime.config", reason="deepspeed is not installed: tests/trainers.txt")
         monkeypatch.setattr(config.dist, "get_rank", lambda: 0)
         found = configuration(**values)
         parsed = config.DeepSpeedConfig(found, mpu=SimpleNamespace(get_data_parallel_world_size=lambda: 4))

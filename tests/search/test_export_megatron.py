@@ -126,7 +126,8 @@ def test_megatron_core_reads_the_layout() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         module = pytest.importorskip(
-            "megatron.core.transformer.pipeline_parallel_layer_layout", reason="megatron-core is not installed"
+            "megatron.core.transformer.pipeline_parallel_layer_layout",
+            reason="megatron-core is not installed: tests/trainers.txt",
         )
         read = module.PipelineParallelLayerLayout(layout_text((3, 0, 4, 2)), 2)
         read.validate_layer_layout(num_layers=9, mtp_num_layers=None)
@@ -138,7 +139,9 @@ def test_megatron_core_reads_the_layout() -> None:
 def test_megatron_core_has_the_fields_of_the_flags() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        transformer = pytest.importorskip("megatron.core.transformer", reason="megatron-core is not installed")
+        transformer = pytest.importorskip(
+            "megatron.core.transformer", reason="megatron-core is not installed: tests/trainers.txt"
+        )
         made = transformer.TransformerConfig(
             num_layers=32, hidden_size=64, num_attention_heads=8, tensor_model_parallel_size=4, sequence_parallel=True, context_parallel_size=2, cp_comm_type="a2a",
             recompute_granularity="full", recompute_method="block", recompute_num_layers=5, expert_model_parallel_size=1, expert_tensor_parallel_size=4,
