@@ -15,6 +15,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from hardware_models.errors import InfeasibleError
+from search.storage import close, storage_of
 
 POINT = "point"
 """Name of the study's only parameter: the text of a point."""
@@ -123,7 +124,7 @@ def run_study(
         points: the outer space, at least one point.
         simulate: the best outcome at a point; raises InfeasibleError where none fits.
         request: text of everything that decides the answer; a study of the same request in the storage is gone on with.
-        storage: an Optuna storage URL; None keeps the study in memory.
+        storage: see `search.storage.storage_of`; None keeps the study in memory.
         time_limit_s: stop after the trial that runs over it; None: no limit.
         on_trial: called after each trial.
 
@@ -133,7 +134,8 @@ def run_study(
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = BestBoundFirst(points)
     name = "schedlab-" + hashlib.sha256(request.encode()).hexdigest()[:16]
-    study = optuna.create_study(study_name=name, storage=storage, sampler=sampler, load_if_exists=True)
+    kept = storage_of(storage)
+    study = optuna.create_study(study_name=name, storage=kept, sampler=sampler, load_if_exists=True)
     study.set_user_attr("request", request)
     started = time.monotonic()
     num_simulated = 0
@@ -155,7 +157,9 @@ def run_study(
         num_simulated += 1
         if on_trial is not None:
             on_trial(study, frozen)
-    return _result(study, sampler, num_simulated)
+    found = _result(study, sampler, num_simulated)
+    close(kept)
+    return found
 
 
 def _completed(study: Study) -> list[FrozenTrial]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table
 
 from hardware_models.catalogue import load_hardware
 from hardware_models.errors import InputError
@@ -17,11 +17,11 @@ from hardware_models.network.cluster import Cluster
 from hardware_models.network.cluster_file import cluster_of_device, find_cluster
 from hardware_models.units import format_bytes, parse_bytes
 from search.cluster_objectives import Search, least_memory, time_against_memory
-from search.joint.batch_study import Progress
-from search.joint.joint_search import Baseline, JointResult, joint_search
+from search.joint.joint_search import JointResult, joint_search
 from search.joint.make_request import ALLOWABLE as ALLOWABLE_TOGETHER
 from search.joint.make_request import joint_request
 from search.joint.refusals import refusal_line
+from search.joint.sampled_study import SAMPLERS, SampledRun
 from search.joint.space import JointRequest
 from search.plan_search import SearchResult
 from search.plan_search import search as run_search
@@ -37,9 +37,12 @@ from simulator.sequence import format_sequence
 from simulator.simulate import Simulation
 from validation.command_line import device_profile, hardware_option, model_options, reported, stderr
 from validation.figure_files import write_figures
-from validation.reports import search_table, table_of
+from validation.reports import search_table
 from validation.search_explanation import write_explanation
+from validation.search_report import PLAN_FILE, joint_report, progress_lines
 
+BEST_BOUND = "best-bound"
+"""The search's own order."""
 TIME_LIMIT_S = 60.0
 """Of a search unless another is given."""
 PERCENT = 100.0
@@ -61,6 +64,8 @@ class Asked:
     time_limit_s: float
     storage: str | None
     workers: int
+    sampled: SampledRun | None
+    """A sampler to set beside the search."""
     out: Path | None
     within: float
     prices: Prices | None
@@ -104,18 +109,28 @@ class Asked:
     "--storage", help="Optuna storage URL, or journal:FILE; a search of the same request goes on there, together with others."
 )
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Processes that simulate.")
+@click.option(
+    "--sampler",
+    type=click.Choice([BEST_BOUND, *SAMPLERS]),
+    default=BEST_BOUND,
+    show_default=True,
+    help="To compare over several devices: samplers that know no bounds.",
+)
+@click.option("--simulations", type=click.IntRange(min=1), help="Most plans that such a sampler simulates.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of such a sampler.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for plan.toml, search.json, trace.json and figures.")
 @reported
 def search(
     model_name: str, seq_len: int | None, hardware_name: str, gpus: int | None, global_batch: int | None, memory_budget: str | None,
     objective: str, within: float, prices_path: Path | None, allow: str, trainer: str, time_limit: float, storage: str | None, workers: int,
-    out: Path | None,
+    sampler: str, simulations: int | None, seed: int, out: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Finds the best plan for a model on exactly the devices given, and how far it is from a proven bound."""
     budget = parse_bytes(memory_budget, source="--memory-budget", key="") if memory_budget else None
     asked = Asked(
         model=model_name, seq_len=seq_len, hardware=hardware_name, gpus=gpus, global_batch=global_batch, budget_bytes=budget, objective=objective,
         allow=tuple(part for part in allow.split(",") if part), trainer=trainer, time_limit_s=time_limit, storage=storage, workers=workers, out=out,
+        sampled=_sampled(sampler, simulations, seed, workers),
         within=within / PERCENT, prices=None if prices_path is None else read_prices(prices_path),
     )  # fmt: skip
     if objective == "cost" and asked.prices is None:
@@ -126,17 +141,33 @@ def search(
     return search_alone(asked) if cluster is None else search_together(asked, cluster.with_gpus(gpus or cluster.num_gpus))
 
 
+def _sampled(sampler: str, simulations: int | None, seed: int, workers: int) -> SampledRun | None:
+    """The sampler that is asked for; None: best bound first."""
+    if sampler == BEST_BOUND:
+        if simulations is not None:
+            rule = "the search ends by its proof or its time"
+            raise InputError(
+                source="--simulations", key="", value=simulations, rule=rule, remedy="give a --time-limit, or a --sampler"
+            )
+        return None
+    if workers > 1:
+        rule = f"{sampler} runs in one process"
+        raise InputError(
+            source="--workers", key="", value=workers, rule=rule, remedy="leave it out, or begin others with another --seed"
+        )
+    return SampledRun(sampler=sampler, seed=seed, max_simulations=simulations)
+
+
 def search_alone(asked: Asked) -> dict[str, Any]:
     """The answer on one device."""
-    if asked.trainer != "any" or asked.workers > 1:
-        flag, value = ("--trainer", asked.trainer) if asked.trainer != "any" else ("--workers", str(asked.workers))
-        raise InputError(
-            source=flag,
-            key="",
-            value=value,
-            rule="a search on one device has one worker and keeps to no trainer",
-            remedy="leave it out, or ask for more --gpus",
-        )
+    several = {
+        "--trainer": asked.trainer if asked.trainer != "any" else None, "--workers": asked.workers if asked.workers > 1 else None,
+        "--sampler": asked.sampled.sampler if asked.sampled else None,
+    }  # fmt: skip
+    for flag, value in several.items():
+        if value is not None:
+            rule = "a search on one device has one worker, its own sampler, and keeps to no trainer"
+            raise InputError(source=flag, key="", value=value, rule=rule, remedy="leave it out, or ask for more --gpus")
     device = device_profile(asked.hardware)
     source = model_source(asked.model, device=device, batch=asked.global_batch, seq_len=asked.seq_len)
     request = SearchRequest(
@@ -176,13 +207,14 @@ def search_together(asked: Asked, cluster: Cluster) -> dict[str, Any]:
     )
 
     def run(one: JointRequest, limit_s: float) -> JointResult:
+        tell = progress_lines(partial(stderr.print, highlight=False, markup=False, soft_wrap=True))
         return joint_search(
-            one, source, device, storage=asked.storage, workers=asked.workers, time_limit_s=limit_s, on_progress=_tell_progress
-        )
+            one, source, device, storage=asked.storage, workers=asked.workers, time_limit_s=limit_s, sampled=asked.sampled, on_progress=tell
+        )  # fmt: skip
 
     result, more = _by_objective(asked, request, run)
     if result.study.refused:
-        stderr.print(refusal_line(result.study.refused), highlight=False, markup=False)
+        stderr.print(refusal_line(result.study.refused), highlight=False, markup=False, soft_wrap=True)
     found = result.to_json() | {"cluster": cluster.name, "num_gpus": cluster.num_gpus} | more
     if asked.prices is not None:
         step_s = result.simulation.step_time_s
@@ -192,7 +224,7 @@ def search_together(asked: Asked, cluster: Cluster) -> dict[str, Any]:
     if asked.out:
         _write(result.plan, found, asked.out, result.simulation, asked.model)
         write_explanation(result, request, source, device, asked.out)
-    return found | {"_table": joint_table(result, asked.model)}
+    return found | {"_table": joint_report(result, asked.model, asked.out)}
 
 
 def _by_objective(asked: Asked, request: JointRequest, run: Search) -> tuple[JointResult, dict[str, Any]]:
@@ -213,44 +245,9 @@ def _by_objective(asked: Asked, request: JointRequest, run: Search) -> tuple[Joi
     return run(request, asked.time_limit_s), {"objective": asked.objective}
 
 
-def joint_table(result: JointResult, model: str) -> Table:
-    """What ``schedlab search`` prints over several devices: the best plan beside the experts'."""
-    best = result.simulation
-    own = ("best", *_plan_row(result.plan), f"{best.step_time_s:.4f}", format_bytes(max(best.peak_memory_bytes)), "yes")
-    rows = [own, *(_baseline_row(one) for one in sorted(result.baselines, key=lambda one: one.step_time_s))]
-    proof = "certified optimal within the model" if result.certified else f"gap to the bound {result.gap:.2%}"
-    title = f"{model} on {best.cluster.num_gpus} of {best.cluster.name}: {proof}; {result.space_size:,} points, {result.study.progress.num_simulated:,} plans simulated"
-    return table_of(title, ("plan", "tp cp pp dp ep", "order", "micro-batch", "zero", "saves", "step s", "peak", "fits"), rows)
-
-
-def _baseline_row(one: Baseline) -> tuple[str, ...]:
-    return (
-        one.name,
-        *_plan_row(one.plan),
-        f"{one.step_time_s:.4f}",
-        format_bytes(one.peak_memory_bytes),
-        "yes" if one.fits else "no",
-    )
-
-
-def _plan_row(plan: Plan) -> tuple[str, ...]:
-    split, memory = plan.parallel, plan.memory
-    degrees = " ".join(str(getattr(split, axis)) for axis in ("tp", "cp", "pp", "dp", "ep"))
-    order = "" if split.pp == 1 else plan.pipeline.schedule + (f" x{split.virtual_stages}" if split.virtual_stages > 1 else "")
-    away = {"activations": memory.activation_offload, "weights": memory.weight_offload, "optimizer": memory.optimizer_offload}
-    saves = [f"recompute {memory.recompute}", *(f"{name} {amount:.0%} to host" for name, amount in away.items() if amount)]
-    return degrees, order, str(plan.batch.micro_batch), str(memory.zero_stage), ", ".join(saves)
-
-
-def _tell_progress(progress: Progress) -> None:
-    best = f"{progress.incumbent:.4f} s" if progress.num_simulated or progress.gap < 1.0 else "none"
-    text = f"{progress.elapsed_s:.1f} s: best {best}, bound {progress.lower_bound:.4f} s, gap {progress.gap:.2%}, {progress.num_simulated} plans simulated"
-    stderr.print(text, highlight=False)
-
-
 def _write(plan: Plan, found: dict[str, Any], out: Path, simulation: Simulation | ParallelSimulation, name: str) -> None:
     """The plan, the answer and the figures."""
-    write_plan(plan, out / "plan.toml")
+    write_plan(plan, out / PLAN_FILE)
     with whole_file(out / "search.json") as temporary:
         temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
     write_figures(

@@ -13,22 +13,21 @@ import optuna
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution, IntDistribution
 from optuna.samplers import BaseSampler
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from search.joint.refusals import together
+from search.storage import close, storage_of
 from search.study import CERTIFIED_GAP
 
 BATCH = "batch"
 """Name of the study's only parameter: which stretch of the points, in order of their bounds."""
+OUTCOME = "outcome"
+"""Name of the attribute that says what a batch gave, but for its best plan."""
 BATCH_POINTS = 64
 """Points of a batch: one trial is written for them together, so that storage is not the bottleneck."""
 NOTHING = float("inf")
 """Value where there is no plan."""
-JOURNAL = "journal:"
-"""Begins a storage that is a journal file."""
 _POLL_S = 0.2
 """Between looks at what other workers have finished."""
 
@@ -86,6 +85,38 @@ class JointStudyResult:
         return self.progress.gap <= CERTIFIED_GAP
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Look:
+    """The trials of a study at one moment, read once: a database takes its time to answer."""
+
+    finished: tuple[FrozenTrial, ...]
+    looked_at: frozenset[int]
+    """Batches that were simulated to their end."""
+    at_work: frozenset[int]
+    """Batches that a worker simulates, or that a killed one has left."""
+
+    @property
+    def best(self) -> float:
+        """The best value; infinite where there is none."""
+        return min((value_of(trial) for trial in self.finished), default=NOTHING)
+
+
+def look_at(study: Study) -> Look:
+    """How a study stands now."""
+    trials = study.get_trials(deepcopy=False)
+    finished = tuple(trial for trial in trials if trial.state.is_finished() and OUTCOME in trial.user_attrs)
+    running = (trial for trial in trials if trial.state is TrialState.RUNNING and BATCH in trial.params)
+    closed = (trial for trial in finished if trial.user_attrs[OUTCOME]["open_bound"] is None)
+    return Look(
+        finished=finished, looked_at=frozenset(trial.params[BATCH] for trial in closed), at_work=frozenset(trial.params[BATCH] for trial in running)
+    )  # fmt: skip
+
+
+def value_of(trial: FrozenTrial) -> float:
+    """The value of a finished trial; infinite where nothing in its batch fits or is better."""
+    return float(trial.values[0]) if trial.state is TrialState.COMPLETE else NOTHING
+
+
 class BatchesBestBoundFirst(BaseSampler):
     """Proposes the first batch that nobody has tried or is trying; a deterministic sampler.
 
@@ -103,13 +134,14 @@ class BatchesBestBoundFirst(BaseSampler):
         """Least bound of a batch; infinite beyond the last one."""
         return float(self.bounds[batch * BATCH_POINTS]) if batch < self.num_batches and len(self.bounds) else NOTHING
 
-    def next_batch(self, study: Study, *, retake: bool = False) -> int | None:
+    def next_batch(self, look: Look, *, retake: bool = False) -> int | None:
         """The first batch that is not finished; without ``retake`` one that nobody works on."""
-        taken = {trial.params[BATCH] for trial in _finished(study) if trial.user_attrs["open_bound"] is None}
-        if not retake:
-            running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-            taken |= {trial.params[BATCH] for trial in running if BATCH in trial.params}
+        taken = look.looked_at if retake else look.looked_at | look.at_work
         return next((batch for batch in range(self.num_batches) if batch not in taken), None)
+
+    def useful(self, batch: int | None, look: Look) -> bool:
+        """Whether a batch could hold something better than the best value so far."""
+        return batch is not None and self.first_bound(batch) < min(look.best, self.known)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:  # noqa: ARG002 - Optuna's interface
         """The one parameter."""
@@ -117,9 +149,10 @@ class BatchesBestBoundFirst(BaseSampler):
 
     def sample_relative(self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:  # noqa: ARG002
         """The next batch; a retaken one where all others are finished."""
-        batch = self.next_batch(study)
-        if batch is None or not _useful(study, self, batch):
-            batch = self.next_batch(study, retake=True)
+        look = look_at(study)
+        batch = self.next_batch(look)
+        if not self.useful(batch, look):
+            batch = self.next_batch(look, retake=True)
         return {BATCH: batch or 0}
 
     def sample_independent(
@@ -152,50 +185,50 @@ def run_batches(
         evaluate: the outcome of a stretch of the points, given the best value so far and the moment (`time.monotonic`) at which it must come to an end.
         request: text of everything that decides the answer; studies of one request in a storage are one.
         known: value of a plan that is known already, an expert's; points that cannot beat it are not simulated.
-        storage: where workers meet (`storage_of`); None keeps the study in memory.
+        storage: where workers meet (`search.storage.storage_of`); None keeps the study in memory.
         time_limit_s: stop then; the batch that is at work stays open, and is taken again when the study goes on. None: no limit.
         on_progress: called before the first batch and after each one.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = BatchesBestBoundFirst(bounds, known)
     name = "schedlab-" + hashlib.sha256(request.encode()).hexdigest()[:16]
-    study = optuna.create_study(study_name=name, storage=storage_of(storage), sampler=sampler, load_if_exists=True)
+    kept = storage_of(storage)
+    study = optuna.create_study(study_name=name, storage=kept, sampler=sampler, load_if_exists=True)
     study.set_user_attr("request", request)
     started, ran = time.monotonic(), False
     end = started + time_limit_s if time_limit_s is not None else NOTHING
     while True:
-        progress = _progress(study, sampler, time.monotonic() - started)
+        look = look_at(study)
+        progress = _progress(look, sampler, time.monotonic() - started)
         if on_progress is not None:
             on_progress(progress)
-        if (ran and time.monotonic() > end) or not _open(study, sampler):
+        if (ran and time.monotonic() > end) or not sampler.useful(sampler.next_batch(look, retake=True), look):
             break
-        batch = sampler.next_batch(study)
-        if batch is None or not _useful(study, sampler, batch):
+        if not sampler.useful(sampler.next_batch(look), look):
             time.sleep(_POLL_S)  # another worker has the last useful batch: it may end, or be dead
-            if not _open(study, sampler):
+            look = look_at(study)
+            if not sampler.useful(sampler.next_batch(look, retake=True), look):
                 continue
         trial = study.ask({BATCH: sampler.distribution})
         first = int(trial.params[BATCH]) * BATCH_POINTS
-        outcome = evaluate(range(first, min(first + BATCH_POINTS, len(bounds))), _incumbent(study, sampler), end)
+        outcome = evaluate(range(first, min(first + BATCH_POINTS, len(bounds))), progress.incumbent, end)
         _tell(study, trial, outcome)
         ran = True
-    best = min(_completed(study), key=lambda one: (float(one.values[0]), int(one.user_attrs["point"])), default=None)
-    needs = [int(one.user_attrs["least_bytes"]) for one in _finished(study) if one.user_attrs.get("least_bytes")]
-    refused = together(one.user_attrs["refused"] for one in _finished(study))
+    best = min(
+        (one for one in look.finished if one.state is TrialState.COMPLETE),
+        key=lambda one: (value_of(one), _outcome(one)["point"]),
+        default=None,
+    )
+    needs = [int(_outcome(one)["least_bytes"]) for one in look.finished if _outcome(one)["least_bytes"]]
+    refused = together(_outcome(one)["refused"] for one in look.finished)
+    close(kept)
     return JointStudyResult(best=best, progress=progress, least_bytes=min(needs, default=0), refused=refused)
 
 
-def storage_of(text: str | None) -> str | JournalStorage | None:
-    """Optuna's storage of a text: a database URL, ``journal:PATH``, or None for memory."""
-    if text is None or not text.startswith(JOURNAL):
-        return text
-    return JournalStorage(JournalFileBackend(text.removeprefix(JOURNAL)))
-
-
 def _tell(study: Study, trial: optuna.Trial, outcome: BatchOutcome) -> None:
-    for key in ("point", "open_bound", "num_simulated", "least_bytes", "refused"):
-        value = getattr(outcome, key)
-        trial.set_user_attr(key, None if value == NOTHING else value)
+    open_bound = None if outcome.open_bound == NOTHING else outcome.open_bound
+    known = {name: getattr(outcome, name) for name in ("point", "num_simulated", "least_bytes")}
+    trial.set_user_attr(OUTCOME, known | {"open_bound": open_bound, "refused": dict(outcome.refused)})
     for key, value in outcome.attributes.items():
         trial.set_user_attr(key, value)
     if outcome.value is None:
@@ -204,33 +237,13 @@ def _tell(study: Study, trial: optuna.Trial, outcome: BatchOutcome) -> None:
         study.tell(trial, outcome.value)
 
 
-def _completed(study: Study) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+def _outcome(trial: FrozenTrial) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = trial.user_attrs[OUTCOME]
+    return found
 
 
-def _finished(study: Study) -> list[FrozenTrial]:
-    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-    return [trial for trial in trials if "num_simulated" in trial.user_attrs]
-
-
-def _incumbent(study: Study, sampler: BatchesBestBoundFirst) -> float:
-    return min((float(trial.values[0]) for trial in _completed(study)), default=sampler.known)
-
-
-def _useful(study: Study, sampler: BatchesBestBoundFirst, batch: int) -> bool:
-    return sampler.first_bound(batch) < _incumbent(study, sampler)
-
-
-def _open(study: Study, sampler: BatchesBestBoundFirst) -> bool:
-    """Whether an unfinished batch could hold something better."""
-    batch = sampler.next_batch(study, retake=True)
-    return batch is not None and _useful(study, sampler, batch)
-
-
-def _progress(study: Study, sampler: BatchesBestBoundFirst, elapsed_s: float) -> Progress:
-    finished, incumbent = _finished(study), _incumbent(study, sampler)
-    following = sampler.next_batch(study, retake=True)
-    bounds = [incumbent] if following is None else [incumbent, sampler.first_bound(following)]
-    return Progress(
-        incumbent=incumbent, lower_bound=min(bounds), num_simulated=sum(int(trial.user_attrs["num_simulated"]) for trial in finished), elapsed_s=elapsed_s
-    )  # fmt: skip
+def _progress(look: Look, sampler: BatchesBestBoundFirst, elapsed_s: float) -> Progress:
+    incumbent, following = min(look.best, sampler.known), sampler.next_batch(look, retake=True)
+    bound = incumbent if following is None else min(incumbent, sampler.first_bound(following))
+    count = sum(int(_outcome(trial)["num_simulated"]) for trial in look.finished)
+    return Progress(incumbent=incumbent, lower_bound=bound, num_simulated=count, elapsed_s=elapsed_s)

@@ -13,13 +13,15 @@ from typing import Any
 from hardware_models.errors import InfeasibleError, InputError
 from hardware_models.profile import DeviceProfile
 from hardware_models.units import format_bytes
-from search.joint.batch_study import JOURNAL, NOTHING, BatchOutcome, JointStudyResult, Progress, run_batches
+from search.joint.batch_study import NOTHING, BatchOutcome, JointStudyResult, Progress, run_batches
 from search.joint.bounded_space import BoundedSpace, bounded_space
 from search.joint.evaluate import Evaluator
 from search.joint.experts import Expert, experts
 from search.joint.explain import Contribution, contributions
 from search.joint.least_memory import least_memory
+from search.joint.sampled_study import SampledRun, run_sampled
 from search.joint.space import JointRequest, joint_space
+from search.storage import JOURNAL
 from search.study import CERTIFIED_GAP
 from simulator.model_source import ModelSource
 from simulator.parallel.simulation import ParallelSimulation
@@ -110,11 +112,18 @@ class _Prepared:
     request: str
     known_s: float
     """Time of the best baseline that fits; infinite where none does."""
+    sampled: SampledRun | None
+    """A sampler to set beside the search; None: best bound first."""
 
     def run(
         self, storage: str | None, time_limit_s: float | None, on_progress: Callable[[Progress], None] | None = None
     ) -> JointStudyResult:
         """Takes part in the study until it is over."""
+        if self.sampled is not None:
+            return run_sampled(
+                self.bounded.space, self.evaluator, self.sampled, request=self.request, bound_s=float(self.bounded.bound_s.min()), known_s=self.known_s,
+                storage=storage, time_limit_s=time_limit_s, on_progress=on_progress,
+            )  # fmt: skip
         order = self.bounded.in_order()
         bounds = self.bounded.bound_s[order]
 
@@ -135,6 +144,7 @@ def joint_search(
     storage: str | None = None,
     workers: int = 1,
     time_limit_s: float | None = None,
+    sampled: SampledRun | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> JointResult:
     """The best plan of a model on exactly the devices of a cluster; never slower than a baseline that fits.
@@ -143,9 +153,10 @@ def joint_search(
         request: model, batch, devices, trainer and what is allowed.
         source: of the model.
         device: profile of the cluster's devices.
-        storage: where workers meet (`search.joint.batch_study.storage_of`); None: memory, or a file of this search where there are several workers.
+        storage: where workers meet (`search.storage.storage_of`); None: memory, or a file of this search where there are several workers.
         workers: processes of this machine that simulate.
         time_limit_s: stop then, with the gap that remains.
+        sampled: a sampler that knows no bounds in place of the search's own order, to compare; the bound is then that of all points before any simulation.
         on_progress: called before the first and after each batch of points of this process.
 
     Raises:
@@ -158,7 +169,8 @@ def joint_search(
     baselines = tuple(one for one in found if one is not None)
     known = min((one for one in baselines if one.fits), key=lambda one: one.step_time_s, default=None)
     prepared = _Prepared(
-        evaluator=evaluator, bounded=bounded_space(space, device), request=_text(request, device), known_s=known.step_time_s if known else NOTHING
+        evaluator=evaluator, bounded=bounded_space(space, device), request=_text(request, device), known_s=known.step_time_s if known else NOTHING,
+        sampled=sampled,
     )  # fmt: skip
     limit_s = None if time_limit_s is None else max(0.0, time_limit_s - (time.perf_counter() - started))
     study = _together(prepared, workers, storage, limit_s, on_progress)

@@ -1,0 +1,128 @@
+"""Best bound first beside samplers that know no bounds, on some settings: ``python -m search.joint.sampler_comparison --out search/gallery``.
+
+A sampler may simulate ten times as many plans as the search over the same space did, the experts' plans that this begins with included. All plans are judged by the same simulation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import inf
+from pathlib import Path
+
+from hardware_models.catalogue import load_hardware
+from hardware_models.network.cluster_file import load_cluster
+from hardware_models.profile import DeviceProfile
+from search.joint.batch_study import Progress
+from search.joint.bounded_space import bounded_space
+from search.joint.evaluate import Evaluator
+from search.joint.experts import experts
+from search.joint.joint_search import joint_search
+from search.joint.make_request import joint_request
+from search.joint.sampled_study import SAMPLERS, SampledRun, run_sampled
+from search.joint.sampler_curves import OURS, CurvePoint, write_curves
+from search.joint.sampler_figures import sampler_figure
+from search.joint.space import JointRequest, joint_space
+from search.trainers import TRAINERS
+from simulator.figures import save_figure
+from simulator.model_source import ModelSource, model_source
+
+TIMES = 10
+"""Simulations of a sampler for each one of the search."""
+SEEDS = 3
+TIME_LIMIT_S = 120.0
+"""Of the search, where no proof ends it."""
+CURVES_FILE, FIGURE_FILE = "samplers.csv", "samplers.png"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """A model on some devices of a cluster."""
+
+    model: str
+    cluster: str
+    gpus: int
+    global_batch: int
+
+    @property
+    def name(self) -> str:
+        """As figures and files call it."""
+        return f"{self.model}, {self.gpus} GPUs of {self.cluster}, batch {self.global_batch}"
+
+    def asked(self) -> tuple[JointRequest, ModelSource, DeviceProfile]:
+        """What both kinds of search are asked."""
+        cluster = load_cluster(self.cluster).with_gpus(self.gpus)
+        device = load_hardware(cluster.device)
+        source = model_source(self.model, device=device, batch=self.global_batch)
+        return joint_request(source, cluster, device, TRAINERS["any"], global_batch=self.global_batch), source, device
+
+
+SETTINGS = (
+    Setting(model="gpt2-xl", cluster="dgx-a100-80gb", gpus=8, global_batch=64),
+    Setting(model="llama3-8b", cluster="hgx-h100", gpus=32, global_batch=128),
+    Setting(model="megatron-22b", cluster="selene", gpus=64, global_batch=128),
+)
+
+
+def compared(
+    setting: Setting, *, times: int = TIMES, seeds: int = SEEDS, time_limit_s: float = TIME_LIMIT_S
+) -> Iterator[CurvePoint]:
+    """Curves of the search and of each sampler: a point at each better plan, and one at the end.
+
+    Args:
+        setting: what is searched for.
+        times: simulations of a sampler for each one of the search.
+        seeds: runs of each sampler.
+        time_limit_s: of the search; the samplers have none.
+    """
+    request, source, device = setting.asked()
+    begun = sum(len(expert.plans) for expert in experts(request))
+    passed: list[Progress] = []
+    joint_search(request, source, device, time_limit_s=time_limit_s, on_progress=passed.append)
+    yield from _curve(setting, OURS, 0, passed, begun)
+    space = joint_space(request)
+    bound_s = float(bounded_space(space, device).bound_s.min())
+    most = times * (begun + passed[-1].num_simulated)
+    for sampler in SAMPLERS:
+        for seed in range(seeds):
+            run = SampledRun(sampler=sampler, seed=seed, max_simulations=most)
+            passed = []
+            run_sampled(
+                space, Evaluator(space, source, device), run, request=setting.name, bound_s=bound_s, on_progress=passed.append
+            )
+            yield from _curve(setting, sampler, seed, passed, 0)
+
+
+def _curve(setting: Setting, method: str, seed: int, passed: Sequence[Progress], begun: int) -> Iterator[CurvePoint]:
+    before = (inf, inf)
+    for place, one in enumerate(passed):
+        state = (one.incumbent, one.lower_bound)
+        if state != before or place == len(passed) - 1:
+            yield CurvePoint(
+                setting=setting.name, method=method, seed=seed, simulations=begun + one.num_simulated, best_s=one.incumbent, bound_s=one.lower_bound
+            )  # fmt: skip
+        before = state
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs all settings, writes curves and figure, and prints where each method ended."""
+    parser = argparse.ArgumentParser(
+        prog="python -m search.joint.sampler_comparison", description="Compare the search with samplers."
+    )
+    parser.add_argument("--out", type=Path, required=True, help=f"folder that gets {CURVES_FILE} and {FIGURE_FILE}")
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="runs of each sampler")
+    options = parser.parse_args(arguments)
+    points = []
+    for setting in SETTINGS:
+        for point in compared(setting, seeds=options.seeds):
+            points.append(point)
+            text = f"{point.setting}: {point.method} {point.seed}: {point.simulations} simulations, {point.best_s:.5g} s"
+            print(text, flush=True)  # noqa: T201 - its output
+    write_curves(points, options.out / CURVES_FILE)
+    save_figure(sampler_figure(points), options.out / FIGURE_FILE)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
