@@ -1,4 +1,4 @@
-"""Products whose rows begin at odd addresses: which they are, and how slow published timings say they are."""
+"""Products whose rows begin at odd addresses: which they are, and how slow published timings say they are; heads of uneven width."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from hardware_models.catalogue import load_hardware
 from hardware_models.curves import FEATURES
 from hardware_models.errors import UnknownNameError
 from hardware_models.kernel import Kernel, row_bytes
-from hardware_models.pricers import MisalignedPricer, pricer_of
+from hardware_models.kernel_tables import attention_kernel
+from hardware_models.pricers import MisalignedPricer, computed_width, pricer_of
 from hardware_models.pricing import price, price_together
 
 A100 = load_hardware("a100-sxm-80gb")
@@ -106,3 +107,16 @@ def test_measured_curves_tell_uneven_rows_apart() -> None:
     assert features(product(8, 64, 108, 64))[-1] == 1.0
     assert len(features(product(8, 64, 64, 75, dtype="float32"))) == 4
     assert FEATURES["gemm"](product(64, 4096, 75))[-1] == 3.0
+
+
+def test_uneven_heads_cost_those_that_they_are_padded_to() -> None:
+    """Heads of 80 as those of 96 forward and backward, of 128 as they are; one token reads its own keys only."""
+
+    def head(width: int, length: int = 4096, *, backward: bool = False) -> float:
+        kernel = attention_kernel(2, 16, 16, length, 4096, width, "bfloat16", causal=length > 1, backward=backward)
+        return float(price([kernel], A100)[0])
+
+    assert head(80) == head(96) > head(64)
+    assert head(132, backward=True) == head(160, backward=True) > head(128, backward=True)
+    assert head(80, 1) < head(96, 1)
+    assert computed_width(np.array([2048, 2048]), np.array([256, 288])).tolist() == [256, 288]
