@@ -191,3 +191,20 @@ def test_this_machine_has_a_place_for_its_profile(tmp_path: Path, monkeypatch: p
     assert tmp_path in this_profile_path("cpu").parents
     with pytest.raises(ValueError, match="schedlab calibrate"):
         load_hardware("this")
+
+
+@pytest.mark.slow
+def test_a_module_of_ones_own_is_simulated_over_a_cluster(tmp_path: Path) -> None:
+    batch = "[batch]\nglobal_batch = 8\nmicro_batch = 1\n"
+    steps = {}
+    for name, degrees in {"one": "pp = 2", "four": "pp = 2\ndp = 2"}.items():
+        plan = plan_file(tmp_path, f"[parallel]\n{degrees}\n{batch}")
+        steps[name] = as_json("simulate", "--model", MODEL, "--hardware", "selene", "--plan", plan)
+        assert set(steps[name]) == SIMULATE_KEYS
+        assert steps[name]["step_time_s"] == pytest.approx(sum(steps[name]["time_breakdown_s"].values()))
+        assert len(steps[name]["peak_memory_bytes"]) == 2
+    assert steps["four"]["time_breakdown_s"]["dp"] > 0.0 == steps["one"]["time_breakdown_s"]["dp"]
+    plan = plan_file(tmp_path, f"[parallel]\ntp = 2\n{batch}")
+    refused = run("simulate", "--model", MODEL, "--hardware", "selene", "--plan", plan)
+    assert refused.exit_code == EXIT_INPUT
+    assert "parallel.tp = 2: a traced model is cut over pp and dp only" in refused.stderr

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from simulator.chrome_trace import write_chrome_trace
 from simulator.figures import memory_figure, save_figure, timeline_figure
+from simulator.parallel.simulate_traced import TracedSimulation
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.simulate import Simulation
 
 
 def write_figures(
-    simulation: Simulation | ParallelSimulation, *, trace_path: Path | None, plot_path: Path | None, name: str, budget_bytes: int | None
+    simulation: Simulation | ParallelSimulation | TracedSimulation, *, trace_path: Path | None, plot_path: Path | None, name: str, budget_bytes: int | None
 ) -> None:  # fmt: skip
     """The trace and the plots that were asked for."""
     if trace_path:

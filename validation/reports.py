@@ -11,6 +11,7 @@ from rich.table import Table
 from hardware_models.units import GIB, MS_PER_S, format_bytes
 from search.found_plan import shares_summary
 from search.plan_search import SearchResult
+from simulator.parallel.simulate_traced import TracedSimulation
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.pipeline.order_text import order_texts
 from simulator.pipeline.play_order import PlayedOrder
@@ -107,7 +108,7 @@ def simulation_table(simulation: Simulation) -> Table:
     return table_of(f"{simulation.workload.model} on {simulation.device.name}", ("", "predicted"), rows)
 
 
-def parallel_table(simulation: ParallelSimulation, model: str) -> Table:
+def parallel_table(simulation: ParallelSimulation | TracedSimulation, model: str, cluster: str) -> Table:
     """What ``schedlab simulate`` prints of a step on a cluster."""
     values: dict[str, Any] = simulation.to_json()
     low, high = values["step_time_interval_s"]
@@ -116,13 +117,13 @@ def parallel_table(simulation: ParallelSimulation, model: str) -> Table:
     rows = [
         ("step time", f"{simulation.step_time_s * MS_PER_S:.1f} ms (80%: {low * MS_PER_S:.1f} to {high * MS_PER_S:.1f})"),
         ("tokens/s per GPU", f"{values['tokens_per_s_per_gpu']:.1f}"), ("mfu, hfu", f"{values['mfu']:.1%}, {values['hfu']:.1%}"),
-        ("peak memory by pipeline rank", ", ".join(peaks) + ("" if simulation.fits else " (does not fit)")),
+        ("peak memory by pipeline rank", ", ".join(peaks) + ("" if values["fits"] else " (does not fit)")),
         *((f"  {key.replace('_', ' ')}", format_bytes(size)) for key, size in values["peak_memory_breakdown"].items() if size),
         *([("peak host memory of a node", format_bytes(values["peak_host_bytes"]))] if values["peak_host_bytes"] else []),
         *((f"time: {key}", f"{seconds * MS_PER_S:.1f} ms") for key, seconds in values["time_breakdown_s"].items() if seconds),
         ("rests on", ", ".join(simulation.price.evidence)),
     ]  # fmt: skip
-    return table_of(f"{model}, {degrees} on {simulation.cluster.name}", ("", "predicted"), rows)
+    return table_of(f"{model}, {degrees} on {cluster}", ("", "predicted"), rows)
 
 
 def search_table(result: SearchResult) -> Table:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from hardware_models.kernel import Kernel
-from hardware_models.pricing import Price, price, price_together
+from hardware_models.pricing import Price, price_together
 from hardware_models.profile import DeviceProfile
 from simulator.exposed_time import exposed_times
 from simulator.lower import PassPrices
 from simulator.parallel.traced_step import TracedStep, lower_traced_step
 from simulator.plan import Plan
+from simulator.precision import PRODUCTS_IN, STORED_AS, price_in
 from simulator.program import Program
 from simulator.run_record import RunRecord, outcome_of
 from simulator.simulate import ENGINES, INTERVAL_Z
@@ -56,7 +57,7 @@ class TracedSimulation:
         breakdown = exposed_times(self.program, self.record)
         half = INTERVAL_Z * self.price.relative_standard_error * step_s
         worst = int(np.argmax(self.peak_memory_bytes))
-        peak = self.device.peak("float32")
+        peak = compute_peak(self.plan, self.device)
         budget = self.plan.memory.budget_bytes
         return {
             "step_time_s": step_s, "step_time_interval_s": [max(0.0, step_s - half), step_s + half], "tokens_per_s_per_gpu": self.tokens / step_s / ranks,
@@ -81,6 +82,11 @@ class TracedSimulation:
         return max(self.peak_memory_bytes) + self.device.context_bytes
 
 
+def compute_peak(plan: Plan, device: DeviceProfile) -> float:
+    """FLOPs/s that ``mfu`` is a share of: the device's peak in the plan's precision."""
+    return device.peak(PRODUCTS_IN.get(plan.precision.compute, STORED_AS[plan.precision.compute]))
+
+
 def simulate_traced(
     step: TracedStep, plan: Plan, device: DeviceProfile, *, tokens: int, slowdown: float = 1.0, engine: str = "compiled"
 ) -> TracedSimulation:
@@ -96,14 +102,15 @@ def simulate_traced(
         slowdown: at least 1; 1 where every rank has a device of its own.
         engine: one of `simulate.ENGINES`.
 
-    **Not modelled**: the host's dispatch beside compute; that a rank computes faster while others wait.
+    **Not modelled**: the host's dispatch beside compute; what the allocator reserves beyond live tensors; that a rank computes faster while others wait.
     """
+    priced = price_in(plan.precision.compute, device)
 
-    def seconds(kernels: tuple[Kernel, ...]) -> NDArray[np.float64]:
-        result: NDArray[np.float64] = slowdown * price(kernels, device)
+    def seconds(kernels: Sequence[Kernel]) -> NDArray[np.float64]:
+        result: NDArray[np.float64] = slowdown * priced(kernels)
         return result
 
-    prices = PassPrices(seconds if slowdown != 1.0 else partial(price, profile=device))  # type: ignore[arg-type]
+    prices = PassPrices(seconds)
     program = lower_traced_step(step, prices)
     record = ENGINES[engine](program)
     timeline, profiles = outcome_of(program, record)

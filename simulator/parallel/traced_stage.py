@@ -20,6 +20,8 @@ class Holding:
     size_bytes: int
     elements: int
     trained: bool
+    dtype: str = "float32"
+    """torch's name of it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 
 from simulator.lower import PassPrices, optimizer_elements_pass
 from simulator.optimizer_states import OPTIMIZER_STATES, STEP_COUNT_BYTES
+from simulator.parallel.traced_exchange import Exchange
+from simulator.parallel.traced_replicas import Bucket, CollectiveSeconds, Replicas, replicas_of, trained_in_order
 from simulator.parallel.traced_stage import Holding, RankLedger, StageLowering, TracedStage
 from simulator.parallel.traced_writer import ProgramWriter
 from simulator.pipeline.action import Action, ActionKind, Order
 from simulator.pipeline.messages import Message, Step, with_messages
+from simulator.plan import Plan
 from simulator.program import Kind, MemoryClass, Program, Stream, no_slowdown
+
+_TIED_RANKS = 2
+"""The first and the last of a pipeline hold a table that its ends share."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +37,10 @@ class TracedStep:
     link: Link
     tied_s: float
     """Sum of the gradients of tables that stages on several ranks share."""
-    replicas_s: Sequence[float]
-    """Per rank, the sum of its gradients over data parallel replicas, after the last pass."""
+    replicas: Replicas | None
+    """None: there is one."""
+    collective_s: CollectiveSeconds
+    """Among replicas."""
     optimizer: str
 
 
@@ -92,9 +100,8 @@ class _Assembly:
         """The ranks' instructions with messages and dependencies between them, then the tied tables' sum and the optimizer."""
         ranks = len(self.steps)
         writer = ProgramWriter([self.step.link.bytes_per_s] * (2 * ranks))
-        for ledger in self.ledgers:
-            ledger.builder.change(ledger.builder.last_duration_s, -ledger.sent_bytes, MemoryClass.ACTIVATIONS)
-        index = [[self._copy(writer, rank, n) for n in range(len(self.ledgers[rank].builder.kinds))] for rank in range(ranks)]
+        exchanges = [self._exchange(writer, rank) for rank in range(ranks)]
+        index = [self._copied(writer, rank, exchanges[rank]) for rank in range(ranks)]
         for rank, own in enumerate(self.steps):
             for one in own:
                 if isinstance(one, Message) and one.kind.startswith("SEND"):
@@ -112,12 +119,47 @@ class _Assembly:
                     label="tied",
                 )
                 after[rank] = (tied,)
-        for rank, seconds in enumerate(self.step.replicas_s):
-            if seconds > 0.0:
-                after[rank] = (writer.issue(Kind.TRANSFER, rank, Stream.DP, seconds, after=after[rank], label="reduce"),)
-        for rank in range(ranks):
-            self._optimizer(writer, rank, after[rank])
+        for rank, exchange in enumerate(exchanges):
+            self._optimizer(writer, rank, after[rank] if exchange is None else exchange.rest(after[rank]), exchange)
         return writer.program([self._resident(rank) for rank in range(ranks)], no_slowdown())
+
+    def _exchange(self, writer: ProgramWriter, rank: int) -> Exchange | None:
+        if self.step.replicas is None:
+            return None
+        return Exchange(self.step.replicas, writer, self.prices, rank, self.step.collective_s)
+
+    def _copied(self, writer: ProgramWriter, rank: int, exchange: Exchange | None) -> list[int]:
+        """A rank's instructions, each followed by the buckets whose gradients are final with it; what it sent goes after them."""
+        due: dict[int, list[Bucket]] = {}
+        if exchange is not None and exchange.replicas.overlaps:
+            final = self._final(rank)
+            for bucket in exchange.replicas.buckets[rank]:
+                if all(name in final for name in bucket.names):
+                    due.setdefault(max(final[name] for name in bucket.names), []).append(bucket)
+        index, end = [], -1
+        for n in range(len(self.ledgers[rank].builder.kinds)):
+            end = self._copy(writer, rank, n)
+            index.append(end)
+            for bucket in due.get(n, ()):
+                assert exchange is not None
+                end = exchange.send(bucket)[0]
+        writer.change_at_end(end, -self.ledgers[rank].sent_bytes, MemoryClass.ACTIVATIONS)
+        return index
+
+    def _final(self, rank: int) -> Mapping[str, int]:
+        """By parameter whose gradients one block alone makes: the rank's instruction after which its gradient is final."""
+        builder, found = self.ledgers[rank].builder, dict[str, int]()
+        own = self.step.order.stages_of_rank[rank]
+        early, _ = trained_in_order(self.step.stages, own)
+        for stage in own:
+            first, end = max(
+                span for action, span in self.spans.items() if action.stage == stage and action.kind in {"BW", "W"}
+            )
+            for n in range(first, end):
+                if builder.kinds[n] == Kind.BACKWARD:
+                    names = self.step.stages[stage].parameters_of_block[builder.blocks[n]]
+                    found |= {name: n for name in names if name in early}
+        return found
 
     def _copy(self, writer: ProgramWriter, rank: int, n: int) -> int:
         builder = self.ledgers[rank].builder
@@ -158,15 +200,18 @@ class _Assembly:
         names = [set(self.parameters(rank)) for rank in range(len(self.steps))]
         return [rank for rank, own in enumerate(names) if any(own & other for n, other in enumerate(names) if n != rank)]
 
-    def _optimizer(self, writer: ProgramWriter, rank: int, after: Sequence[int]) -> None:
-        trained = [held for held in self.parameters(rank).values() if held.trained]
-        seconds = self.prices.seconds(
-            optimizer_elements_pass([(held.elements, held.size_bytes) for held in trained], optimizer=self.step.optimizer)
-        )
-        changes = [(seconds, -self._gradient_bytes(rank), MemoryClass.GRADIENTS)]
+    def _optimizer(self, writer: ProgramWriter, rank: int, after: Sequence[int], exchange: Exchange | None) -> None:
+        trained = [(held.elements, held.size_bytes) for held in self.parameters(rank).values() if held.trained]
+        updated = trained if exchange is None else exchange.updated(trained)
+        seconds = self.prices.seconds(optimizer_elements_pass(updated, optimizer=self.step.optimizer))
+        changes = [] if exchange is None else exchange.waited()
+        gradient_bytes = self._gradient_bytes(rank) + (0 if exchange is None else exchange.gradient_bytes)
+        changes.append((seconds, -gradient_bytes, MemoryClass.GRADIENTS))
         if self.step.order.num_stages - 1 in self.step.order.stages_of_rank[rank]:
             changes.append((seconds, -self.step.stages[-1].workload.blocks[-1].output_bytes, MemoryClass.ACTIVATIONS))
-        writer.issue(Kind.OPTIMIZER, rank, Stream.COMPUTE, seconds, after=after, memory=changes)
+        done = writer.issue(Kind.OPTIMIZER, rank, Stream.COMPUTE, seconds, after=after, memory=changes)
+        if exchange is not None:
+            exchange.gather(done)
 
     def _gradient_bytes(self, rank: int) -> int:
         """Bytes of gradients after a rank's passes: less than its parameters' where two gradients are views of one tensor."""
@@ -179,11 +224,16 @@ class _Assembly:
         parameters = self.parameters(rank).values()
         buffers = {name: size for stage in self._held(rank) for name, size in stage.buffers.items()}
         inputs = {name: size for stage in self._held(rank) for name, size in stage.inputs.items()}
-        trained = [held for held in parameters if held.trained]
-        sizes[MemoryClass.PARAMETERS] = sum(held.size_bytes for held in parameters) + sum(buffers.values())
-        sizes[MemoryClass.OPTIMIZER_STATES] = OPTIMIZER_STATES[self.step.optimizer] * sum(
-            held.size_bytes for held in trained
-        ) + STEP_COUNT_BYTES[self.step.optimizer] * len(trained)
+        trained = [held.size_bytes for held in parameters if held.trained]
+        updated, gaps = trained, 0
+        if self.step.replicas is not None and self.step.replicas.splits:
+            buckets = self.step.replicas.buckets[rank]
+            updated = [self.step.replicas.part_bytes(bucket) for bucket in buckets]
+            gaps = sum(bucket.size_bytes for bucket in buckets) - sum(trained)
+        sizes[MemoryClass.PARAMETERS] = sum(held.size_bytes for held in parameters) + gaps + sum(buffers.values())
+        sizes[MemoryClass.OPTIMIZER_STATES] = OPTIMIZER_STATES[self.step.optimizer] * sum(updated) + STEP_COUNT_BYTES[
+            self.step.optimizer
+        ] * len(updated)
         sizes[MemoryClass.BATCH] = self.step.order.num_microbatches * sum(inputs.values())
         return tuple(sizes)
 
@@ -192,8 +242,30 @@ def lower_traced_step(step: TracedStep, prices: PassPrices) -> Program:
     """The program of one training step of a traced model over the ranks of a pipeline.
 
     **Model**: per pass and block one instruction with the memory events of its recording, as on one device (`simulator.lower`); a message to a neighbour as a transfer over
-    the links out of one rank and into the other, beside the compute; the sum of tied tables' gradients when all passes are over; the optimizer's fused step.
+    the links out of one rank and into the other, beside the compute; the sum of tied tables' gradients when all passes are over; the sums over replicas (`simulator.parallel.traced_exchange`); the optimizer's fused step.
 
     **Not modelled**: that the host posts messages; what they cost the sender's cores.
     """
     return _Assembly(step, prices).program()
+
+
+def step_of(
+    plan: Plan, order: Order, stages: Sequence[TracedStage], link: Link, *, collective_s: CollectiveSeconds, tied_s: CollectiveSeconds
+) -> TracedStep:  # fmt: skip
+    """The step of a plan's stages.
+
+    Args:
+        plan: with its batch resolved.
+        order: of each pipeline.
+        stages: of the model.
+        link: between pipeline ranks.
+        collective_s: among replicas.
+        tied_s: among the pipeline ranks that share tables.
+    """
+    shared = stages[0].parameters.keys() & stages[-1].parameters.keys()
+    apart = order.ranks_of_stage[0] != order.ranks_of_stage[-1]
+    tied_bytes = sum(stages[0].parameters[name].size_bytes for name in shared) if apart else 0
+    return TracedStep(
+        order=order, stages=stages, link=link, tied_s=tied_s("all_reduce", float(tied_bytes), _TIED_RANKS) if tied_bytes else 0.0,
+        replicas=replicas_of(plan, stages, order.stages_of_rank), collective_s=collective_s, optimizer=plan.precision.optimizer,
+    )  # fmt: skip

@@ -33,6 +33,11 @@ class ProgramWriter:
         self._changes.append(tuple(change for change in memory if change[1]))
         return len(self._rows) - 1
 
+    def change_at_end(self, index: int, delta_bytes: int, memory_class: MemoryClass) -> None:
+        """Bytes that come or go with the end of an instruction that was issued before."""
+        if delta_bytes:
+            self._changes[index] += ((self._rows[index][3], delta_bytes, memory_class),)
+
     def wait(self, index: int, other: int) -> None:
         """Makes an instruction wait for one that was issued later."""
         self._waits[index] = tuple(sorted({*self._waits[index], other}))

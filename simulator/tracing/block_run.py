@@ -237,7 +237,7 @@ def _run(block: BlockGraph, arguments: list[Any], option: str) -> tuple[Any, ...
 
     x, contexts = (
         (None if position is None else arguments[position]),
-        partial(create_selective_checkpoint_contexts, _selective_policy),
+        partial(create_selective_checkpoint_contexts, selective_policy),
     )
     result: tuple[Any, ...] = checkpoint(
         run, x, use_reentrant=False, context_fn=contexts, preserve_rng_state=block.uses_randomness
@@ -245,7 +245,8 @@ def _run(block: BlockGraph, arguments: list[Any], option: str) -> tuple[Any, ...
     return result
 
 
-def _selective_policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+def selective_policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    """What option ``selective`` does with an operator's results."""
     keeps = operator.overloadpacket.__name__ in SELECTIVE_KEEPS
     return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
 

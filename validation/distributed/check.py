@@ -3,66 +3,45 @@
 from __future__ import annotations
 
 from hardware_models.errors import InputError
-from simulator.plan import SCHEDULES_TWO_WAYS, Plan
-from simulator.plan_sections import OFFLOADS, plan_refusal
+from simulator.parallel.check_traced import check_traced
+from simulator.plan import Plan
+from simulator.plan_sections import BLOCK_RECOMPUTES, plan_refusal
+
+GRADIENTS_SHARDED = 2
+"""ZeRO's stage that shards gradients too."""
 
 
 def check_processes(plan: Plan) -> None:
-    """Refuses what replay over several processes does not run, so that no key is accepted and then ignored.
+    """Refuses what replay over several processes does not run.
 
     Raises:
         InputError: names the first key.
     """
-    parallel, memory, runtime, precision = plan.parallel, plan.memory, plan.runtime, plan.precision
-    limits: dict[str, tuple[object, tuple[object, ...]]] = {
-        "parallel.cp": (parallel.cp, (1,)), "parallel.ep": (parallel.ep, (1,)),
-        "parallel.dp_shard": (parallel.dp_shard, (None, parallel.dp)),
-        "parallel.sequence_parallel": (parallel.sequence_parallel and parallel.tp > 1, (False,)),
-        "memory.zero_stage": (memory.zero_stage, (0, 2, 3)), "runtime.prefetch_blocks": (runtime.prefetch_blocks, (None,)), "memory.delayed_update": (memory.delayed_update, (False,)),
-        **{f"memory.{name}": (getattr(memory, name), (0,)) for name in OFFLOADS},
-        "precision.compute": (precision.compute, ("fp32",)), "precision.grads": (precision.grads, ("fp32",)), "precision.comm": (precision.comm, ("same",)),
-        "precision.optimizer": (precision.optimizer, ("adamw", "sgd")),
-        "runtime.framework": (runtime.framework, ("pytorch",)), "runtime.compile": (runtime.compile, (False,)), "runtime.cuda_graphs": (runtime.cuda_graphs, (False,)),
-        "runtime.optimizer_sync": (runtime.optimizer_sync, ("pre",)),
-    }  # fmt: skip
-    for position, exception in enumerate(memory.block):
-        limits[f"memory.block[{position}].activation_offload"] = (exception.activation_offload, (0, None))
-        limits[f"memory.block[{position}].weight_offload"] = (exception.weight_offload, (0, None))
-    for key, (value, run) in limits.items():
-        if value not in run:
-            shown = " or ".join(str(one) for one in run if one is not None) or "its default"
-            raise plan_refusal(key, value, "not replayed over several processes yet", f"leave it at {shown}")
-    _check_schedule(plan)
+    check_traced(plan, what="replayed over several processes")
     _check_whole_modules(plan)
 
 
-def _check_schedule(plan: Plan) -> None:
-    schedule = plan.pipeline.schedule
-    if schedule in SCHEDULES_TWO_WAYS:
-        rule = f"{schedule} keeps each stage on two ranks, and torch's pipeline runtime places a stage on one"
-        raise plan_refusal("pipeline.schedule", schedule, rule, "take a schedule of one direction, such as zb-v or dualpipe-v")
-    if schedule == "pipedream-2bw":
-        rule = "pipedream-2bw keeps two versions of the weights, whose gradients are not those of the plain module"
-        raise plan_refusal("pipeline.schedule", schedule, rule, "take 1f1b")
+def runs_whole_modules(plan: Plan) -> bool:
+    """Whether ranks run the module itself rather than its traced blocks: where FSDP2 or parallel styles split it."""
+    return plan.parallel.tp > 1 or plan.memory.zero_stage >= GRADIENTS_SHARDED
 
 
 def _check_whole_modules(plan: Plan) -> None:
-    """Refuses what does not go with tensor parallelism or ZeRO, whose ranks run the module itself."""
+    """Refuses what does not go with tensor parallelism or ZeRO 2 and 3, whose ranks run the module itself."""
     parallel, memory = plan.parallel, plan.memory
-    if parallel.tp == 1 and not memory.zero_stage:
+    if not runs_whole_modules(plan):
         return
     key, value = ("parallel.tp", parallel.tp) if parallel.tp > 1 else ("memory.zero_stage", memory.zero_stage)
-    rule, remedy = "", "leave the others at 1, or take pp and dp alone"
-    if parallel.tp > 1 and (parallel.pp, parallel.dp, memory.zero_stage) != (1, 1, 0):
-        rule = f"tensor parallelism is replayed alone, but got pp = {parallel.pp}, dp = {parallel.dp}, zero_stage = {memory.zero_stage}"
-    elif parallel.tp == 1 and (parallel.pp > 1 or parallel.dp == 1):
-        rule = f"ZeRO is replayed over replicas without a pipeline, but got pp = {parallel.pp}, dp = {parallel.dp}"
-        remedy = "take pp = 1 and dp >= 2, or memory.zero_stage = 0"
-    elif memory.recompute != "none" or memory.block:
-        rule, remedy = (
-            "a rank runs the module as it is, which keeps every activation",
-            'take memory.recompute = "none" and no [[memory.block]]',
-        )
+    rule, remedy = "", ""
+    if parallel.pp > 1:
+        rule = f"tensor parallelism and ZeRO 2 and 3 are replayed without a pipeline, but got pp = {parallel.pp}"
+        remedy = "take pp = 1, or tp = 1 and memory.zero_stage <= 1"
+    elif memory.zero_stage == 1:
+        rule = "ZeRO 1 is replayed of whole parameters, which tensor parallelism splits"
+        remedy = "take memory.zero_stage 0, 2 or 3, or tp = 1"
+    elif memory.recompute not in BLOCK_RECOMPUTES or memory.block:
+        rule = "a rank runs the module as it is, whose layers all keep alike"
+        remedy = 'take memory.recompute = "none", "selective" or "full", and no [[memory.block]]'
     if rule:
         raise plan_refusal(key, value, rule, remedy)
 

@@ -14,20 +14,9 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param
 
 from hardware_models.errors import InputError
 from simulator.tracing.live_storages import resize_storage
+from validation.distributed.checkpointed_units import units_of
 
 PARAMETERS_SHARDED = 3
-_HOLDERS = (nn.ModuleList, nn.Sequential)
-
-
-def units_of(module: nn.Module) -> tuple[nn.Module, ...]:
-    """The modules that are gathered one at a time: the outermost entries of lists and sequences that hold parameters. What is left makes one more unit."""
-    found: list[nn.Module] = []
-    for child in module.children():
-        if isinstance(module, _HOLDERS) and not isinstance(child, nn.ModuleList):
-            found.extend([child] if any(True for _ in child.parameters()) else [])
-        else:
-            found.extend(units_of(child))
-    return tuple(found)
 
 
 def check_sharded(module: nn.Module, *, name: str) -> None:
@@ -58,7 +47,7 @@ def check_sharded(module: nn.Module, *, name: str) -> None:
 
 
 def shard(module: nn.Module, mesh: DeviceMesh, *, zero_stage: int) -> None:
-    """Has every unit's parameters, gradients and states split over a mesh of one axis; ``module`` is changed in place.
+    """Has every unit's parameters, gradients and states split over a mesh of one axis, the parts of parallel styles too; ``module`` is changed in place.
 
     **Model**: ZeRO 3 lets a unit's gathered parameters go after its forward pass and gathers them again for the backward pass
     (``reshard_after_forward=True``), ZeRO 2 keeps them until then. Either way gradients are averaged and split unit by unit in every micro-batch's backward

@@ -8,6 +8,7 @@ from typing import Any
 from simulator.model_source import ModelSource, model_source
 from simulator.pipeline.action import Order
 from simulator.plan import Plan
+from simulator.sequence import Operation
 from simulator.timeline import Span
 from validation.measure import StepTimes
 from validation.session import GradientsMatch
@@ -27,6 +28,8 @@ class Job:
     """With its batch resolved."""
     order: Order
     """Of each pipeline."""
+    sequence: tuple[Operation, ...] | None
+    """Of the whole model's blocks, where the plan names a file."""
     steps: int
     """Timed ones."""
     device: str

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
 from simulator.plan import Plan
 
 AXES = ("tp", "dp", "pp")
@@ -39,3 +41,10 @@ def groups_of(axis: str, plan: Plan) -> list[list[int]]:
 
 def _order(plan: Plan) -> list[str]:
     return [axis for axis in plan.parallel.order.split("-") if axis in AXES]
+
+
+def module_mesh(device_type: str, plan: Plan) -> DeviceMesh:
+    """The axes ``tp`` and ``dp`` of a plan without a pipeline, outermost first, as ranks lie in the plan's order; those of degree 1 only where both are."""
+    degrees = {axis: getattr(plan.parallel, axis) for axis in reversed(_order(plan)) if axis != "pp"}
+    split = {axis: degree for axis, degree in degrees.items() if degree > 1} or {"dp": 1}
+    return init_device_mesh(device_type, tuple(split.values()), mesh_dim_names=tuple(split))

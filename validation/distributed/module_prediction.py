@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,10 @@ from hardware_models.pricing import Price, price_together
 from hardware_models.profile import DeviceProfile
 from simulator.exposed_time import TIME_CLASSES
 from simulator.lower import optimizer_elements_pass
+from simulator.parallel.simulate_traced import compute_peak
+from simulator.parallel.traced_replicas import Rings
 from simulator.plan import Plan
+from simulator.precision import in_precision
 from simulator.program import Kind, Stream
 from simulator.simulate import INTERVAL_Z
 from simulator.timeline import MemoryProfile, Span, Timeline
@@ -26,6 +29,7 @@ from simulator.tracing.kernels_of import kernels_of
 from simulator.tracing.live_storages import LiveStorages
 from simulator.tracing.side_values import fake_activations
 from simulator.tracing.traced_model import TracedModel, micro_batches
+from validation.distributed.checkpointed_units import runs_again
 from validation.distributed.job import LinkFacts
 from validation.distributed.module_rank import ModuleRank
 from validation.measure import peak_memory
@@ -36,19 +40,18 @@ _COLLECTIVES = ("c10d", "_c10d_functional")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collective:
-    """One exchange among all ranks."""
+    """One exchange among the ranks of an axis."""
 
+    axis: str
+    """``tp`` or ``dp``."""
     size_bytes: int
     """Of the whole tensor."""
-    rounds: int
-    """Times that every rank's share goes around the ring: 2 for a sum that all get, else 1."""
+    name: str
+    """``all_reduce``, or another in which every rank's share goes around once."""
 
     def seconds(self, ranks: int, link: LinkFacts) -> float:
-        """A ring: each of ``rounds (n - 1)`` messages is a share of the bytes.
-
-        **Source**: Patarasuk and Yuan 2009, section 3.
-        """
-        return self.rounds * (ranks - 1) * (link.latency_s + self.size_bytes / ranks / link.bytes_per_s)
+        """A ring (`simulator.parallel.traced_replicas.Rings`)."""
+        return Rings(latency_s=link.latency_s, bytes_per_s=link.bytes_per_s)(self.name, float(self.size_bytes), ranks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +60,9 @@ class ModuleStep:
 
     peak_bytes: int
     kernels: tuple[Kernel, ...]
+    """Of forward and backward passes."""
+    repeated: tuple[Kernel, ...]
+    """Those that the backward pass runs again (recompute)."""
     updates: tuple[Kernel, ...]
     """Of the optimizer."""
     collectives: tuple[Collective, ...]
@@ -76,7 +82,10 @@ class ModuleSimulation:
     """All kernels of a rank."""
     slowdown: float
     update_s: float
-    exchange_s: float
+    repeat_s: float
+    """Kernels that run again."""
+    exchange_s: Mapping[str, float]
+    """By axis."""
     model_flops: int
     """Of a step over all ranks."""
     tokens: int
@@ -89,7 +98,7 @@ class ModuleSimulation:
     @property
     def step_time_s(self) -> float:
         """Kernels, exchanges and update after each other."""
-        return self.slowdown * self.price.total_s + self.exchange_s
+        return self.slowdown * self.price.total_s + sum(self.exchange_s.values())
 
     @property
     def peak_memory_bytes(self) -> tuple[int, ...]:
@@ -110,16 +119,16 @@ class ModuleSimulation:
 
     @property
     def _parts(self) -> dict[str, float]:
-        own = "tp" if self.plan.parallel.tp > 1 else "dp"
-        compute_s = self.step_time_s - self.exchange_s - self.update_s
-        return dict.fromkeys(TIME_CLASSES, 0.0) | {"compute": compute_s, own: self.exchange_s, "optimizer": self.update_s}
+        compute_s = self.slowdown * self.price.total_s - self.update_s - self.repeat_s
+        own = {"compute": compute_s, "recompute": self.repeat_s, "optimizer": self.update_s}
+        return dict.fromkeys(TIME_CLASSES, 0.0) | own | dict(self.exchange_s)
 
     @property
     def timeline(self) -> Timeline:
         """Of rank 0: a span per class of time."""
         parts, spans, start_s = self._parts, [], 0.0
         lanes = {
-            "compute": (Stream.COMPUTE, Kind.FORWARD), "tp": (Stream.TP, Kind.TRANSFER), "dp": (Stream.DP, Kind.TRANSFER),
+            "compute": (Stream.COMPUTE, Kind.FORWARD), "recompute": (Stream.COMPUTE, Kind.RECOMPUTE), "tp": (Stream.TP, Kind.TRANSFER), "dp": (Stream.DP, Kind.TRANSFER),
             "optimizer": (Stream.COMPUTE, Kind.OPTIMIZER),
         }  # fmt: skip
         for name, (stream, kind) in lanes.items():
@@ -133,12 +142,13 @@ class ModuleSimulation:
 
     def to_json(self) -> dict[str, object]:
         """The keys of ``schedlab simulate --json``."""
-        step_s, ranks, peak = self.step_time_s, self.plan.num_gpus, self.device.peak("float32")
+        step_s, ranks, peak = self.step_time_s, self.plan.num_gpus, compute_peak(self.plan, self.device)
         half = INTERVAL_Z * self.price.relative_standard_error * step_s
         rate, budget, parts = self.model_flops / step_s / ranks, self.plan.memory.budget_bytes, self._parts
+        hardware_rate = rate + sum(kernel.flops for kernel in self.step.repeated) / step_s
         return {
             "step_time_s": step_s, "step_time_interval_s": [max(0.0, step_s - half), step_s + half], "tokens_per_s_per_gpu": self.tokens / step_s / ranks,
-            "model_flops_per_s_per_gpu": rate, "mfu": rate / peak, "hfu": rate / peak, "peak_memory_bytes": list(self.peak_memory_bytes),
+            "model_flops_per_s_per_gpu": rate, "mfu": rate / peak, "hfu": hardware_rate / peak, "peak_memory_bytes": list(self.peak_memory_bytes),
             "peak_reserved_bytes": list(self.peak_memory_bytes), "peak_host_bytes": 0, "peak_memory_breakdown": {},
             "fits": self.fits_device and (budget is None or self.step.peak_bytes <= budget), "time_breakdown_s": parts,
             "bottleneck": max(parts, key=lambda name: parts[name]), "num_events": len(self.step.kernels) + len(self.step.collectives),
@@ -147,11 +157,17 @@ class ModuleSimulation:
 
 
 class _StepReader(LiveStorages):
-    """Notes kernels and collectives."""
+    """Notes kernels and collectives.
 
-    def __init__(self) -> None:
+    Args:
+        axes: of the mesh, by the name of their group.
+    """
+
+    def __init__(self, axes: Mapping[str, str]) -> None:
         super().__init__(lambda _, __: None)
+        self._axes = axes
         self.kernels: list[Kernel] = []
+        self.repeated: list[Kernel] = []
         self.collectives: list[Collective] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -160,14 +176,26 @@ class _StepReader(LiveStorages):
             return out
         values = (*args, *(kwargs or {}).values())
         if func.namespace not in _COLLECTIVES:
-            self.kernels.extend(kernels_of(func, values, out))
-        elif "wait" not in func.overloadpacket.__name__:
+            (self.repeated if runs_again() else self.kernels).extend(kernels_of(func, values, out))
+            return out
+        axis = next((self._axes[name] for value in values if (name := _group_name(value)) in self._axes), None)
+        if axis is not None:  # else it waits for one, or wraps its result
             sizes = [
                 leaf.numel() * leaf.element_size() for leaf in tree_leaves((values, out)) if isinstance(leaf, torch.Tensor)
             ]
             summed = "allreduce" in func.overloadpacket.__name__.replace("_", "")
-            self.collectives.append(Collective(size_bytes=max(sizes, default=0), rounds=2 if summed else 1))
+            name = "all_reduce" if summed else "all_gather"
+            self.collectives.append(Collective(axis=axis, size_bytes=max(sizes, default=0), name=name))
         return out
+
+
+def _group_name(value: Any) -> str:
+    """The process group that an argument of a collective names; empty where it is another argument."""
+    if isinstance(value, torch.ScriptObject):
+        value = dist.ProcessGroup.unbox(value)
+    if isinstance(value, dist.ProcessGroup):
+        return str(value.group_name)
+    return value if isinstance(value, str) else ""
 
 
 @contextmanager
@@ -196,21 +224,30 @@ def module_step(model: TracedModel, plan: Plan, *, num_microbatches: int) -> Mod
         rank = ModuleRank(plan, module, pieces, device=torch.device("cpu"))
         rank.step()
         peak = peak_memory(rank.step, rank.resident, device=torch.device("cpu"))
-        with _StepReader() as reader:
+        with _StepReader({rank.mesh.get_group(axis).group_name: axis for axis in rank.mesh.mesh_dim_names or ()}) as reader:
             rank.gradients()
         sizes = [(part.numel(), part.numel() * part.element_size()) for part in rank.optimizer.parameters]
     updates = optimizer_elements_pass(sizes, optimizer=plan.precision.optimizer).kernels
     return ModuleStep(
-        peak_bytes=peak.allocated_bytes, kernels=tuple(reader.kernels), updates=updates, collectives=tuple(reader.collectives)
-    )
+        peak_bytes=peak.allocated_bytes, kernels=tuple(reader.kernels), repeated=tuple(reader.repeated), updates=updates,
+        collectives=tuple(reader.collectives),
+    )  # fmt: skip
 
 
 def simulate_module(
     step: ModuleStep, plan: Plan, device: DeviceProfile, link: LinkFacts, *, slowdown: float, model_flops: int, tokens: int
 ) -> ModuleSimulation:
     """A step with the times of kernels, each ``slowdown`` times the profile's, and of collectives over a link."""
+    degrees = {axis: getattr(plan.parallel, axis) for axis in ("tp", "dp") if getattr(plan.parallel, axis) > 1}
+
+    def together(*groups: Sequence[Kernel]) -> Price:
+        return price_together([in_precision(kernel, plan.precision.compute) for group in groups for kernel in group], device)
+
     return ModuleSimulation(
-        plan=plan, device=device, step=step, price=price_together([*step.kernels, *step.updates], device), slowdown=slowdown,
-        update_s=slowdown * price_together(step.updates, device).total_s,
-        exchange_s=sum(one.seconds(plan.num_gpus, link) for one in step.collectives), model_flops=model_flops, tokens=tokens,
+        plan=plan, device=device, step=step, price=together(step.kernels, step.repeated, step.updates), slowdown=slowdown,
+        update_s=slowdown * together(step.updates).total_s, repeat_s=slowdown * together(step.repeated).total_s,
+        exchange_s={
+            axis: sum(one.seconds(degree, link) for one in step.collectives if one.axis == axis) for axis, degree in degrees.items()
+        },
+        model_flops=model_flops, tokens=tokens,
     )  # fmt: skip

@@ -6,32 +6,32 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from simulator.plan import Plan
 from simulator.program import Kind
 from simulator.tracing.block_run import set_random_state
 from simulator.tracing.capture import loss_of
+from simulator.tracing.compute_mode import compute_mode, float32_products
+from validation.distributed.checkpointed_units import checkpoint_units
 from validation.distributed.fully_sharded import resizes_told, shard
+from validation.distributed.mesh import module_mesh
 from validation.distributed.stage_run import OnBlock, RandomStates
 from validation.distributed.tensor_parallel import split, whole_order
 from validation.optimizer import FusedOptimizer
 
 
-def runs_whole_modules(plan: Plan) -> bool:
-    """Whether ranks run the module itself rather than its traced blocks."""
-    return plan.parallel.tp > 1 or plan.memory.zero_stage > 0
-
-
 class ModuleRank:
     """A module split over all processes, and steps of it.
 
-    The optimizer steps on this rank's parts: an elementwise update of a split tensor is the update of its parts.
+    The optimizer steps on this rank's parts: an elementwise update of a split tensor is the update of its parts. Replicas that ZeRO does not split sum their gradients
+    tensor by tensor when all passes are over.
 
     Args:
-        plan: ``tp`` or ``zero_stage`` says how; the process group is that of all ranks.
+        plan: ``tp``, ``dp`` and ``zero_stage`` say how; the process group is that of all ranks.
         module: real or fake; it is changed, and belongs to this object from here on.
         pieces: micro-batches of this rank.
         device: where it runs.
@@ -39,13 +39,15 @@ class ModuleRank:
 
     def __init__(self, plan: Plan, module: nn.Module, pieces: Sequence[Mapping[str, Any]], *, device: torch.device) -> None:
         self.module = module.to(device)
-        self._tp = plan.parallel.tp
-        mesh = init_device_mesh(device.type, (plan.num_gpus,))
-        self._ordered: dict[str, int] = {}
-        if self._tp > 1:
-            self._ordered = split(self.module, mesh)
-        else:
-            shard(self.module, mesh, zero_stage=plan.memory.zero_stage)
+        self._tp, self._scale, self._precision = plan.parallel.tp, 1.0 / len(pieces), plan.precision.compute
+        self.mesh = module_mesh(device.type, plan)
+        checkpoint_units(self.module, plan.memory.recompute)
+        self._ordered = split(self.module, self.mesh["tp"]) if self._tp > 1 else {}
+        self._replicas: DeviceMesh | None = None
+        if plan.memory.zero_stage:
+            shard(self.module, self.mesh["dp"], zero_stage=plan.memory.zero_stage)
+        elif plan.parallel.dp > 1:
+            self._replicas, self._scale = self.mesh["dp"], self._scale / plan.parallel.dp
         self.parameters: dict[str, nn.Parameter] = dict(self.module.named_parameters())
         self.buffers = dict(self.module.named_buffers())
         self.micro_batches = [
@@ -79,10 +81,18 @@ class ModuleRank:
             for number, piece in enumerate(self.micro_batches):
                 if number in self._states:
                     set_random_state(self._device, self._states[number])
-                loss = loss_of(self.module(**piece)) * (1.0 / len(self.micro_batches))
+                with compute_mode(self._precision, self._device):
+                    loss = loss_of(self.module(**piece))
+                loss = loss * self._scale
                 self._ended(Kind.FORWARD, number)
-                loss.backward()
+                with float32_products(self._precision, self._device):
+                    loss.backward()
                 self._ended(Kind.BACKWARD, number)
+        if self._replicas is not None:
+            group = self._replicas.get_group()
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    dist.all_reduce(_part(parameter.grad), group=group)
 
     def update(self) -> None:
         """The optimizer's step with the gradients, which are let go."""

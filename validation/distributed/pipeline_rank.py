@@ -8,10 +8,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from simulator.parallel.traced_replicas import replicas_of, trained_in_order
+from simulator.pipeline.action import Order, actions_of
 from simulator.tracing.plan_stages import PlannedStage
 from validation.distributed.job import Job
 from validation.distributed.mesh import Place
 from validation.distributed.pipeline_runtime import BlockStage, Layout, PipelineStep, layout_of
+from validation.distributed.replicas import ReplicaExchange
 from validation.distributed.stage_run import OnBlock, RandomStates, StageRun
 from validation.optimizer import FusedOptimizer
 
@@ -21,7 +24,7 @@ Groups = Mapping[str, dist.ProcessGroup]
 class PipelineRank:
     """Holds the parameters of a rank's stages and nothing else of the module, and runs steps.
 
-    Gradients of replicas, and those of a table that stages on several ranks share, are summed when all passes are over.
+    Gradients of a table that stages on several ranks share are summed when all passes are over; those of replicas as `ReplicaExchange` does it.
 
     Args:
         job: what is replayed.
@@ -38,7 +41,7 @@ class PipelineRank:
         self, job: Job, place: Place, module: torch.nn.Module, planned: Sequence[PlannedStage], pieces: Sequence[Mapping[str, Any]],
         *, device: torch.device, pipeline: dist.ProcessGroup | None, replicas: dist.ProcessGroup | None, tied: Mapping[str, dist.ProcessGroup],
     ) -> None:  # fmt: skip
-        self.replicas, self.tied = replicas, tied
+        self.tied = tied
         own = job.order.stages_of_rank[place.pp]
         names = {name for index in own for name in planned[index].stage.parameters}
         buffer_names = {name for index in own for name in planned[index].stage.buffers}
@@ -50,25 +53,45 @@ class PipelineRank:
         }
         self.buffers = {name: value.to(device, copy=True) for name, value in module.named_buffers() if name in buffer_names}
         self.micro_batches = [{name: piece[name].to(device, copy=True) for name in sorted(input_names)} for piece in pieces]
-        self.optimizer = FusedOptimizer(self.parameters.values(), name=job.plan.precision.optimizer, learning_rate=0.0)
+        stages = [one.stage for one in planned]
+        exchanges = replicas_of(job.plan, stages, job.order.stages_of_rank)
+        self._early = trained_in_order(stages, own)[0].keys()
+        self._exchange: ReplicaExchange | None = None
+        if exchanges is not None and replicas is not None:
+            self._exchange = ReplicaExchange(
+                self.parameters, exchanges.buckets[place.pp], replicas, splits=exchanges.splits, overlaps=exchanges.overlaps
+            )
+        self._splits = exchanges is not None and exchanges.splits
+        updated = self._exchange.parts if self._exchange is not None and self._splits else self.parameters.values()
+        self.optimizer = FusedOptimizer(updated, name=job.plan.precision.optimizer, learning_rate=0.0)
         self._step: Callable[[Sequence[Mapping[str, torch.Tensor]]], object]
         scale = 1.0 / (len(pieces) * job.plan.parallel.dp)
-        self.runs = [self._run(planned[index], scale) for index in own]
+        self.runs = [self._run(planned[index], scale, _last_back(job.order, index)) for index in own]
         if pipeline is None:
             self._step = self._alone
             return
-        stages = [
+        pipeline_stages = [
             self._stage(run, planned, index, next_is_here=index + 1 in own, device=device, group=pipeline)
             for run, index in zip(self.runs, own, strict=True)
         ]
-        self._step = PipelineStep(job.order, stages)
+        self._step = PipelineStep(job.order, pipeline_stages)
 
-    def _run(self, planned: PlannedStage, scale: float) -> StageRun:
+    def _run(self, planned: PlannedStage, scale: float, last: int) -> StageRun:
+        """A stage, whose gradients are final when micro-batch ``last`` has come back."""
         stage = planned.stage
-        return StageRun(
+        run = StageRun(
             planned.traced, self.parameters, self.buffers, stage.operations,
             first_block=planned.first_block, receives=stage.receives, sends=stage.sends, scale=scale,
         )  # fmt: skip
+        exchange = self._exchange
+        if exchange is not None:
+
+            def made(block: int, number: int) -> None:
+                if number == last:
+                    exchange.final(sorted(stage.parameters_of_block[block] & self._early))
+
+            run.on_gradients = made
+        return run
 
     def _stage(
         self, run: StageRun, planned: Sequence[PlannedStage], index: int, *, next_is_here: bool, device: torch.device, group: dist.ProcessGroup | None
@@ -102,15 +125,14 @@ class PipelineRank:
             run.random_states = states
 
     def gradients(self) -> None:
-        """All passes; the gradients are left in ``.grad``."""
+        """All passes; the gradients are left in ``.grad``, with ZeRO 1 in that of this rank's parts."""
+        if self._exchange is not None:
+            self._exchange.begin()
         self._step(self.micro_batches)
         for name, group in sorted(self.tied.items()):
             dist.all_reduce(_flat(self.parameters[name].grad), group=group)
-        if self.replicas is not None:
-            for name in sorted(self.parameters):
-                grad = self.parameters[name].grad
-                if grad is not None:
-                    dist.all_reduce(_flat(grad), group=self.replicas)
+        if self._exchange is not None:
+            self._exchange.finish()
 
     def step(self) -> None:
         """A whole step."""
@@ -120,13 +142,28 @@ class PipelineRank:
     def update(self) -> None:
         """The optimizer's step with the gradients, which are let go."""
         self.optimizer.step()
+        if self._exchange is not None and self._splits:
+            self._exchange.gather()
 
     def take_gradients(self) -> dict[str, torch.Tensor | None]:
-        """The gradients, which are let go here."""
+        """The gradients of whole parameters, which are let go here; with ZeRO 1 gathered from all replicas."""
+        if self._exchange is not None and self._splits:
+            return dict.fromkeys(self.parameters) | self._exchange.take_gradients()
         found = {name: parameter.grad for name, parameter in self.parameters.items()}
         for parameter in self.parameters.values():
             parameter.grad = None
         return found
+
+
+def _last_back(order: Order, stage: int) -> int:
+    """The micro-batch whose backward pass through a stage is the last one."""
+    back = [
+        action.micro_batch
+        for cells in order.ranks
+        for action in actions_of(cells)
+        if action.stage == stage and action.kind in {"BW", "W"}
+    ]
+    return back[-1]
 
 
 def _entering(planned: Sequence[PlannedStage], index: int) -> Layout | None:

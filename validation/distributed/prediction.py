@@ -12,19 +12,19 @@ from hardware_models.units import format_bytes
 from simulator.model_source import ModelSource
 from simulator.parallel.orders import order_of
 from simulator.parallel.simulate_traced import TracedSimulation, simulate_traced
-from simulator.parallel.traced_step import Link, TracedStep
+from simulator.parallel.traced_replicas import Rings
+from simulator.parallel.traced_step import Link, step_of
 from simulator.pipeline.action import Order
 from simulator.plan import Plan
 from simulator.program import Kind
 from simulator.tracing.capture import build_fake
-from simulator.tracing.plan_stages import PlannedStage, plan_stages
+from simulator.tracing.plan_stages import PlannedStage, plan_stages, sequence_of_file
 from simulator.tracing.trace import Traced
 from simulator.tracing.traced_model import TracedModel
-from validation.distributed.check import check_processes
+from validation.distributed.check import check_processes, runs_whole_modules
 from validation.distributed.fully_sharded import check_sharded
 from validation.distributed.job import LinkFacts
 from validation.distributed.module_prediction import ModuleSimulation, module_step, simulate_module
-from validation.distributed.module_rank import runs_whole_modules
 from validation.distributed.tensor_parallel import check_tensor_parallel
 
 _UNKNOWN_LINK = LinkFacts(latency_s=0.0, bytes_per_s=float("inf"))
@@ -49,7 +49,8 @@ class Prediction:
         check_processes(plan)
         self.plan, self.device, self.cores, self._tokens = plan, device, cores, traced.workload.tokens
         self.order: Order = order_of(plan, folder=folder)
-        self.planned: tuple[PlannedStage, ...] = plan_stages(traced, plan, self.order)
+        self.sequence = sequence_of_file(plan, folder)
+        self.planned: tuple[PlannedStage, ...] = plan_stages(traced, plan, self.order, sequence=self.sequence)
 
     def memory(self) -> TracedSimulation:
         """With peaks as they will be and times without messages.
@@ -81,23 +82,11 @@ class Prediction:
         return self._simulate(link, self.cores / threads * max(1.0, at_a_time * threads / self.cores))
 
     def _simulate(self, link: LinkFacts, slowdown: float) -> TracedSimulation:
-        ends = self.planned[0].stage.parameters.keys() & self.planned[-1].stage.parameters.keys()
-        apart = self.order.ranks_of_stage[0] != self.order.ranks_of_stage[-1]
-        tied_bytes = sum(self.planned[0].stage.parameters[name].size_bytes for name in ends) if apart else 0
-        step = TracedStep(
-            order=self.order, stages=[one.stage for one in self.planned], link=Link(latency_s=link.latency_s, bytes_per_s=link.bytes_per_s),
-            tied_s=_all_reduce_s(tied_bytes, 2, link),
-            replicas_s=tuple(_all_reduce_s(size, self.plan.parallel.dp, link) for size in self._gradient_bytes()), optimizer=self.plan.precision.optimizer,
-        )  # fmt: skip
+        rings = Rings(latency_s=link.latency_s, bytes_per_s=link.bytes_per_s)
+        stages = [one.stage for one in self.planned]
+        wire = Link(latency_s=link.latency_s, bytes_per_s=link.bytes_per_s)
+        step = step_of(self.plan, self.order, stages, wire, collective_s=rings, tied_s=rings)
         return simulate_traced(step, self.plan, self.device, tokens=self._tokens, slowdown=slowdown)
-
-    def _gradient_bytes(self) -> list[int]:
-        """Of each pipeline rank, tables once."""
-        held = [
-            {name: one for stage in stages for name, one in self.planned[stage].stage.parameters.items()}
-            for stages in self.order.stages_of_rank
-        ]
-        return [sum(one.size_bytes for one in own.values() if one.trained) for own in held]
 
 
 class ModulePrediction:
@@ -117,13 +106,14 @@ class ModulePrediction:
         check_processes(plan)
         self.plan, self.device, self.cores = plan, device, cores
         self.order: Order = order_of(plan)
+        self.sequence = None
         traced: Traced = source.traced(plan.batch.micro_batch)
         definition: TracedModel = source.definition
         (module, _), _ = build_fake(definition.build)
         if plan.parallel.tp > 1:
             draws = any(block.uses_randomness for block in traced.chain.blocks)
             check_tensor_parallel(module, tp=plan.parallel.tp, name=source.name, draws=draws)
-        else:
+        if plan.memory.zero_stage:
             check_sharded(module, name=source.name)
         batches = self.order.num_microbatches * plan.parallel.dp
         self._flops, self._tokens = traced.workload.model_flops * batches, traced.workload.tokens * batches
@@ -177,13 +167,6 @@ def _check_fits(found: TracedSimulation | ModuleSimulation) -> None:
         smallest_change="take smaller micro-batches, recompute more, or fewer replicas",
         needed_bytes=found.needed_bytes,
     )
-
-
-def _all_reduce_s(size_bytes: int, ranks: int, link: LinkFacts) -> float:
-    """A ring: each of ``2 (n - 1)`` rounds sends a share of the bytes on (Patarasuk and Yuan 2009, section 3)."""
-    if ranks == 1 or not size_bytes:
-        return 0.0
-    return 2 * (ranks - 1) * (link.latency_s + size_bytes / ranks / link.bytes_per_s)
 
 
 def _busy_s(simulation: TracedSimulation, rank: int) -> float:

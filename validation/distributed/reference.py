@@ -11,6 +11,7 @@ import torch
 from simulator.sequence import Operation, keep_all
 from simulator.tracing.block_run import random_state
 from simulator.tracing.capture import loss_of
+from simulator.tracing.compute_mode import compute_mode, float32_products
 from simulator.tracing.trace import Traced
 from validation.run_step import ScheduledStep
 from validation.session import GradientsMatch
@@ -28,7 +29,7 @@ class Reference:
 def plain_reference(
     module: torch.nn.Module, traced: Traced, micro_batches: Sequence[Mapping[str, Any]], *, seed: int
 ) -> Reference:
-    """Runs the module as it is on every micro-batch in turn; its buffers are left as they were.
+    """Runs the module as it is, in the precision that was traced, on every micro-batch in turn; its buffers are left as they were.
 
     Where blocks draw random numbers, the same step is run once more block by block, to see where the generator stands before each of them.
     """
@@ -38,8 +39,12 @@ def plain_reference(
         states = _random_states(module, traced, micro_batches, seed=seed)
         _restore(module, before)
     torch.manual_seed(seed)
+    precision, device = traced.chain.capture.precision, next(module.parameters()).device
     for piece in micro_batches:
-        (loss_of(module(**piece)) * (1.0 / len(micro_batches))).backward()
+        with compute_mode(precision, device):
+            loss = loss_of(module(**piece))
+        with float32_products(precision, device):
+            (loss * (1.0 / len(micro_batches))).backward()
     gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
     module.zero_grad(set_to_none=True)
     _restore(module, before)

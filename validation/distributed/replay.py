@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,16 @@ from hardware_models.profile import DeviceProfile
 from hardware_models.units import GIB
 from simulator.model_source import ModelSource
 from simulator.parallel.simulate_traced import TracedSimulation
-from simulator.plan import Plan, check_gpus, resolve_batch
+from simulator.plan import Plan, check_gpus
 from simulator.plan_file import plan_to_dict
 from simulator.timeline import Timeline
+from simulator.tracing.simulate_stages import resolve_traced
 from validation.distributed.check import check_devices
 from validation.distributed.job import DEFAULT_TIMEOUT_S, Job, JobReport
 from validation.distributed.launch import launch
 from validation.distributed.mesh import place_of
 from validation.distributed.module_prediction import ModuleSimulation
-from validation.distributed.prediction import prediction_of
+from validation.distributed.prediction import ModulePrediction, Prediction, prediction_of
 from validation.distributed.worker import run_job
 from validation.reports import table_of
 from validation.session import GradientsMatch
@@ -101,9 +102,11 @@ class ProcessesReplay:
 
 def _how(plan: Plan) -> str:
     """What splits the model, in words."""
-    if plan.parallel.tp > 1:
-        return f"tensor parallel {plan.parallel.tp}"
-    return f"ZeRO {plan.memory.zero_stage}" if plan.memory.zero_stage else plan.pipeline.schedule
+    parallel = plan.parallel
+    found = [f"tensor parallel {parallel.tp}"] if parallel.tp > 1 else []
+    found += [plan.pipeline.schedule] if parallel.pp > 1 else []
+    found += [f"{parallel.dp} replicas"] if parallel.dp > 1 else []
+    return ", ".join([*found, *([f"ZeRO {plan.memory.zero_stage}"] if plan.memory.zero_stage else [])])
 
 
 def replay_processes(
@@ -145,32 +148,40 @@ def replay_processes(
         )
     joined = all(name in os.environ for name in JOINED)
     check_gpus(plan, int(os.environ["WORLD_SIZE"]) if joined else plan.num_gpus)
-    resolved = _resolved(plan, source)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", plan.num_gpus)) if joined else plan.num_gpus
     check_devices(plan, on=on, num_devices=torch.cuda.device_count(), processes_here=here)
     progress(f"tracing {source.name}")
-    cores = len(os.sched_getaffinity(0))
-    prediction = prediction_of(source, resolved, device, cores=cores, folder=folder)
-    prediction.memory()
-    job = Job(
-        model=source.name,
-        batch=source.batch,
-        seq_len=source.seq_len,
-        plan=resolved,
-        order=prediction.order,
-        steps=steps,
-        device=on,
-        timeout_s=timeout_s,
-    )
-    report = run_job(job, progress) if joined else launch(job, progress)
+    prepared = prepare(source, plan, device, steps=steps, on=on, folder=folder, timeout_s=timeout_s)
+    report = run_job(prepared.job, progress) if joined else launch(prepared.job, progress)
     if report is None:
         sys.exit(0)
-    return ProcessesReplay(model=source.name, plan=resolved, predicted=prediction.times(report.link), measured=report)
+    return prepared.result(report)
 
 
-def _resolved(plan: Plan, source: ModelSource) -> Plan:
-    """The plan with the model's batch; micro-batches of one sample in a pipeline that gives none."""
-    resolved = resolve_batch(plan, batch=source.global_batch, seq_len=source.seq_len)
-    if plan.batch.micro_batch is None and plan.parallel.pp > 1:
-        return replace(resolved, batch=replace(resolved.batch, micro_batch=1))
-    return resolved
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedReplay:
+    """A replay that fits this machine, before any process is started."""
+
+    prediction: Prediction | ModulePrediction
+    job: Job
+
+    def result(self, measured: JobReport) -> ProcessesReplay:
+        """Beside what the processes measured."""
+        job = self.job
+        return ProcessesReplay(
+            model=job.model, plan=job.plan, predicted=self.prediction.times(measured.link), measured=measured
+        )
+
+
+def prepare(
+    source: ModelSource, plan: Plan, device: DeviceProfile, *, steps: int, on: str = "cpu", folder: Path | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
+) -> PreparedReplay:  # fmt: skip
+    """Predicts a plan over processes, and says what each is to do; arguments and errors as in `replay_processes`."""
+    resolved = resolve_traced(plan, source)
+    prediction = prediction_of(source, resolved, device, cores=len(os.sched_getaffinity(0)), folder=folder)
+    prediction.memory()
+    job = Job(
+        model=source.name, batch=source.batch, seq_len=source.seq_len, plan=resolved, order=prediction.order, sequence=prediction.sequence, steps=steps, device=on,
+        timeout_s=timeout_s,
+    )  # fmt: skip
+    return PreparedReplay(prediction=prediction, job=job)

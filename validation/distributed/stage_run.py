@@ -17,6 +17,8 @@ from simulator.tracing.trace import Traced
 
 OnBlock = Callable[[Kind, int, int], None]
 """Told that a run of a block has ended: what it was, the block's number in the model, the micro-batch."""
+OnGradients = Callable[[int, int], None]
+"""Told that a block, by its number in the stage, has made the gradients of its parameters for a micro-batch."""
 RandomStates = Mapping[tuple[int, int], Any]
 """By (micro-batch, block of the model): the generator's state when the plain module comes to the block."""
 
@@ -60,6 +62,7 @@ class StageRun:
         self.buffers = {name: buffers[name] for name in traced.chain.capture.buffers}
         self.random_states: RandomStates = {}
         self.on_block: OnBlock | None = None
+        self.on_gradients: OnGradients | None = None
         self._turn = backward_start(operations)
         blocks = traced.chain.blocks
         self._rerun = frozenset(blocks[index].name for index in runs_twice(operations))
@@ -69,7 +72,12 @@ class StageRun:
         """The boundary after the stage; of the last stage the loss, scaled and without a graph."""
         own = {name: inputs[name] for name in self.traced.chain.capture.inputs}
         micro_batch = MicroBatch(
-            parameters=self.parameters, buffers=self.buffers, inputs=own, shared=self.traced.shared, rerun=self._rerun
+            parameters=self.parameters,
+            buffers=self.buffers,
+            inputs=own,
+            shared=self.traced.shared,
+            rerun=self._rerun,
+            precision=self.traced.chain.capture.precision,
         )
         flight = self._flights[number] = _Flight(micro_batch=micro_batch, boundaries={0: x})
         del x
@@ -113,6 +121,7 @@ class StageRun:
             weight_gradients(tape)
             del tape
             self._ended(Kind.BACKWARD, index, number)
+            self._made(index, number)
         flight.micro_batch.finish()
 
     def abandon(self) -> None:
@@ -128,6 +137,8 @@ class StageRun:
             if kind == "B":
                 self._backward_of(flight, index, split=split)
                 self._ended(Kind.BACKWARD, index, number)
+                if not split:
+                    self._made(index, number)
                 continue
             y = self._forward_of(number, flight, kind, index, option)
             following = self.operations[place + 1] if place + 1 < len(self.operations) else None
@@ -168,3 +179,7 @@ class StageRun:
     def _ended(self, kind: Kind, index: int, number: int) -> None:
         if self.on_block is not None:
             self.on_block(kind, self.first_block + index, number)
+
+    def _made(self, index: int, number: int) -> None:
+        if self.on_gradients is not None:
+            self.on_gradients(index, number)

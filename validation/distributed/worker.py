@@ -25,9 +25,10 @@ from simulator.timeline import Span
 from simulator.tracing.plan_stages import plan_stages
 from simulator.tracing.trace import Traced, trace
 from simulator.tracing.traced_model import micro_batches
+from validation.distributed.check import runs_whole_modules
 from validation.distributed.job import Job, JobReport, LinkFacts, RankReport
 from validation.distributed.mesh import groups_of, place_of
-from validation.distributed.module_rank import ModuleRank, runs_whole_modules
+from validation.distributed.module_rank import ModuleRank
 from validation.distributed.pipeline_rank import PipelineRank
 from validation.distributed.reference import Reference, compare, plain_reference
 from validation.measure import StepTimes, peak_memory, synchronize
@@ -80,7 +81,7 @@ def _run(job: Job, rank: int, device: torch.device, progress: Progress) -> JobRe
     torch.manual_seed(job.seed)
     module, inputs = job.source.definition.build()
     pieces = micro_batches(inputs, job.plan.batch.micro_batch or 1)
-    traced = trace(module, pieces[0], name=job.model)
+    traced = trace(module, pieces[0], name=job.model, precision=job.plan.precision.compute)
     place = place_of(rank, job.plan)
     progress("gradients of the plain module")
     reference = plain_reference(module, traced, pieces, seed=job.seed) if rank == 0 else None
@@ -125,7 +126,7 @@ def _part(
     """What this process runs; ``module`` stays as it is."""
     if runs_whole_modules(job.plan):
         return ModuleRank(job.plan, deepcopy(module), own, device=device)
-    planned, groups = plan_stages(traced, job.plan, job.order), _groups(job, rank)
+    planned, groups = plan_stages(traced, job.plan, job.order, sequence=job.sequence), _groups(job, rank)
     tied = _tied_groups(job, rank, planned)
     place = place_of(rank, job.plan)
     return PipelineRank(

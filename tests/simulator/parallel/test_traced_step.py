@@ -12,6 +12,7 @@ from hardware_models.catalogue import load_hardware
 from hardware_models.errors import InputError
 from simulator.parallel.orders import order_of
 from simulator.parallel.simulate_traced import TracedSimulation, simulate_traced
+from simulator.parallel.traced_replicas import Rings, replicas_of
 from simulator.parallel.traced_step import Link, TracedStep
 from simulator.plan import Batch, Memory, MemoryBlock, Parallel, Pipeline, Plan
 from simulator.program import MemoryClass
@@ -40,14 +41,20 @@ def planned(name: str, plan: Plan) -> tuple[PlannedStage, ...]:
 
 
 def simulated(
-    plan: Plan, name: str = "residual-mlp", *, link: Link = LINK, tied_s: float = 0.0, replicas_s: float = 0.0,
+    plan: Plan, name: str = "residual-mlp", *, link: Link = LINK, tied_s: float = 0.0,
     slowdown: float = 1.0,
 ) -> TracedSimulation:  # fmt: skip
     order = order_of(plan)
     stages = [one.stage for one in planned(name, plan)]
     step = TracedStep(
-        order=order, stages=stages, link=link, tied_s=tied_s, replicas_s=(replicas_s,) * order.num_ranks, optimizer="adamw"
-    )
+        order=order,
+        stages=stages,
+        link=link,
+        tied_s=tied_s,
+        replicas=replicas_of(plan, stages, order.stages_of_rank),
+        collective_s=Rings(latency_s=link.latency_s, bytes_per_s=link.bytes_per_s),
+        optimizer="adamw",
+    )  # fmt: skip
     return simulate_traced(step, plan, DEVICE, tokens=1, slowdown=slowdown)
 
 
@@ -95,9 +102,8 @@ def test_bytes_of_a_stage_by_hand() -> None:
     )
 
 
-def test_gradients_over_replicas_and_tied_tables_are_waited_for() -> None:
+def test_tied_tables_are_waited_for() -> None:
     base = simulated(plan_of()).step_time_s
-    assert simulated(plan_of(), replicas_s=0.5).step_time_s == pytest.approx(base + 0.5, rel=1e-3)
     tied = simulated(plan_of(), "transformer").step_time_s
     assert simulated(plan_of(), "transformer", tied_s=0.25).step_time_s == pytest.approx(tied + 0.25, rel=1e-3)
     assert simulated(plan_of(), tied_s=0.25).step_time_s == pytest.approx(base, rel=1e-9)  # nothing is tied
@@ -134,7 +140,7 @@ def test_one_stage_may_recompute_alone() -> None:
     ("plan", "message"),
     [
         (plan_of("zb-h1", memory=Memory(recompute="selective")), "makes gradients in two passes"),
-        (plan_of(memory=Memory(recompute="optimal")), "not cut into stages yet"),
+        (plan_of(memory=Memory(recompute="optimal")), "stands for what the search finds"),
         (plan_of(pp=6), r"pp \* virtual_stages <= blocks must hold, but got 6 > 5"),
         (
             Plan(parallel=Parallel(pp=2), batch=Batch(global_batch=6, micro_batch=2), pipeline=Pipeline(partition=(5, 0))),

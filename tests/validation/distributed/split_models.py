@@ -12,15 +12,15 @@ from simulator.models.vit import VisionTransformer
 VOCAB = 101  # odd: ranks hold unequal parts
 
 
-def _decoder(*, llama: bool) -> tuple[nn.Module, dict[str, Tensor]]:
+def _decoder(*, llama: bool, batch: int = 4) -> tuple[nn.Module, dict[str, Tensor]]:
     kv_heads = 2 if llama else 4
     module = Decoder(layers=2, hidden=64, heads=4, kv_heads=kv_heads, ffn=128, vocab=VOCAB, max_positions=16, llama=llama)
-    return module, token_inputs(batch=4, seq_len=16, vocab=VOCAB)
+    return module, token_inputs(batch=batch, seq_len=16, vocab=VOCAB)
 
 
-def gpt() -> tuple[nn.Module, dict[str, Tensor]]:
+def gpt(batch: int = 4) -> tuple[nn.Module, dict[str, Tensor]]:
     """Tied head, 4 heads."""
-    return _decoder(llama=False)
+    return _decoder(llama=False, batch=batch)
 
 
 def llama() -> tuple[nn.Module, dict[str, Tensor]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,13 +16,15 @@ from hardware_models.errors import InfeasibleError, InputError
 from simulator.model_source import model_source
 from simulator.plan import Batch, Memory, Parallel, Plan, Runtime
 from simulator.tracing.live_storages import LiveStorages
+from tests.small_models import ResidualMlp
 from tests.validation.distributed import split_models
+from tests.validation.distributed.several_jobs import replay_several
 from validation.distributed.check import check_processes
-from validation.distributed.fully_sharded import check_sharded, resizes_told, units_of
+from validation.distributed.checkpointed_units import checkpoint_units, runs_again, units_of
+from validation.distributed.fully_sharded import check_sharded, resizes_told
 from validation.distributed.job import LinkFacts
 from validation.distributed.module_prediction import Collective
 from validation.distributed.prediction import ModulePrediction
-from validation.distributed.replay import replay_processes
 from validation.distributed.tensor_parallel import check_tensor_parallel, rank_order, whole_order
 
 DROPOUT = "tests.small_models:residual_mlp"
@@ -39,31 +42,38 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def plan_of(*, tp: int = 1, dp: int = 1, zero: int = 0) -> Plan:
-    return Plan(parallel=Parallel(tp=tp, dp=dp), batch=Batch(global_batch=4, micro_batch=1), memory=Memory(zero_stage=zero))  # type: ignore[arg-type]
+def plan_of(*, tp: int = 1, dp: int = 1, zero: int = 0, recompute: str = "none") -> Plan:
+    return Plan(
+        parallel=Parallel(tp=tp, dp=dp),
+        batch=Batch(global_batch=4, micro_batch=1),
+        memory=Memory(zero_stage=zero, recompute=recompute),  # type: ignore[arg-type]
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model", "plan"),
-    [
-        (DROPOUT, plan_of(dp=2, zero=3)),
-        (f"{MODELS}:gpt", plan_of(dp=2, zero=2)),
-        (f"{MODELS}:gpt", plan_of(tp=2)),
-        (f"{MODELS}:llama", plan_of(tp=2)),
-        (f"{MODELS}:vit", plan_of(tp=2)),
-    ],
-    ids=["zero3-dropout", "zero2-tied", "tp-gpt", "tp-llama", "tp-vit"],
-)
-def test_a_split_module_is_the_plain_one_and_takes_the_memory_predicted(model: str, plan: Plan) -> None:
-    batch = plan.batch.global_batch if model == DROPOUT else None
-    found = replay_processes(model_source(model, batch=batch), plan, load_hardware("h100-sxm"), steps=1, timeout_s=120.0)
-    assert found.match.max_rel < ROUNDING
-    assert max(map(abs, found.memory_errors)) < MEMORY_TOLERANCE
-    assert all(report.num_compared > 0 for report in found.measured.ranks)
-    result = found.to_json()
-    json.dumps(result)
-    assert result["predicted"]["step_time_s"] == pytest.approx(sum(result["predicted"]["time_breakdown_s"].values()))
+def test_a_split_module_is_the_plain_one_and_takes_the_memory_predicted(tmp_path: Path) -> None:
+    cases = [
+        (DROPOUT, plan_of(dp=2, zero=3, recompute="full")),
+        (f"{MODELS}:gpt", plan_of(dp=2, zero=2, recompute="selective")),
+        (f"{MODELS}:gpt", plan_of(tp=2, recompute="full")),
+        (f"{MODELS}:llama", plan_of(tp=2, dp=2)),
+        (f"{MODELS}:vit", plan_of(tp=2, dp=2, zero=2)),
+    ]
+    sources = [(model_source(model, batch=4 if model == DROPOUT else None), plan) for model, plan in cases]
+    replays = replay_several(sources, load_hardware("h100-sxm"), tmp_path)
+    for (model, plan), found in zip(cases, replays, strict=True):
+        case = f"{model}: {plan.parallel}, {plan.memory}"
+        assert found.match.max_rel < ROUNDING, case
+        assert max(map(abs, found.memory_errors)) < MEMORY_TOLERANCE, (case, found.memory_errors)
+        assert all(report.num_compared > 0 for report in found.measured.ranks)
+        result = found.to_json()
+        json.dumps(result)
+        predicted = result["predicted"]
+        parts = predicted["time_breakdown_s"]
+        assert predicted["step_time_s"] == pytest.approx(sum(parts.values()))
+        assert (parts["recompute"] > 0) == (plan.memory.recompute != "none")
+        assert (predicted["hfu"] > predicted["mfu"]) == (plan.memory.recompute == "full")
+        assert (parts["tp"] > 0, parts["dp"] > 0) == (plan.parallel.tp > 1, plan.parallel.dp > 1)
 
 
 @pytest.mark.slow
@@ -85,10 +95,12 @@ def test_gathered_parameters_count_and_so_do_limits() -> None:
 
 def test_a_collective_goes_around_the_ring() -> None:
     link = LinkFacts(latency_s=1e-3, bytes_per_s=1e6)
-    assert Collective(size_bytes=4000, rounds=2).seconds(4, link) == pytest.approx(2 * 3 * (1e-3 + 1e-3))
-    assert Collective(size_bytes=4000, rounds=1).seconds(2, link) == pytest.approx(1e-3 + 2e-3)
-    assert Collective(size_bytes=4000, rounds=2).seconds(1, link) == 0.0
-    assert Collective(size_bytes=8000, rounds=1).seconds(2, link) > Collective(size_bytes=4000, rounds=1).seconds(2, link)
+    assert Collective(axis="dp", size_bytes=4000, name="all_reduce").seconds(4, link) == pytest.approx(2 * 3 * (1e-3 + 1e-3))
+    assert Collective(axis="dp", size_bytes=4000, name="all_gather").seconds(2, link) == pytest.approx(1e-3 + 2e-3)
+    assert Collective(axis="dp", size_bytes=4000, name="all_reduce").seconds(1, link) == 0.0
+    assert Collective(axis="dp", size_bytes=8000, name="all_gather").seconds(2, link) > Collective(
+        axis="dp", size_bytes=4000, name="all_gather"
+    ).seconds(2, link)
 
 
 @pytest.mark.parametrize(("parts", "tp"), [(2, 2), (3, 2), (2, 4)])
@@ -153,14 +165,15 @@ def test_models_without_a_plan_are_refused() -> None:
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (Plan(parallel=Parallel(tp=2, dp=2)), "tensor parallelism is replayed alone, but got pp = 1, dp = 2, zero_stage = 0"),
+        (Plan(parallel=Parallel(tp=2, pp=2)), "ZeRO 2 and 3 are replayed without a pipeline, but got pp = 2"),
         (Plan(parallel=Parallel(tp=2, sequence_parallel=True)), "parallel.sequence_parallel = True: not replayed"),
+        (Plan(parallel=Parallel(pp=2, dp=2), memory=Memory(zero_stage=3)), "without a pipeline, but got pp = 2"),
         (
-            Plan(parallel=Parallel(pp=2, dp=2), memory=Memory(zero_stage=3)),
-            "replicas without a pipeline, but got pp = 2, dp = 2",
+            Plan(parallel=Parallel(pp=2), memory=Memory(zero_stage=1)),
+            "memory.zero_stage = 1: ZeRO splits what replicas hold alike",
         ),
-        (Plan(parallel=Parallel(dp=2), memory=Memory(zero_stage=1)), "memory.zero_stage = 1: not replayed .* 0 or 2 or 3"),
-        (Plan(parallel=Parallel(dp=2), memory=Memory(zero_stage=3, recompute="full")), "keeps every activation"),
+        (Plan(parallel=Parallel(tp=2, dp=2), memory=Memory(zero_stage=1)), "ZeRO 1 is replayed of whole parameters"),
+        (Plan(parallel=Parallel(dp=2), memory=Memory(zero_stage=3, recompute="file:a")), "whose layers all keep alike"),
         (
             Plan(parallel=Parallel(dp=2), memory=Memory(zero_stage=3), runtime=Runtime(prefetch_blocks=2)),
             "runtime.prefetch_blocks = 2: not replayed over several processes yet; leave it at its default",
@@ -170,3 +183,27 @@ def test_models_without_a_plan_are_refused() -> None:
 def test_plans_that_stay_unsupported_are_refused_by_name(plan: Plan, message: str) -> None:
     with pytest.raises(InputError, match=message):
         check_processes(plan)
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_checkpointed_units_give_the_plain_gradients_and_keep_less(recompute: str) -> None:
+    def step(recompute: str) -> tuple[dict[str, torch.Tensor | None], int]:
+        torch.manual_seed(0)
+        module = ResidualMlp()
+        checkpoint_units(module, recompute)
+        saved: dict[int, int] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x = torch.randn(64, 48)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = module(x).square().mean()
+        loss.backward()
+        return {name: parameter.grad for name, parameter in module.named_parameters()}, sum(saved.values())
+
+    (plain, most), (found, kept) = step("none"), step(recompute)
+    assert all(torch.equal(found[name], grad) for name, grad in plain.items() if grad is not None)  # type: ignore[arg-type]
+    assert kept == most if recompute == "none" else kept < most
+    assert not runs_again()

@@ -18,13 +18,16 @@ from hardware_models.catalogue import load_hardware
 from hardware_models.errors import InfeasibleError, InputError, RunFailedError
 from schedlab import main
 from simulator.model_source import model_source
-from simulator.plan import Batch, Memory, Parallel, Pipeline, Plan, Precision
+from simulator.plan import Batch, Memory, Parallel, Pipeline, Plan, Precision, Runtime
+from tests.validation.distributed.several_jobs import replay_several
+from tests.validation.distributed.test_replicas import update_on_two
 from validation.distributed.check import check_devices, check_processes
 from validation.distributed.mesh import groups_of, place_of
 from validation.distributed.replay import ProcessesReplay, replay_processes
 
 MODEL = "tests.small_models:residual_mlp"
 FAILING = "tests.validation.distributed.failing_models"
+TIED = "tests.validation.distributed.split_models:gpt"
 MEMORY_TOLERANCE = 0.01
 ROUNDING = 1e-5
 
@@ -37,10 +40,12 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def plan_of(schedule: str = "1f1b", chunks: int = 1, *, pp: int = 2, dp: int = 1, memory: Memory | None = None) -> Plan:
+def plan_of(
+    schedule: str = "1f1b", chunks: int = 1, *, pp: int = 2, dp: int = 1, memory: Memory | None = None, runtime: Runtime | None = None
+) -> Plan:  # fmt: skip
     return Plan(
         parallel=Parallel(pp=pp, dp=dp, virtual_stages=chunks), batch=Batch(global_batch=4 * dp, micro_batch=1),
-        pipeline=Pipeline(schedule=schedule), memory=memory or Memory(),
+        pipeline=Pipeline(schedule=schedule), memory=memory or Memory(), runtime=runtime or Runtime(),
     )  # fmt: skip
 
 
@@ -60,28 +65,29 @@ def children() -> set[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "plan",
-    [
-        plan_of("zb-v", 2),
-        plan_of("1f1b", pp=4, memory=Memory(recompute="full")),
-        plan_of("gpipe", dp=2, memory=Memory(recompute="selective")),
-        plan_of("1f1b", pp=1, dp=2, memory=Memory(recompute="full")),
-    ],
-    ids=["zb-v", "1f1b4", "pp2dp2", "dp2"],
-)
-def test_a_pipeline_is_the_plain_module_and_takes_the_memory_predicted(plan: Plan) -> None:
-    before = children()
-    found = run(plan)
-    assert found.match.max_rel < ROUNDING
-    assert found.match.bitwise or plan.parallel.dp > 1
-    assert max(map(abs, found.memory_errors)) < MEMORY_TOLERANCE
-    assert len(found.measured.ranks) == plan.num_gpus
-    result = found.to_json()
-    json.dumps(result)
-    assert result["gradients_match"]["reference"] == "same micro-batches"
-    assert len(result["measured"]["peak_memory_bytes"]) == plan.num_gpus
-    assert children() == before
+def test_a_pipeline_is_the_plain_module_and_takes_the_memory_predicted(tmp_path: Path) -> None:
+    split = Runtime(bucket_bytes=20_000)
+    cases = [
+        (MODEL, plan_of("zb-v", 2)),
+        (MODEL, plan_of("1f1b", pp=4, memory=Memory(recompute="full"))),
+        (MODEL, plan_of("gpipe", dp=2, memory=Memory(recompute="selective"))),
+        (MODEL, plan_of("1f1b", pp=1, dp=2, memory=Memory(recompute="full", zero_stage=1))),
+        (MODEL, plan_of("zb-v", 2, dp=2, memory=Memory(zero_stage=1), runtime=split)),
+        (TIED, plan_of("1f1b", dp=2, memory=Memory(zero_stage=1), runtime=split)),
+    ]
+    sources = [(model_source(model, batch=plan.batch.global_batch), plan) for model, plan in cases]
+    for (_, plan), found in zip(
+        cases, replay_several(sources, load_hardware("h100-sxm"), tmp_path, update_on_two), strict=True
+    ):
+        case = f"{plan.parallel}, {plan.memory}"
+        assert found.match.max_rel < ROUNDING, case
+        assert found.match.bitwise or plan.parallel.dp > 1, case
+        assert max(map(abs, found.memory_errors)) < MEMORY_TOLERANCE, (case, found.memory_errors)
+        assert len(found.measured.ranks) == plan.num_gpus
+        result = found.to_json()
+        json.dumps(result)
+        assert result["gradients_match"]["reference"] == "same micro-batches"
+        assert len(result["measured"]["peak_memory_bytes"]) == plan.num_gpus
 
 
 @pytest.mark.slow
@@ -153,7 +159,8 @@ def test_processes_that_torchrun_starts_join(tmp_path: Path) -> None:
         (plan_of("chimera"), "chimera keeps each stage on two ranks"),
         (plan_of("pipedream-2bw"), "two versions of the weights"),
         (Plan(parallel=Parallel(pp=2, cp=2)), r"parallel.cp = 2: not replayed over several processes yet; leave it at 1"),
-        (Plan(parallel=Parallel(pp=2), precision=Precision(compute="bf16")), "precision.compute = 'bf16'"),
+        (Plan(parallel=Parallel(pp=2), precision=Precision(compute="fp16")), "precision.compute = 'fp16'"),
+        (Plan(parallel=Parallel(dp=2), memory=Memory(recompute="optimal")), "not solved yet over stages and replicas"),
         (Plan(parallel=Parallel(pp=2), memory=Memory(activation_offload=0.5)), "memory.activation_offload = 0.5"),
     ],
 )
