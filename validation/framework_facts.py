@@ -101,7 +101,7 @@ FRAMEWORKS_KNOWN: tuple[FrameworkFacts, ...] = (
         vocab_source="printed sizes of 1.5, 6.2, 14.6 and 28.3 billion are 12 L h^2 and one table of 32,000 rows (arXiv 2401.10241, table 3)", vocab_multiple=128,
         source="sail-sg/zero-bubble-pipeline-parallelism, a fork of Megatron-LM of 10/2023, whose weight gradients are added inside products (gradient_accumulation_fusion); "
         "examples/pretrain_zero_bubble.sh, first release: --fp16, no --use-flash-attn, dropout as by default, --no-overlap-p2p-communication; "
-        "section 4 and appendix C of arXiv 2401.10241: optimizer post-validation with ZB-1p, ZB-2p and ZB-V",
+        "section 4 of arXiv 2401.10241: optimizer post-validation in orders that split the backward pass",
     ),
     FrameworkFacts(
         name="Megatron-LM of 2021 and 2022", pattern=r"megatron-lm.*202[0-2]", runtime="megatron-lm@2021", grads="half", overlap_grad_reduce=False,

@@ -38,7 +38,7 @@ OPERATORS: Mapping[str, Operators] = MappingProxyType(
 **Source**: Megatron-core 0.14: ``--transformer-impl transformer_engine`` (norms, rotary positions), ``bias_swiglu_fusion`` and ``apply_rope_fusion`` are on unless switched off;
 its attention makes query, key and value by one product (``linear_qkv``), its grouped experts (``TEGroupedMLP``) apply the router's weights in the activation. Megatron-LM of 2021: one such product, cross entropy over the vocabulary in place (``mpu/cross_entropy.py``).
 Aleph-Alpha/scaling @01b9d21dba: ``attention_qkv_in_one`` (src/scaling/core/nn/attention/attention.py), whose head gathers its logits (``simulator.presets.ends``); Hagemann et al. 2023
-(arXiv 2311.05610), section 4.2: RMS norm by flash-attn's kernel in some runs.
+(arXiv 2311.05610): RMS norm by flash-attn's kernel in the runs that name it.
 torchtitan: ``selective_ac_option = "op"`` saves attention and every odd ``mm`` of a layer (torchtitan/models/llama/parallelize_llama.py, 2024-12, ``_get_custom_policy``); a layer's
 attention half has an even number of them. Layers are checkpointed whole, the head is not. Inputs are gathered by DTensor, whose products save what they were given (``apply_tp``:
 ``PrepareModuleInput``); the loss is computed in parallel (``loss_parallel``, torch/distributed/tensor/parallel/loss.py), eagerly. Compiled layers keep no result that their backward pass does not

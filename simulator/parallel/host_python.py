@@ -64,5 +64,5 @@ STALLS: Mapping[str, HostStalls] = MappingProxyType(
 do so on the first and the last stage, without waiting. Exchanges end in ``torch.cuda.synchronize`` (``batch_p2p_sync``, megatron/core/pipeline_parallel/p2p_communication.py).
 
 **Source**: batch: 524, 520 and 522 ms for 1,024 micro-batches between synchronising timers, GPT of 40 layers on 8 GPUs in September 2021 (``batch-generator`` of a log of Megatron-LM v2.5;
-0.64 to 0.71 ms in two others). Exchange: 0.377 ms for 10.5 MB and 0.601 ms for 28.3 MB, hop by hop, are 0.24 ms and 79 GB/s (Qi et al. 2024, arXiv 2401.10241, table 6: T_comm, their
+0.71 ms each in four of BERT on a DGX A100, xduan7/scalable-transformer docs/megatron_bert_345m.md). Exchange: 0.377 ms for 10.5 MB and 0.601 ms for 28.3 MB, hop by hop, are 0.24 ms and 79 GB/s (Qi et al. 2024, arXiv 2401.10241, table 6: T_comm, their
 benchmark of messages)."""
