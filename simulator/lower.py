@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,7 +62,7 @@ def resident_bytes(workload: Workload, *, num_microbatches: int, optimizer: str)
 
 
 def optimizer_pass(workload: Workload, *, optimizer: str, tensors: Sequence[int] | None = None) -> Pass:
-    """The optimizer's fused step, one kernel a parameter tensor.
+    """The optimizer's fused step, one kernel a parameter tensor; where the loss was scaled one more that scales each gradient back.
 
     Args:
         workload: of the step.
@@ -70,7 +71,23 @@ def optimizer_pass(workload: Workload, *, optimizer: str, tensors: Sequence[int]
     """
     element_bytes = workload.gradient_bytes // max(1, sum(workload.optimizer_tensors))
     updated = workload.optimizer_tensors if tensors is None else tensors
-    return optimizer_elements_pass([(elements, elements * element_bytes) for elements in updated], optimizer=optimizer)
+    sizes = [(elements, elements * element_bytes) for elements in updated]
+    run = optimizer_elements_pass(sizes, optimizer=optimizer)
+    return replace(run, kernels=(*_scaling_kernels(sizes), *run.kernels)) if workload.loss_scaled else run
+
+
+def _scaling_kernels(tensors: Sequence[tuple[int, int]]) -> tuple[Kernel, ...]:
+    """Gradients of (elements, bytes) scaled back in place, looking for infinities on the way.
+
+    **Source**: torch 2.13, torch/amp/grad_scaler.py (``_unscale_grads_``); Micikevicius et al. 2018, "Mixed precision training", section 3.2.
+    """
+    return tuple(
+        Kernel(
+            kernel_class="pointwise", op="_amp_foreach_non_finite_check_and_unscale_", shape=(elements,), dtype="float32", flops=0,
+            read_bytes=size_bytes, written_bytes=size_bytes,
+        )
+        for elements, size_bytes in tensors
+    )  # fmt: skip
 
 
 def optimizer_elements_pass(tensors: Sequence[tuple[int, int]], *, optimizer: str) -> Pass:

@@ -21,7 +21,7 @@ from simulator.workload import Workload
 
 SIMULATED_PRECISIONS = ("fp32",)
 """Precisions of a plan in which transformers are generated for one device so far."""
-TRACED_PRECISIONS = ("fp32", "tf32", "bf16")
+TRACED_PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 """Those in which models are traced."""
 DEFAULT_BATCH = 8
 DEFAULT_SEQ_LEN = 2048

@@ -171,6 +171,8 @@ class Workload:
     shared_parameters: tuple[ParameterTensor, ...] = ()
     """Those that several blocks use, in the order of their names."""
     notes: tuple[str, ...] = ()
+    loss_scaled: bool = False
+    """Whether gradients are scaled back, and looked through for overflow, before an update."""
 
     @property
     def forward_flops(self) -> int:

@@ -154,9 +154,11 @@ class HostTraffic:
         return buffers
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Gradients that went to the host, by name of the parameter, once the lanes are drained."""
+        """Gradients that went to the host, by name of the parameter, once the lanes are drained; of a scaled loss, though its update has scaled them back."""
         return {
-            name: value for group in self._hosted.values() for name, value in zip(group.names, group.gradients, strict=True)
+            name: value * group.optimizer.loss_scale
+            for group in self._hosted.values()
+            for name, value in zip(group.names, group.gradients, strict=True)
         }
 
     def updated_names(self, block: int) -> tuple[str, ...]:

@@ -24,6 +24,8 @@ class FusedOptimizer:
         if name not in known:
             raise UnknownNameError(source="plan", key="precision.optimizer", value=name, known=tuple(known))
         self.name, self._learning_rate = name, learning_rate
+        self.loss_scale = 1.0
+        """Of the loss whose gradients it is given: it scales them back, and does nothing where one is not finite (as ``torch.amp.GradScaler`` has it)."""
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._views = [
             torch.nn.Parameter(torch.view_as_real(parameter.detach())) if parameter.is_complex() else parameter
@@ -33,7 +35,9 @@ class FusedOptimizer:
 
     def like(self, parameters: Iterable[torch.nn.Parameter]) -> FusedOptimizer:
         """The same kind of optimizer of other parameters."""
-        return FusedOptimizer(parameters, name=self.name, learning_rate=self._learning_rate)
+        found = FusedOptimizer(parameters, name=self.name, learning_rate=self._learning_rate)
+        found.loss_scale = self.loss_scale
+        return found
 
     def step(self) -> None:
         """One step with the gradients in ``.grad``, which are let go."""
@@ -42,9 +46,21 @@ class FusedOptimizer:
         for parameter, view in zip(self.parameters, self._views, strict=True):
             if view is not parameter and parameter.grad is not None:
                 view.grad = torch.view_as_real(parameter.grad)
+        if self.loss_scale != 1.0:
+            self._scale_back()
         self._optimizer.step()
         for parameter, view in zip(self.parameters, self._views, strict=True):
             parameter.grad = view.grad = None
+
+    def _scale_back(self) -> None:
+        grads = [view.grad for view in self._views if view.grad is not None]
+        if not grads:
+            return
+        found_inf = torch.zeros((), device=grads[0].device)
+        inverse = torch.full((), 1.0 / self.loss_scale, device=grads[0].device)
+        torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inverse)
+        assert self._optimizer is not None
+        self._optimizer.found_inf = found_inf  # the fused kernels read it
 
     @property
     def state_tensors(self) -> list[torch.Tensor]:

@@ -36,6 +36,8 @@ class ScheduledStep:
     operations: tuple[Operation, ...]
     traffic: HostTraffic | None = None
     """What goes to the host meanwhile."""
+    loss_scale: float = 1.0
+    """What gradients are multiplied by (`FusedOptimizer.loss_scale`)."""
 
     def __call__(
         self, micro_batches: Sequence[Mapping[str, torch.Tensor]], on_operation: OnOperation | None = None
@@ -70,7 +72,7 @@ class ScheduledStep:
                 on_operation.begin()
             if kind == "B":
                 if grad is None:
-                    grad = torch.full_like(_known(loss), scale)
+                    grad = torch.full_like(_known(loss), scale * self.loss_scale)
                 grad = micro_batch.backward(tapes.pop(index), grad)
                 self._after(on_operation, operation, number, None)
             else:
@@ -88,7 +90,7 @@ class ScheduledStep:
                 following = self.operations[position + 1] if position + 1 < len(self.operations) else None
                 if index == len(blocks) - 1:
                     loss = (y * scale).detach() if loss is None else loss
-                    grad = torch.full_like(y, scale) if kind == "F_all" else None
+                    grad = torch.full_like(y, scale * self.loss_scale) if kind == "F_all" else None
                 elif following is not None and following.kind != "B" and following.block == index + 1:
                     boundaries[index + 1] = y
                 del y

@@ -15,6 +15,7 @@ from simulator.host_schedule import HostShares
 from simulator.optimizer_states import OPTIMIZER_STATES
 from simulator.sequence import Operation
 from simulator.timeline import Timeline
+from simulator.tracing.compute_mode import LOSS_SCALED
 from simulator.tracing.trace import Traced, trace
 from simulator.tracing.traced_model import TracedModel, batch_size, micro_batches
 from validation.hand_made import HandMadeRun
@@ -24,6 +25,8 @@ from validation.step_runs import PlainRun, ScheduledRun, StepOrder, StepRun
 
 _Run = TypeVar("_Run", bound=StepRun)
 DEFAULT_SEED = 0
+FIRST_LOSS_SCALE = 2.0**16
+"""Source: torch 2.13, torch/amp/grad_scaler.py: ``init_scale``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +75,17 @@ class ReplaySession:
         self.optimizer = FusedOptimizer(self.module.parameters(), name=optimizer, learning_rate=0.0)
         self._traces: dict[int, Traced] = {}
         self._runs: list[StepRun] = []
+        if precision in LOSS_SCALED:
+            self.optimizer.loss_scale = FIRST_LOSS_SCALE
+            self._halve_loss_scale()
+
+    def _halve_loss_scale(self) -> None:
+        """Finds the scale at which a dynamic one comes to rest: the first whose gradients are all finite."""
+        while self.optimizer.loss_scale > 1.0:
+            _, gradients = self._gradients(self.plain())
+            if all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients):
+                return
+            self.optimizer.loss_scale /= 2.0
 
     @property
     def global_batch(self) -> int:
@@ -162,7 +176,8 @@ class ReplaySession:
             torch.manual_seed(self.seed)
             loss = run.gradients().cpu()
             found = [run.gradient_of(name, parameter) for name, parameter in self.module.named_parameters()]
-            return loss, [None if gradient is None else gradient.cpu() for gradient in found]
+            scale = self.optimizer.loss_scale
+            return loss, [None if gradient is None else gradient.cpu() / scale for gradient in found]
 
     @contextmanager
     def _buffers_kept(self) -> Iterator[None]:

@@ -99,7 +99,7 @@ class PlainRun(StepRun):
                 loss = loss_of(self._module(**piece))
             loss = loss * (1.0 / len(self._pieces))
             with float32_products(self._precision, self._device):
-                loss.backward()
+                (loss * self._optimizer.loss_scale if self._optimizer.loss_scale != 1.0 else loss).backward()
             total = total + loss.detach()
         return torch.as_tensor(total)
 
@@ -145,7 +145,13 @@ class ScheduledRun(StepRun):
         if order.host is not None:
             self._traffic = HostTraffic(order.host, module, order.traced, optimizer.like, self.lanes)
             self._optimizers = _device_optimizers(self._traffic, order.host, module, optimizer)
-        self._step = ScheduledStep(module=module, traced=order.traced, operations=order.operations, traffic=self._traffic)
+        self._step = ScheduledStep(
+            module=module,
+            traced=order.traced,
+            operations=order.operations,
+            traffic=self._traffic,
+            loss_scale=optimizer.loss_scale,
+        )
 
     def _enter(self) -> None:
         if self._traffic is not None:

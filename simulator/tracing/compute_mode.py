@@ -9,9 +9,11 @@ import torch
 
 from hardware_models.errors import UnknownNameError
 
-AUTOCAST = {"bf16": torch.bfloat16}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Mixed precision: parameters stay in float32, products compute in the lower format, as ``torch.autocast`` lists them."""
 PRECISIONS = ("fp32", "tf32", *AUTOCAST)
+LOSS_SCALED = ("fp16",)
+"""Those whose loss is scaled before the backward pass, so that small gradients are not lost, and whose gradients are scaled back before the update."""
 
 
 @contextmanager
@@ -21,7 +23,7 @@ def compute_mode(precision: str, device: torch.device) -> Iterator[None]:
     Weights are cast at each use and not kept in autocast's cache, so that a block does the same wherever it runs. ``fp32`` means float32 on
     tensor cores too: torch's default takes TF32 for convolutions.
 
-    **Not modelled**: loss scaling (float16), formats of single layers.
+    **Not modelled**: formats of single layers.
 
     Raises:
         UnknownNameError: a precision without a mode.

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from hardware_models.kernel import Kernel
 from simulator.tracing.block_graph import BlockGraph
 from simulator.tracing.capture import LossFunction, capture, loss_of
+from simulator.tracing.compute_mode import LOSS_SCALED
 from simulator.tracing.cut import Chain, cut
 from simulator.tracing.kernels_of import dtype_name
 from simulator.tracing.record import Setting, parameter_tensors, record_block
@@ -127,6 +128,7 @@ def _workload(chain: Chain, blocks: tuple[Block, ...], shared: frozenset[str], n
         mixes_samples=any(block.mixes_samples for block in chain.blocks),
         shared_parameters=parameter_tensors(captured, sorted(shared)),
         notes=chain.notes,
+        loss_scaled=captured.precision in LOSS_SCALED,
     )
 
 

@@ -101,12 +101,20 @@ def test_offloading_changes_no_bit_and_memory_is_as_predicted(model: str, name: 
         assert session.peak(run).allocated_bytes == static_peak_bytes(program), label
 
 
-@pytest.mark.parametrize("model", ["residual-mlp", pytest.param("transformer", marks=pytest.mark.slow)])
-def test_mixed_precision_is_the_modules_own_bitwise_and_memory_is_as_predicted(model: str) -> None:
-    session = session_of(model, "bf16")
+@pytest.mark.parametrize(
+    ("model", "precision", "dtype"),
+    [
+        ("residual-mlp", "bf16", "bfloat16"),
+        pytest.param("residual-mlp", "fp16", "float16", marks=pytest.mark.slow),
+        pytest.param("transformer", "bf16", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_mixed_precision_is_the_modules_own_bitwise_and_memory_is_as_predicted(model: str, precision: str, dtype: str) -> None:
+    session = session_of(model, precision)
     workload = session.traced(BATCH).workload
     dtypes = {tensor.dtype for block in workload.blocks for tensor in block.options[0].saved}
-    assert "bfloat16" in dtypes
+    assert dtype in dtypes
+    assert workload.loss_scaled == (session.optimizer.loss_scale > 1) == (precision == "fp16")
     shares = shares_of("everything", len(workload.blocks))
     for label, operations in sequences(session.traced(BATCH)).items():
         for chosen in (None, shares):
@@ -120,8 +128,8 @@ def test_mixed_precision_is_the_modules_own_bitwise_and_memory_is_as_predicted(m
 
 
 def test_an_unknown_precision_is_named() -> None:
-    with pytest.raises(UnknownNameError, match=r"precision.compute = 'fp16': unknown name; known are fp32, tf32, bf16"):
-        session_of("residual-mlp", "fp16").traced(BATCH)
+    with pytest.raises(UnknownNameError, match=r"precision.compute = 'fp8': unknown name; known are fp32, tf32, bf16, fp16"):
+        session_of("residual-mlp", "fp8").traced(BATCH)
 
 
 def test_the_host_holds_as_many_bytes_as_predicted() -> None:

@@ -97,3 +97,27 @@ def test_parameters_that_are_frozen_or_have_no_gradient_stay() -> None:
 def test_an_unknown_optimizer_lists_the_known() -> None:
     with pytest.raises(UnknownNameError, match=r"precision.optimizer = 'lion': unknown name; known are adamw, sgd"):
         FusedOptimizer(parameters(), name="lion")
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_gradients_of_a_scaled_loss_are_scaled_back_and_infinite_ones_change_nothing(name: str) -> None:
+    plain, scaled = parameters(), parameters()
+    ours = FusedOptimizer(plain, name=name, learning_rate=0.1)
+    wide = FusedOptimizer(scaled, name=name, learning_rate=0.1)
+    wide.loss_scale = 1024.0
+    assert wide.like(scaled).loss_scale == 1024.0
+    for seed in range(3):
+        set_gradients(plain, seed)
+        for one, other in zip(plain, scaled, strict=True):
+            assert one.grad is not None
+            other.grad = one.grad * 1024.0
+        ours.step()
+        wide.step()
+    for one, other in zip(plain, scaled, strict=True):
+        assert torch.equal(one, other)
+    before = [tensor.detach().clone() for tensor in scaled]
+    set_gradients(scaled, 9)
+    assert scaled[0].grad is not None
+    scaled[0].grad[0] = float("inf")
+    wide.step()
+    assert all(torch.equal(tensor, one) for tensor, one in zip(scaled, before, strict=True))
