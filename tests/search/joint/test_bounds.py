@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hardware_models.errors import InfeasibleError, InputError
-from search.joint.bounded_space import bounded_space
 from search.joint.bounds import PipelineShape, time_bound
 from search.joint.layer_tables import LayerTable
-from search.joint.memory_variants import memory_variants
-from search.joint.space import JointRequest, joint_space
-from search.stage_recompute import simulate_on_cluster
-from tests.search.joint.joint_cases import device_of, small_request, source_of
 
 
 def table(forward_s: list[float], *, backward: float = 2.0, weight: float = 1.0) -> LayerTable:
@@ -70,36 +62,3 @@ def test_longer_layers_and_more_micro_batches_never_lower_a_bound(
     after = time_bound(table(times), shape(schedule, ranks, count + 1), message_s=0.0, update_s=0.0)
     assert longer >= own * (1 - 1e-9)
     assert after >= own * (1 - 1e-9)
-
-
-def violations_of(request: JointRequest, *, most: int, seed: int) -> list[str]:
-    """Plans of a sample of points, with any of their inner decisions, that are faster than their bound."""
-    space = joint_space(request)
-    source, device, rng = source_of(request), device_of(request), np.random.default_rng(seed)
-    bounds, wrong, simulated = bounded_space(space, device).bound_s, [], 0
-    for index in rng.choice(len(space), size=min(most, len(space)), replace=False).tolist():
-        plain = space.plan(index)
-        choices = list(memory_variants(request.trainer, plain))
-        for memory in {0: choices[0], 1: choices[int(rng.integers(len(choices)))]}.values():
-            plan = replace(plain, memory=memory)
-            try:
-                found = simulate_on_cluster(source, plan, request.cluster, reserved=False, device=device)
-            except (InputError, InfeasibleError):
-                continue
-            simulated += 1
-            if bounds[index] > found.step_time_s * (1 + 1e-9):
-                wrong.append(f"{plan}: {bounds[index]} > {found.step_time_s}")
-    assert simulated >= 20
-    return wrong
-
-
-def test_no_plan_is_faster_than_its_bound() -> None:
-    assert violations_of(small_request(layers=4, gpus=4, batch=8), most=25, seed=0) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("model", ["gpt2-xl", "llama3-8b", "mixtral-8x7b"])
-@pytest.mark.parametrize("trainer", ["any", "megatron", "torchtitan", "deepspeed"])
-def test_no_plan_of_many_is_faster_than_its_bound(model: str, trainer: str) -> None:
-    request = small_request(model=model, layers=8, gpus=16, batch=32, seq_len=512, trainer=trainer)
-    assert violations_of(request, most=60, seed=1) == []

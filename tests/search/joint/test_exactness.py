@@ -23,9 +23,11 @@ def test_a_certified_answer_is_the_one_of_brute_force(seed: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_hundred_certified_answers_are_those_of_brute_force() -> None:
+def test_two_hundred_certified_answers_are_those_of_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without experts' plans, which would be good answers to begin with: bounds and what a point rules out have to do it alone."""
+    monkeypatch.setattr("search.joint.joint_search.experts", lambda _request: ())
     counts: Counter[str] = Counter()
-    for one in comparisons(3, bases=25, budgets=8, most_plans=24):
+    for one in comparisons(11, bases=20, budgets=10, most_plans=12):
         assert one.agrees, str(one)
         counts.update(("instances", *one.kinds()))
     assert counts["instances"] >= 200
