@@ -1,4 +1,4 @@
-"""What a user means by a model: a preset, a ``config.json``, a named definition or ``package.module:function``.
+"""What a user means by a model: a preset, a ``config.json``, a named definition, ``package.module:function`` or ``FILE.py:function``.
 
 Families of transformers are generated from their configuration, without torch, for GPUs; what runs on a CPU, and everything else,
 is traced, so that replay can run what was predicted.
@@ -122,7 +122,7 @@ def model_source(
     """The model of a name.
 
     Args:
-        name: a preset, the path of a Hugging Face ``config.json``, a named definition, or ``package.module:function``.
+        name: a preset, the path of a Hugging Face ``config.json``, a named definition, ``package.module:function`` or ``FILE.py:function``.
         device: decides for names that are both: generated for GPUs, traced for a CPU or for None.
         batch: samples per step; default: the model's.
         seq_len: tokens per sample; default: the model's.
@@ -142,6 +142,10 @@ def model_source(
     elif name not in MODELS:
         known = tuple(sorted({*PRESETS, *MODELS}))
         raise UnknownNameError(
-            source="--model", key="name", value=name, known=known, remedy="or give a config.json, or package.module:function"
+            source="--model",
+            key="name",
+            value=name,
+            known=known,
+            remedy="or give a config.json, package.module:function or FILE.py:function",
         )
     return ModelSource(name=name, config=config, batch=batch, seq_len=seq_len)

@@ -73,7 +73,7 @@ def model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.option("--seq-len", type=click.IntRange(min=1), help="Tokens per sample (default: the model's).")(command)
     return click.option(
         "--model", "model_name", required=True,
-        help="A name (schedlab models), a Hugging Face config.json, or package.module:function returning (module, inputs).",
+        help="A name (schedlab models), a Hugging Face config.json, or package.module:function or FILE.py:function returning (module, inputs).",
     )(command)  # fmt: skip
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -97,24 +102,46 @@ def micro_batches(inputs: Mapping[str, Any], size: int) -> list[dict[str, Any]]:
 
 
 def traced_model(name: str, *, batch: int | None, seq_len: int | None) -> TracedModel:
-    """A named definition, or ``package.module:function``.
+    """A named definition, ``package.module:function`` or ``FILE.py:function``.
 
     Raises:
-        InputError: the module cannot be imported, has no such function, or the name is unknown.
+        InputError: the module or file cannot be imported, has no such function, or the name is unknown.
     """
     if ":" not in name:
         return TracedModel(name=name, factory=partial(models.build, name, batch=batch, seq_len=seq_len))
-    module_name, function = name.split(":", 1)
+    module_name, function = name.rsplit(":", 1)
     try:
-        factory = getattr(importlib.import_module(module_name), function)
-    except (ImportError, AttributeError) as error:
+        module = _module_of_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
+        factory = getattr(module, function)
+    except (ImportError, AttributeError, OSError, SyntaxError) as error:
         raise InputError(
             source="--model", key="name", value=name, rule=f"cannot be imported: {error}",
-            remedy="name a module on the Python path and a function in it: package.module:function",
+            remedy="name a module on the Python path, or a file, and a function in it: package.module:function, FILE.py:function",
         ) from error  # fmt: skip
     if batch is not None or seq_len is not None:
         factory = _with_arguments(factory, name, batch=batch, seq_len=seq_len)
     return TracedModel(name=name, factory=factory)
+
+
+def _module_of_file(path: Path) -> ModuleType:
+    """The module in a file, run once; modules beside it can be imported, as where the file is run itself."""
+    whole = path.resolve()
+    name = f"model_file_{hashlib.sha256(str(whole).encode()).hexdigest()[:16]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, whole)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    if str(whole.parent) not in sys.path:
+        sys.path.append(str(whole.parent))
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
 
 
 def _with_arguments(factory: Any, name: str, *, batch: int | None, seq_len: int | None) -> Any:

@@ -24,7 +24,7 @@ def test_an_unknown_name_lists_the_known() -> None:
         model_source("gpt5")
     message = str(caught.value)
     assert message.startswith("--model: name = 'gpt5': unknown name; known are ")
-    assert message.endswith("; or give a config.json, or package.module:function")
+    assert message.endswith("; or give a config.json, package.module:function or FILE.py:function")
     listed = message.partition("known are ")[2].partition("; or")[0].split(", ")
     assert listed == sorted({*PRESETS, *MODELS})
 
@@ -101,8 +101,8 @@ def test_a_plan_that_the_model_or_one_device_cannot_do_is_refused(tmp_path: Path
         source.resolve(Plan(parallel=Parallel(tp=3)))
     with pytest.raises(InputError, match=r"parallel.tp = 2: not simulated yet on a single device; leave it at 1"):
         source.resolve(Plan(parallel=Parallel(tp=2)))
-    with pytest.raises(InputError, match=r"precision.compute = 'fp16': not simulated yet on a single device; leave it at fp32"):
-        model_source(OURS).resolve(Plan(precision=Precision(compute="fp16")))
+    with pytest.raises(InputError, match=r"precision.compute = 'fp8': not simulated yet on a single device; leave it at fp32"):
+        model_source(OURS).resolve(Plan(precision=Precision(compute="fp8")))
 
 
 def test_a_model_at_a_plans_batch(tmp_path: Path) -> None:

@@ -121,3 +121,31 @@ def test_a_named_definition() -> None:
     assert inputs["images"].shape[0] == 2
     with pytest.raises(UnknownNameError, match="known are resnet18"):
         traced_model("resnet19", batch=None, seq_len=None).build()
+
+
+def test_a_function_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (tmp_path / "sizes_beside.py").write_text("WIDTH = 3\n", encoding="utf-8")
+    path = tmp_path / "my model.py"
+    path.write_text(
+        "import torch\nfrom sizes_beside import WIDTH\n"
+        "def made(batch=4):\n    return torch.nn.Linear(WIDTH, 2), torch.zeros(batch, WIDTH)\n",
+        encoding="utf-8",
+    )
+    _, inputs = traced_model(f"{path}:made", batch=None, seq_len=None).build()
+    assert inputs["input"].shape == (4, 3)
+    _, inputs = traced_model(f"{path}:made", batch=2, seq_len=None).build()
+    assert inputs["input"].shape == (2, 3)
+    sys.modules.pop("sizes_beside", None)
+
+
+@pytest.mark.parametrize(("text", "rule"), [(None, "No such file"), ("def (", "invalid syntax"), ("x = 1", "no attribute 'f'")])
+def test_a_file_that_has_no_such_function_is_refused(
+    text: str | None, rule: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    path = tmp_path / "broken.py"
+    if text is not None:
+        path.write_text(text, encoding="utf-8")
+    with pytest.raises(InputError, match=rf"cannot be imported: .*{rule}"):
+        traced_model(f"{path}:f", batch=None, seq_len=None)
