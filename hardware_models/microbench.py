@@ -27,7 +27,7 @@ from hardware_models.microbench_light import light_cases
 from hardware_models.microbench_plan import mirrored
 from hardware_models.microbench_samples import Measured, load_previous, noise, sample, store
 from hardware_models.microbench_timing import Stopwatch
-from hardware_models.yardstick import Yardstick
+from hardware_models.microbench_yardstick import Yardstick
 
 Progress = Callable[[str, float], None]
 """Called with what is being done and the fraction done, 0 to 1."""

@@ -14,7 +14,7 @@ import torch
 
 from hardware_models.microbench_environment import available_host_bytes
 from hardware_models.microbench_timing import Lanes
-from hardware_models.one_thread import one_thread_worker
+from hardware_models.microbench_worker import one_thread_worker
 
 COPY_BYTES = tuple(2**exponent for exponent in range(12, 31, 2))
 """4 KiB to 1 GiB."""

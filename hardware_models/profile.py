@@ -158,7 +158,7 @@ class DeviceProfile:
     workspace_bytes: int = 0
     """What the product library takes of the allocator's memory at its first call, per stream."""
     yardstick_s: float = 0.0
-    """Seconds of `hardware_models.yardstick` while kernels were measured, by the same statistic as theirs; 0 where not known."""
+    """Seconds of `hardware_models.microbench_yardstick` while kernels were measured, by the same statistic as theirs; 0 where not known."""
     light: BandwidthRamp | None = None
     """Time of kernels that only move bytes; None where not known (a CPU)."""
     host_dispatch: HostDispatch | None = None

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from hardware_models.one_thread import one_thread_worker
+from hardware_models.microbench_worker import one_thread_worker
 from simulator.program import Stream
 
 Work = Callable[[], None]

@@ -23,7 +23,7 @@ import torch
 from hardware_models.errors import InputError
 from hardware_models.microbench import problem_of
 from hardware_models.microbench_environment import GpuMonitor, environment
-from hardware_models.yardstick import Yardstick
+from hardware_models.microbench_yardstick import Yardstick
 from simulator.host_schedule import host_shares
 from simulator.sequence import check_sequence
 from simulator.timeline import Timeline

@@ -6,7 +6,7 @@ from threading import Thread
 
 import torch
 
-from hardware_models.one_thread import one_thread_worker
+from hardware_models.microbench_worker import one_thread_worker
 
 
 def test_a_worker_is_one_thread_and_others_keep_theirs() -> None:
