@@ -12,7 +12,7 @@ from hardware_models.profile import DeviceProfile
 from simulator.lower import PassPrices, Price
 from simulator.parallel.compiled_kernels import compiled_workload
 from simulator.parallel.early_stop import stops_early, with_early_stop
-from simulator.parallel.eight_bit import eight_bit_workload
+from simulator.parallel.eight_bit import eight_bit_workload, without_timed_casts
 from simulator.parallel.framework import FUSED_ACCUMULATION, operators_of
 from simulator.parallel.fused_kernels import column_products
 from simulator.parallel.host_dispatch import dispatch_of, host_seconds, with_dispatch
@@ -109,6 +109,8 @@ def _priced_model(
     own = price_in(
         PRICED_IN.get(precision.compute, precision.compute), device.value, launch="graph" if runtime.cuda_graphs else "stream"
     )
+    if precision.compute == "fp8":
+        own = without_timed_casts(own, device.value)
     return PricedModel(
         plan=plan, config=config, device=device.value, seq_len=seq_len, workload=ready,
         price=own, prices=PassPrices(own),

@@ -49,6 +49,16 @@ def test_the_spread_is_that_of_the_quantile_without_what_prices_explain() -> Non
     assert spread_of([residual("a", 0.01, kernel_error=0.05)]) == 0.0
 
 
+def test_each_row_is_held_by_an_interval_with_its_own_prices() -> None:
+    """Rows of well and of badly known prices: the spread is what the worst of the best four fifths needs beyond its own."""
+    known = [residual("a", 0.10, kernel_error=0.01) for _ in range(8)]
+    unknown = [residual("a", 0.30, kernel_error=0.25) for _ in range(2)]
+    spread = spread_of([*known, *unknown])
+    assert spread == pytest.approx(sqrt((0.10 / NORMAL_Z) ** 2 - 0.01**2))
+    held = [abs(one.error) <= half_width(spread, one.kernel_error) * (1 + 1e-9) for one in [*known, *unknown]]
+    assert sum(held) >= 8
+
+
 def test_tables_count_alike_however_long_they_are() -> None:
     many = [residual("long", 0.01) for _ in range(100)] + [residual("short", 0.5)]
     assert spread_of(many) == pytest.approx(0.5 / NORMAL_Z)

@@ -7,18 +7,23 @@ from dataclasses import replace
 
 import pytest
 
+from hardware_models.aliases import known_devices
 from hardware_models.catalogue import load_hardware
 from hardware_models.kernel import Kernel
+from hardware_models.kernel_tables import gemm_kernel
+from hardware_models.pricing import price
 from simulator.parallel.eight_bit import (
     eight_bit_workload,
     kept_weight_bytes,
     recipe_of,
     weight_cast_seconds,
     weight_elements,
+    without_timed_casts,
 )
 from simulator.parallel.framework import operators_of
 from simulator.parallel.priced_model import priced_model
 from simulator.plan import Plan
+from simulator.precision import price_in
 from simulator.presets import build_workload, preset
 from simulator.workload import Block
 from tests.simulator.parallel.step_cases import SEQ_LEN, plan_of, small_config
@@ -155,3 +160,48 @@ def test_eight_bits_are_faster_than_sixteen() -> None:
         return sum(model.prices.seconds(block.options[0].forward) for block in model.workload.blocks)  # type: ignore[attr-defined]
 
     assert 0.45 * seconds(sixteen) < seconds(eight) < 0.95 * seconds(sixteen)
+
+
+def product(m: int, n: int, k: int, dtype: str = "float8_e4m3fn") -> Kernel:
+    return gemm_kernel(m, n, k, dtype)
+
+
+def test_timings_of_whole_layers_hold_a_cast_that_is_taken_off() -> None:
+    """Where products are short for what they read, by the cast; never below the peak; products in bfloat16 as they are."""
+    own = price_in("bf16", H100)
+    short, wide = product(8192, 1024, 1024), product(8192, 1024, 1024, "bfloat16")
+    cast = kernel_of_copy(8192 * 1024)
+    priced = without_timed_casts(own, H100)([short, wide])
+    assert priced[0] == pytest.approx(own([short])[0] - price([cast], H100)[0])
+    assert priced[1] == own([wide])[0]
+    large = product(131072, 8192, 8192)
+    assert without_timed_casts(own, H100)([large])[0] >= large.flops / H100.peak("float8_e4m3fn")
+
+
+def test_borrowed_curves_hold_the_cast_of_the_board_that_was_timed() -> None:
+    """The H100 of 96 GB has slower memory; what its curve holds is the cast on the one of 80 GB."""
+    slow = load_hardware("h100-sxm-96gb")
+    own, short = price_in("bf16", slow), product(8192, 1024, 1024)
+    taken_s = own([short])[0] - without_timed_casts(own, slow)([short])[0]
+    assert taken_s == pytest.approx(price([kernel_of_copy(8192 * 1024)], H100)[0])
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in known_devices() if (load_hardware(name).architecture in {"hopper", "ada", "blackwell"})]
+)
+def test_every_board_with_eight_bits_has_such_a_price(name: str) -> None:
+    device = load_hardware(name)
+    priced = without_timed_casts(price_in("bf16", device), device)([product(4096, 4096, 4096)])
+    assert 0.0 < priced[0] <= price_in("bf16", device)([product(4096, 4096, 4096)])[0]
+
+
+def kernel_of_copy(elements: int) -> Kernel:
+    return Kernel(
+        kernel_class="copy",
+        op="to_float8",
+        shape=(elements,),
+        dtype="bfloat16",
+        flops=0,
+        read_bytes=2 * elements,
+        written_bytes=elements,
+    )
