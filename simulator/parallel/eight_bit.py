@@ -43,6 +43,8 @@ class Recipe:
     """A pass of its own reads an operand for its largest magnitude before the cast."""
     transposes_later: bool
     """The backward pass makes inputs' second order from what the forward pass kept; else the cast writes both orders at once."""
+    by_rows: bool = False
+    """Each row has a scale, so that each order of an operand is looked through and cast by itself."""
     keeps_weights: bool
     """Casts of weights stay for all micro-batches of a step; else each pass makes them."""
 
@@ -63,10 +65,11 @@ keeps casts of weights where ``is_first_microbatch`` is given (transformer_engin
 
 
 def recipe_of(plan: Plan, device: DeviceProfile) -> Recipe:
-    """The recipe of a plan's framework on a device."""
+    """The recipe of a plan's framework on a device; torchtitan gathers in bfloat16 where torchao scales by rows, and only there."""
     found = RECIPES.get(plan.runtime.framework, _TRANSFORMER_ENGINE)
-    blocks = device.architecture == _BLOCKWISE and found is not _TORCHAO
-    return replace(found, finds_scale=found.finds_scale and not blocks)
+    if found is _TORCHAO:
+        return replace(found, by_rows=not gathers_eight_bits(plan))
+    return replace(found, finds_scale=found.finds_scale and device.architecture != _BLOCKWISE)
 
 
 def eight_bit_workload(
@@ -81,7 +84,7 @@ def eight_bit_workload(
     **Source**: `RECIPES`.
 
     **Not modelled**: copies' bytes while a pass runs; scales (1/32 of the bytes of blocks); casts fused into a norm or an activation where nothing is compiled; slower transposes of compiled kernels
-    (pytorch/pytorch#130015); that scales by rows (torchao's ``rowwise``) are looked for once for each order.
+    (pytorch/pytorch#130015).
 
     Args:
         workload: of one micro-batch on one rank, in bfloat16.
@@ -152,12 +155,14 @@ class _Casts:
         """Before the product that makes an input's gradient: the output's gradient for it and for the weight's one."""
         m, n, k = product.shape
         own = self._operand(m * k, gathered=gathered, both=True)
-        return [*own, _copy(n * k, _WIDE, 1)] if self.recipe.transposes_later else own
+        return [*own, *_again(n * k, self.recipe)] if self.recipe.transposes_later else own
 
     def weight_gradient(self, product: Kernel, *, opens: bool, gathered: bool) -> list[Kernel]:
         """Before the product that makes a weight's gradient: the input in its second order."""
         k, _n, m = product.shape
-        return [_copy(k * m, 1 if gathered and self.parts > 1 else _WIDE, 1)] if opens and self.recipe.transposes_later else []
+        if not opens or not self.recipe.transposes_later:
+            return []
+        return [_copy(k * m, 1, 1)] if gathered and self.parts > 1 else _again(k * m, self.recipe)
 
     def _operand(self, elements: int, *, gathered: bool, both: bool) -> list[Kernel]:
         if not gathered or self.parts == 1:
@@ -165,7 +170,14 @@ class _Casts:
         return [*_cast(elements // self.parts, self.recipe, both=False), *([_copy(elements, 1, 1)] if both else [])]
 
 
+def _again(elements: int, recipe: Recipe) -> list[Kernel]:
+    """The second order of what was cast before."""
+    return _cast(elements, recipe, both=False) if recipe.by_rows else [_copy(elements, _WIDE, 1)]
+
+
 def _cast(elements: int, recipe: Recipe, *, both: bool) -> list[Kernel]:
+    if both and recipe.by_rows:
+        return 2 * _cast(elements, recipe, both=False)
     look = [kernel("reduction", "amax", (1, elements), "bfloat16", read_bytes=elements * _WIDE, written_bytes=4)]
     return [*(look if recipe.finds_scale else []), _copy(elements, _WIDE, 2 if both else 1)]
 

@@ -78,6 +78,19 @@ def test_torchao_casts_weights_in_each_pass_and_transposes_inputs_later() -> Non
     assert sorted(backward) == sorted([*later, *outputs, *[("to_float8", 2 * weight, weight)] * 3])
 
 
+def test_scales_by_rows_are_looked_for_in_each_order() -> None:
+    """Gathers in bfloat16 tell that: outputs' gradients twice, inputs and weights once more."""
+    plan = of("torchtitan")
+    plan = replace(plan, precision=replace(plan.precision, comm="bf16"))
+    made = build_workload(LLAMA, micro_batch=1, seq_len=SEQ_LEN, dtype="bfloat16", operators=operators_of(plan))
+    cast = eight_bit_workload(made, plan, LLAMA, H100, tokens=TOKENS)
+    network = next(block for block in cast.blocks if block.name == "network")
+    weight, stream, inner = HIDDEN * FFN, TOKENS * HIDDEN, TOKENS * FFN
+    backward = moved(network.options[0].backward.kernels)
+    outputs = [*scaled(stream, 1), *scaled(inner, 1), *scaled(inner, 1)]
+    assert sorted(backward) == sorted([*outputs, *outputs, *scaled(stream, 1), *scaled(inner, 1), *3 * scaled(weight, 1)])
+
+
 def test_queries_keys_and_values_share_a_cast_and_the_projection_does_not() -> None:
     attention = blocks("torchtitan")["attention"]
     stream = scaled(TOKENS * HIDDEN, 1)
