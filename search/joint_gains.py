@@ -59,14 +59,14 @@ class Setting:
 
 
 SETTINGS = (
-    Setting(name="GPT-2 XL, 16 GB", model="gpt-xl", hardware="rtx-4090", batch=8, seq_len=1024, memory_gb=16.0),
-    Setting(name="GPT-2 XL, V100 16 GB", model="gpt-xl", hardware="v100-sxm2-16gb", batch=8, seq_len=1024, precision="fp32"),
-    Setting(name="GPT-2 XL, RTX 4090", model="gpt-xl", hardware="rtx-4090", batch=16, seq_len=1024),
-    Setting(name="Llama 3 8B, RTX 4090", model="llama-8b", hardware="rtx-4090", batch=4, seq_len=2048),
+    Setting(name="GPT-2 XL, 16 GB", model="gpt-xl", hardware="rtx-4090", batch=4, seq_len=1024, memory_gb=16.0),
+    Setting(name="GPT-2 XL, V100 16 GB", model="gpt-xl", hardware="v100-sxm2-16gb", batch=4, seq_len=1024, precision="fp32"),
+    Setting(name="GPT-2 XL, RTX 4090", model="gpt-xl", hardware="rtx-4090", batch=8, seq_len=1024),
+    Setting(name="Llama 3 8B, RTX 4090", model="llama-8b", hardware="rtx-4090", batch=2, seq_len=2048),
     Setting(name="Llama 3 8B, H100 80 GB", model="llama-8b", hardware="h100-sxm", batch=4, seq_len=2048),
     Setting(name="FNO-3D 256^3, RTX 4090", model="fno3d-256", hardware="rtx-4090", batch=1, precision="fp32"),
     Setting(name="FNO-3D 256^3, V100 16 GB", model="fno3d-256", hardware="v100-sxm2-16gb", batch=1, precision="fp32"),
-    Setting(name="Llama 3.2 1B, L4", model="llama-1b", hardware="l4", batch=4, seq_len=2048),
+    Setting(name="Llama 3.2 1B, L4", model="llama-1b", hardware="l4", batch=2, seq_len=2048),
 )
 """Eight settings: language models and a neural operator on 16 to 80 GB."""
 

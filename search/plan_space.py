@@ -108,7 +108,8 @@ class PlanSearch:
             if best is not None and bound >= best.candidate.step_time_s:
                 break
             try:
-                found = self.best_at(point, budget_bytes)
+                below_s = math.inf if best is None else best.candidate.step_time_s
+                found = self.best_at(point, budget_bytes, below_s=below_s)
             except InfeasibleError as error:
                 refused.append(error)
                 continue
@@ -122,18 +123,23 @@ class PlanSearch:
         """Seconds that no plan of a point within a budget is below."""
         return self.solver(point.micro_batch, point.precision).bound.lower_bound_s(budget_bytes, point.cell)
 
-    def best_at(self, point: Point, budget_bytes: int) -> Found:
+    def best_at(self, point: Point, budget_bytes: int, *, below_s: float = math.inf) -> Found:
         """The fastest plan of a point that fits the budget and, with what the allocator reserves, the device.
 
+        Args:
+            point: of the space.
+            budget_bytes: most bytes of live tensors.
+            below_s: plans that compute for longer are not looked at.
+
         Raises:
-            InfeasibleError: none fits; says the least budget that does.
+            InfeasibleError: none fits, or none that does computes for less; says the least budget that fits.
         """
         solver, device = self.solver(point.micro_batch, point.precision), self.request.device
         budget = budget_bytes
         for _ in range(RESERVED_TRIES):
-            candidate = solver.best(budget, point.cell)
+            candidate = solver.best(budget, point.cell, below_s=below_s)
             found = Found(micro_batch=point.micro_batch, precision=point.precision, candidate=candidate)
-            if device.kind == "cpu":
+            if device.kind == "cpu" or candidate.step_time_s >= below_s:
                 return found
             excess = max(self.simulate(found).peak_reserved_bytes) + device.context_bytes - device.memory_bytes
             if excess <= 0:
@@ -227,7 +233,7 @@ class PlanSearch:
                     return best
                 with suppress(InfeasibleError):
                     point = Point(micro_batch=found.micro_batch, precision=found.precision, cell=cell)
-                    best = min(best, self.best_at(point, budget_bytes), key=rank)
+                    best = min(best, self.best_at(point, budget_bytes, below_s=best.candidate.step_time_s), key=rank)
         return best
 
     def plan_of(self, found: Found) -> Plan:

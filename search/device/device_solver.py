@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
@@ -28,6 +29,10 @@ SHARE_BITS = 5
 POFO_LABELS = 32
 """Partial schedules a stage of the solver of recompute and offload."""
 POFO_SLOTS = 300
+POFO_TRIES = 4
+"""How often its room is lowered because its plan needs more than the budget."""
+EXCESS_FACTOR = 1.25
+"""By how many times what it needs too much: recompute puts some of the room back."""
 KEPT_LAST = (1, 2, 3, 4, 6, 8, 12, 16)
 """So many last blocks may keep their activations: they come back at once."""
 
@@ -69,13 +74,18 @@ class DeviceSolver:
         found = [self.evaluator.evaluate(name, operations, shares) for name, operations in self._lean_sequences()]
         return min(found, key=lambda one: (one.peak_bytes, one.step_time_s))
 
-    def best(self, budget_bytes: int, cell: HostCell) -> Candidate:
+    def best(self, budget_bytes: int, cell: HostCell, *, below_s: float = math.inf) -> Candidate:
         """The fastest plan within a budget at the upper end of a cell, all its micro-batches lowered.
 
+        Args:
+            budget_bytes: most bytes of live tensors on the device.
+            cell: fractions of parameters and optimizer states.
+            below_s: plans that compute for longer are not looked at.
+
         Raises:
-            InfeasibleError: none fits; says the least budget that does.
+            InfeasibleError: none fits, or none that does computes for less; says the least budget that fits.
         """
-        best = self._at(budget_bytes, cell.weights_high, cell.optimizer_high)
+        best = self._at(budget_bytes, cell.weights_high, cell.optimizer_high, below_s)
         if best is None:
             raise self._refusal(budget_bytes, self.least(cell).peak_bytes)
         return self.evaluator.exact(self._polished(best, budget_bytes))
@@ -98,20 +108,28 @@ class DeviceSolver:
             raise self._refusal(budget_bytes, least)
         return best
 
-    def _at(self, budget_bytes: int, weights: float, optimizer: float) -> Candidate | None:
-        """The fastest plan with these fractions within a budget; None where none fits."""
+    def _at(self, budget_bytes: int, weights: float, optimizer: float, below_s: float) -> Candidate | None:
+        """The fastest plan with these fractions within a budget; None where none fits that computes for less than ``below_s``."""
         best: Candidate | None = None
-        found = sorted(self._sequences(budget_bytes, weights, optimizer), key=lambda one: self.evaluator.compute_s(one[1]))
-        for name, operations in found:
-            if best is not None and self.evaluator.compute_s(operations) >= best.step_time_s:
+        found = [(self.evaluator.compute_s(one[1]), *one) for one in self._sequences(budget_bytes, weights, optimizer)]
+        for compute_s, name, operations in sorted(found, key=lambda one: one[0]):
+            if compute_s >= min(below_s, below_s if best is None else best.step_time_s):
                 break
-            shares = self._least_shares(operations, budget_bytes, weights, optimizer)
-            if shares is not None:
-                best = _better(best, self.evaluator.evaluate(name, operations, shares), budget_bytes)
+            best = self._with_least_shares(best, name, operations, budget_bytes, weights, optimizer)
         for operations, shares in self._together(budget_bytes, weights, optimizer):
-            if best is None or self.evaluator.compute_s(operations) < best.step_time_s:
+            if self.evaluator.compute_s(operations) < min(below_s, below_s if best is None else best.step_time_s):
                 best = _better(best, self.evaluator.evaluate("optimal", operations, shares), budget_bytes)
+                best = self._with_least_shares(best, "optimal", operations, budget_bytes, weights, optimizer)
         return best
+
+    def _with_least_shares(
+        self, best: Candidate | None, name: str, operations: tuple[Operation, ...], budget_bytes: int, weights: float, optimizer: float
+    ) -> Candidate | None:  # fmt: skip
+        """The better of a candidate and a sequence beside the least share of activations with which it fits."""
+        shares = self._least_shares(operations, budget_bytes, weights, optimizer)
+        if shares is None:
+            return best
+        return _better(best, self.evaluator.evaluate(name, operations, shares), budget_bytes)
 
     def _sequences(self, budget_bytes: int, weights: float, optimizer: float) -> Iterator[tuple[str, tuple[Operation, ...]]]:
         """Sequences worth trying, by name."""
@@ -173,21 +191,28 @@ class DeviceSolver:
     def _together(
         self, budget_bytes: int, weights: float, optimizer: float
     ) -> Iterator[tuple[tuple[Operation, ...], HostShares]]:
-        """What the solver of recompute and offload chooses for the chain in the room that fractions leave."""
+        """What the solver of recompute and offload chooses for the chain in the room that fractions leave, less of it as long as the step needs more than the budget.
+
+        The solver lets copies wait as memory allows and counts no staging; a host schedule drops what left two moments later.
+        """
         if self.lanes is None or not {"recompute", "activations"} <= set(self.techniques):
             return
         spare = budget_bytes - self.evaluator.resident_bytes(self._shares(0.0, weights, optimizer))
         link = HostLink(out_bytes_per_s=self.lanes.to_host_bytes_per_s, in_bytes_per_s=self.lanes.to_device_bytes_per_s)
-        problem = OffloadProblem(chain=self.recompute.problem, link=link)
-        least = max(
-            option.saved_internal_bytes + block.output_bytes for block in self.workload.blocks for option in block.options
-        )
-        for room in (spare, spare - least, spare - 2 * least):
+        weights_s = tuple(weights * block.parameter_bytes / link.in_bytes_per_s for block in self.workload.blocks)
+        problem = OffloadProblem(chain=self.recompute.problem, link=link, in_busy_s=weights_s)
+        room = spare
+        for _ in range(POFO_TRIES):
             try:
                 found = solve_offload(problem, room, num_slots=POFO_SLOTS, most_labels=POFO_LABELS)
             except InfeasibleError:
                 return
-            yield found.operations, self._shares_of(found, weights, optimizer)
+            shares = self._shares_of(found, weights, optimizer)
+            yield found.operations, shares
+            excess = self.evaluator.peak_bytes(found.operations, shares) - budget_bytes
+            if excess <= 0:
+                return
+            room -= int(EXCESS_FACTOR * excess)
 
     def _shares_of(self, found: OffloadSolution, weights: float, optimizer: float) -> HostShares:
         """Blocks whose items go: those of a graph by its block, a boundary by the block that reads it."""
