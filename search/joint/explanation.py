@@ -56,7 +56,7 @@ class Explanation:
 def explained(
     plan: Plan, expert_plans: dict[str, Plan], request: JointRequest, source: ModelSource, device: DeviceProfile
 ) -> Explanation:
-    """The explanation of a plan; some tens of simulations for each expert.
+    """The explanation of a plan; some tens of simulations for each expert. Whether a plan fits is told by its live bytes: the allocator's reserve takes longer than all else.
 
     Args:
         plan: that won.
@@ -69,7 +69,8 @@ def explained(
 
     def simulated(one: Plan) -> ParallelSimulation:
         if one not in known:
-            known[one] = simulate_on_cluster(source, one, request.cluster, gpus=request.cluster.num_gpus, device=device)
+            gpus = request.cluster.num_gpus
+            known[one] = simulate_on_cluster(source, one, request.cluster, gpus=gpus, device=device, reserved=False)
         return known[one]
 
     def forecast(one: Plan) -> Forecast:
