@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 
 from hardware_models.kernel import Kernel
@@ -18,63 +18,27 @@ shape without, at 85% of the memory's bandwidth; B200 scatters more: 0.75 (0.20 
 ``accumulate=True, out_dtype=fp32``."""
 _PRODUCT_BYTES = 2
 """Per element, written by a product that adds to nothing."""
-EAGER_SCRIPTS = ("megatron-core@2023",)
-"""Frameworks whose scripted functions (GELU with its bias; bias, dropout and residual sum) run operator by operator in forward passes.
-
-**Source**: Qi et al. 2024 (arXiv 2401.10241, table 6) time forward passes as long as the inputs' gradients, 18.5 and 18.1 ms, 11.3 and 11.2 ms a stage, though these have two products and a
-pass over the scores more. With these functions in one kernel both forward passes come out 15% short; without, 10% long and right. Backward ones must be fused: else they would be half as
-long again. Inferred from these times: which of torch's fusers ran is not stated."""
-_GELU_READS = (1, 1, 1, 1, 2, 1, 2, 1, 1, 2)
-"""Tensors that each operator of ``x = y + bias; x * 0.5 * (1 + tanh(0.79788456 * x * (1 + 0.044715 * x * x)))`` reads (Megatron-LM megatron/core/fusions/fused_bias_gelu.py)."""
 
 
-def fuse_kernels(block: Block, *, scripted: bool = True) -> Block:
+def fuse_kernels(block: Block) -> Block:
     """The block with scale, mask and softmax in one kernel, and dropout and residual sum in one.
 
     **Source**: Narayanan et al. 2021 (arXiv 2104.04473), section 4.2.
 
-    **Not modelled**: softmax in float32 with casts around it keeps its kernels; memory of intermediate values where scripts are not fused.
-
-    Args:
-        block: operator by operator.
-        scripted: whether forward passes run scripted functions in one kernel (`EAGER_SCRIPTS`).
+    **Not modelled**: softmax in float32 with casts around it keeps its kernels.
     """
-    forward = fused_pass if scripted else _unscripted_pass
     options = tuple(
         replace(
-            option, forward=forward(option.forward), backward=fused_pass(option.backward),
+            option, forward=fused_pass(option.forward), backward=fused_pass(option.backward),
             backward_accumulate=fused_pass(option.backward_accumulate),
         )
         for option in block.options
     )  # fmt: skip
-    return replace(block, discard=forward(block.discard), options=options)
+    return replace(block, discard=fused_pass(block.discard), options=options)
 
 
-def _unscripted_pass(run: Pass) -> Pass:
-    """The forward pass with its softmax in one kernel, but GELU, and the bias before dropout, operator by operator."""
-    fused = fused_pass(run, sums=False)
-    more: dict[int, tuple[Kernel, ...]] = {}
-    for n, kernel in enumerate(fused.kernels):
-        if kernel.op == "gelu":
-            more[n] = tuple(pointwise("gelu", kernel.shape[0], kernel.dtype, num_read=reads) for reads in _GELU_READS)
-        elif kernel.op == "native_dropout" and fused.kernels[n + 1 : n + 2] and fused.kernels[n + 1].op == "add":
-            more[n] = (pointwise("add", kernel.shape[0], kernel.dtype), kernel)
-    return _with_more(fused, more)
-
-
-def _with_more(run: Pass, more: Mapping[int, tuple[Kernel, ...]]) -> Pass:
-    """The pass with several kernels in place of some; memory comes and goes around all of them."""
-    kernels: list[Kernel] = []
-    before = [0]
-    for n, kernel in enumerate(run.kernels):
-        kernels += more.get(n, (kernel,))
-        before.append(len(kernels))
-    memory = tuple(replace(event, kernel=before[event.kernel]) for event in run.memory)
-    return Pass(kernels=tuple(kernels), memory=memory)
-
-
-def fused_pass(run: Pass, *, sums: bool = True) -> Pass:
-    """The pass without scaling and masking beside its softmax, and, with ``sums``, what is left of sums behind dropout."""
+def fused_pass(run: Pass) -> Pass:
+    """The pass without scaling and masking beside its softmax, and with what is left of sums behind dropout."""
     kernels = list(run.kernels)
     dropped: set[int] = set()
     for n, kernel in enumerate(kernels):
@@ -85,9 +49,7 @@ def fused_pass(run: Pass, *, sums: bool = True) -> Pass:
                 before -= 1
         elif kernel.op == "mul" and n and kernels[n - 1].op == "_softmax_backward_data":
             dropped.add(n)
-        elif (
-            sums and kernel.op == "add" and n and kernels[n - 1].op == "native_dropout" and kernels[n - 1].shape == kernel.shape
-        ):
+        elif kernel.op == "add" and n and kernels[n - 1].op == "native_dropout" and kernels[n - 1].shape == kernel.shape:
             kernels[n] = pointwise("add", max(1, kernel.shape[0] // _FUSED_TRAFFIC), kernel.dtype, num_read=2)
     return without(replace(run, kernels=tuple(kernels)), dropped)
 

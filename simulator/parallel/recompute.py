@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from simulator.parallel.early_stop import option_again
 from simulator.parallel.framework import FUSED_ACCUMULATION, TRANSFORMER_ENGINE, operators_of, with_spare_gradient
-from simulator.parallel.fused_kernels import EAGER_SCRIPTS, accumulating, fuse_kernels, without
+from simulator.parallel.fused_kernels import accumulating, fuse_kernels, without
 from simulator.parallel.memory import GRADIENT_BYTES
 from simulator.parallel.stages import LAYER_ENDS, Stage
 from simulator.plan import Plan
@@ -87,7 +87,7 @@ def _fitted(block: Block, plan: Plan, config: TransformerConfig, *, dtype: str, 
                 (event.delta_bytes for event in options[0].backward.memory if event.buffer in _GRADIENTS), default=0
             )
             options = tuple(with_spare_gradient(option, size_bytes=size_bytes) for option in options)
-    return fuse_kernels(replace(block, options=options), scripted=plan.runtime.framework not in EAGER_SCRIPTS)
+    return fuse_kernels(replace(block, options=options))
 
 
 def _recomputes_cores(plan: Plan) -> bool:

@@ -77,29 +77,6 @@ def test_the_product_behind_which_a_sum_hides_is_the_first_ones_weight_gradient(
     assert column_products(found["head"], HIDDEN, BATCH * SEQ_LEN) == ()
 
 
-def test_scripts_that_are_not_fused_run_operator_by_operator_forward_only() -> None:
-    """GELU of 4 h columns: seven operators of a read and a write and three of two reads; a bias added before dropout; the residual sum whole: two bytes an element."""
-    block = blocks()["network"]
-    fused, eager = fuse_kernels(block), fuse_kernels(block, scripted=False)
-    wide = 4 * STREAM
-    gelu = 2 * (7 * 2 + 3 * 3) * wide - 2 * 2 * wide
-    sums = 2 * 2 * STREAM + 2 * 3 * STREAM - 3 * 2 * (STREAM // 3)
-    assert total_bytes(eager.discard) - total_bytes(fused.discard) == gelu + sums
-    assert total_bytes(eager.options[0].forward) - total_bytes(fused.options[0].forward) == gelu + sums
-    assert eager.options[0].backward == fused.options[0].backward
-
-
-def test_memory_comes_and_goes_around_all_operators_of_a_script() -> None:
-    """Every kernel of the fused pass still stands where the same bytes are alive."""
-    run = blocks()["network"].discard
-    eager = fuse_kernels(blocks()["network"], scripted=False).discard
-    assert [event.delta_bytes for event in eager.memory] == [event.delta_bytes for event in run.memory]
-    assert len(eager.kernels) == len(run.kernels) + 9 + 1
-    gelu = next(n for n, kernel in enumerate(run.kernels) if kernel.op == "gelu")
-    moved = {before.kernel: after.kernel for before, after in zip(run.memory, eager.memory, strict=True)}
-    assert all(after == before + 9 * (before > gelu) for before, after in moved.items() if before <= gelu + 1)
-
-
 def test_gradients_of_two_bytes_are_read_once_more() -> None:
     """12,000 elements: half of the six more bytes of a float32 gradient, or of the two of another, by a kernel that moves eight an element."""
     option = blocks()["network"].options[0]
