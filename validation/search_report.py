@@ -33,7 +33,9 @@ def joint_report(result: JointResult, model: str, out: Path | None) -> Renderabl
     """
     best = result.simulation
     parts: list[RenderableType] = [_headline(result, model), _plans_table(result)]
-    if out is None and result.differences and result.expert is not None:  # with a folder, the whole way there is printed
+    if result.expert is not None and not result.differences:
+        parts.append(f"The best plan is that of {result.expert.name}.")
+    elif result.expert is not None and out is None:  # with a folder, the whole way there is printed
         parts.append(_decisions_table(result, result.expert))
     parts += [f"The step: {_shares(best)}.", _proof_line(result), _next_line(result, model, out)]
     return Group(*parts)

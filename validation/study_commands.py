@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.table import Table
 
 from hardware_models.catalogue import load_hardware
 from hardware_models.errors import UnknownNameError
@@ -21,9 +20,9 @@ from simulator.parallel.orders import order_of
 from simulator.plan import Plan, check_model
 from simulator.plan_file import read_plan
 from simulator.presets import PRESETS, TransformerConfig, load_config, preset
-from simulator.what_if import Effect, Prediction, Setting, effect_of, parse_change, sensitivities
+from simulator.what_if import Prediction, Setting, effect_of, parse_change, sensitivities
 from validation.command_line import hardware_option, model_options, reported, stderr
-from validation.reports import table_of
+from validation.what_if_report import telling, what_if_report
 
 FACTOR = 2.0
 """How much better and worse each value of the hardware is made."""
@@ -64,30 +63,13 @@ def what_if(
     alone = [effect_of((change,), setting, base, predict) for change in wanted] if len(wanted) > 1 else []
     pairs = sensitivities(setting, base, predict, factor=FACTOR)
     if plot_path:
-        bars = [(better.key, 1.0 / better.speedup - 1.0, 1.0 / worse.speedup - 1.0) for better, worse in pairs]
+        bars = [(better.key, 1.0 / better.speedup - 1.0, 1.0 / worse.speedup - 1.0) for better, worse in telling(pairs)[0]]
         save_figure(tornado_figure(bars, title=f"{model_name}: values x{FACTOR:g} and /{FACTOR:g}"), plot_path)
     return {
         "step_time_s": base.step_time_s, "bottleneck": base.bottleneck, "fits": base.fits, "changed": together.to_json() if together else None,
         "changes": [effect.to_json() for effect in alone], "sensitivities": [effect.to_json() for pair in pairs for effect in pair],
-        "_table": _what_if_table(model_name, base, [*([together] if together else []), *alone], pairs),
+        "_table": what_if_report(model_name, base, [*([together] if together else []), *alone], pairs, FACTOR),
     }  # fmt: skip
-
-
-def _what_if_table(model: str, base: Prediction, asked: list[Effect], pairs: tuple[tuple[Effect, Effect], ...]) -> Table:
-    rows = [_row(effect) for effect in (*asked, *(effect for pair in pairs for effect in pair))]
-    title = f"{model}: {base.step_time_s:.4g} s a step, bottleneck {base.bottleneck}{'' if base.fits else ', does not fit'}"
-    return table_of(title, ("value", "set to", "step (s)", "speed-up", "bottleneck", "fits"), rows)
-
-
-def _row(effect: Effect) -> tuple[str, ...]:
-    return (
-        effect.key,
-        effect.value,
-        f"{effect.step_time_s:.4g}",
-        f"{effect.speedup:.3f}",
-        effect.bottleneck,
-        "yes" if effect.fits else "no",
-    )
 
 
 @click.command()

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
+from hardware_models.csv_table import rows_of
 from validation.table_check import TableCheck
 
 SIZE_INCHES = (9.0, 4.5)
+PERCENT = 100.0
+_BAR, _MARK = "#56B4E9", "#D55E00"
+"""Of Okabe and Ito, which readers with any colour vision tell apart."""
+_ROW_INCHES = 0.32
 _DOT = 9.0
 _BAND = 0.1
 """Relative error that is shaded."""
@@ -44,4 +51,43 @@ def scatter_figure(checks: Sequence[TableCheck]) -> Figure:
         axis.set_xlabel(f"measured {quantity}")
         axis.set_ylabel("predicted / measured")
         axis.legend(fontsize=5)
+    return figure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableError:
+    """One table of published runs: how far predictions are off."""
+
+    table: str
+    num_timed: int
+    mape: float
+    """Mean of |predicted / measured - 1| over step times."""
+    bias: float
+
+
+def read_table_errors(path: Path) -> tuple[TableError, ...]:
+    """The tables of ``published.csv`` that have step times.
+
+    Raises:
+        InputError: no such file, or a cell that breaks a rule.
+    """
+    rows = [row for row in rows_of(path) if row.has("mape")]
+    return tuple(
+        TableError(table=row.text("table"), num_timed=int(row.text("num_timed")), mape=row.number("mape"), bias=float(row.text("bias")))
+        for row in rows
+    )  # fmt: skip
+
+
+def table_errors_figure(errors: Sequence[TableError]) -> Figure:
+    """Mean error of the step time by table, least on top, with the bias as a mark."""
+    rows = sorted(errors, key=lambda one: -one.mape)
+    figure = Figure(figsize=(SIZE_INCHES[0], _ROW_INCHES * len(rows) + 1.0), layout="constrained")
+    axes = figure.add_subplot()
+    places = range(len(rows))
+    axes.barh(places, [one.mape * PERCENT for one in rows], color=_BAR, label="mean error")
+    axes.plot([one.bias * PERCENT for one in rows], places, "D", color=_MARK, label="bias", linestyle="none")
+    axes.axvline(0.0, color="black", linewidth=0.8)
+    axes.set_yticks(places, [f"{one.table.replace('_', ' ')} ({one.num_timed})" for one in rows], fontsize=8)
+    axes.set_xlabel("step time: predicted over measured, less 1 (%)")
+    axes.legend(frameon=False)
     return figure

@@ -19,7 +19,7 @@ from search.joint.evaluate import Evaluator
 from search.joint.experts import Expert, experts
 from search.joint.explain import Contribution, contributions
 from search.joint.least_memory import least_memory
-from search.joint.sampled_study import SampledRun, run_sampled
+from search.joint.sampled_study import Judge, SampledRun, run_sampled
 from search.joint.space import JointRequest, joint_space
 from search.storage import JOURNAL
 from search.study import CERTIFIED_GAP
@@ -121,7 +121,7 @@ class _Prepared:
         """Takes part in the study until it is over."""
         if self.sampled is not None:
             return run_sampled(
-                self.bounded.space, self.evaluator, self.sampled, request=self.request, bound_s=float(self.bounded.bound_s.min()), known_s=self.known_s,
+                self.bounded.space, Judge(self.evaluator), self.sampled, request=self.request, bound_s=float(self.bounded.bound_s.min()), known_s=self.known_s,
                 storage=storage, time_limit_s=time_limit_s, on_progress=on_progress,
             )  # fmt: skip
         order = self.bounded.in_order()

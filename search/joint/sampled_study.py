@@ -148,8 +148,8 @@ class _Verdict:
     """0 where the plan fits."""
 
 
-class _Judge:
-    """Simulates each plan once.
+class Judge:
+    """Simulates each plan once; what several runs over one space ask for is simulated for the first of them.
 
     Args:
         evaluator: simulates.
@@ -157,24 +157,27 @@ class _Judge:
 
     def __init__(self, evaluator: Evaluator) -> None:
         self._evaluator = evaluator
-        self._known: dict[Plan, _Verdict | None] = {}
+        self._known: dict[tuple[Plan, bool], _Verdict | None] = {}
 
-    def knows(self, plan: Plan) -> bool:
-        """Whether it was asked for the plan before."""
-        return plan in self._known
-
-    def verdict(self, plan: Plan) -> _Verdict | None:
-        """What a plan comes to; None: no cut or recompute of it fits.
+    def verdict(self, plan: Plan, incumbent: float) -> _Verdict | None:
+        """What a plan comes to; None: no cut or recompute of it fits. What the allocator reserves is asked for where the plan would be the best so far, as the search does.
 
         Raises:
             InputError: the simulator refuses the plan; with each call.
         """
-        if plan not in self._known:
+        found = self._ask(plan, reserved=False)
+        if found is None or found.needed_bytes or found.step_time_s >= incumbent:
+            return found
+        return self._ask(plan, reserved=True)
+
+    def _ask(self, plan: Plan, *, reserved: bool) -> _Verdict | None:
+        key = plan, reserved
+        if key not in self._known:
             try:
-                self._known[plan] = _verdict(self._evaluator.simulate(plan))
+                self._known[key] = _verdict(self._evaluator.simulate(plan, reserved=reserved))
             except InfeasibleError:
-                self._known[plan] = None
-        return self._known[plan]
+                self._known[key] = None
+        return self._known[key]
 
 
 def _verdict(found: ParallelSimulation) -> _Verdict:
@@ -190,7 +193,7 @@ def _verdict(found: ParallelSimulation) -> _Verdict:
 
 def run_sampled(
     space: JointSpace,
-    evaluator: Evaluator,
+    judge: Judge,
     run: SampledRun,
     *,
     request: str,
@@ -204,7 +207,7 @@ def run_sampled(
 
     Args:
         space: of plans.
-        evaluator: simulates them.
+        judge: simulates them.
         run: which sampler, and how long.
         request: text of everything that decides the answer; a study of one request, sampler and seed in a storage is gone on with.
         bound_s: a time that no plan of the space is below; the sampler is not told.
@@ -214,7 +217,7 @@ def run_sampled(
         on_progress: called before the first trial and after each one.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    plans, judge = LegalPlans(space), _Judge(evaluator)
+    plans, met = LegalPlans(space), set[Plan]()
     name = "schedlab-" + hashlib.sha256(repr((request, run.sampler, run.seed)).encode()).hexdigest()[:16]
     kept = storage_of(storage)
     study = optuna.create_study(study_name=name, storage=kept, load_if_exists=True)
@@ -230,7 +233,7 @@ def run_sampled(
             on_progress(progress)
         if (time_limit_s is not None and elapsed_s > time_limit_s) or run.over(count, trials):
             break
-        told = _try(study, study.ask(plans.distributions), plans, judge)
+        told = _try(study, study.ask(plans.distributions), plans, judge, met, incumbent)
         trials, count, incumbent = trials + 1, count + _simulated(told), min(incumbent, _value(told))
     finished = _finished(study)
     best = min(finished, key=lambda one: (_value(one), one.number), default=None)
@@ -242,20 +245,20 @@ def run_sampled(
     )  # fmt: skip
 
 
-def _try(study: Study, trial: Trial, plans: LegalPlans, judge: _Judge) -> FrozenTrial:
+def _try(study: Study, trial: Trial, plans: LegalPlans, judge: Judge, met: set[Plan], incumbent: float) -> FrozenTrial:
     """One proposal, taken to a legal plan, judged and told."""
     plan = plans.nearest(trial.params)
     if plan is None:
         return study.tell(trial, state=TrialState.PRUNED)
-    known = judge.knows(plan)
     try:
-        verdict = judge.verdict(plan)
+        verdict = judge.verdict(plan, incumbent)
     except InputError as error:
         trial.set_user_attr("refused", {reason_of(error): 1})
         return study.tell(trial, state=TrialState.PRUNED)
     if verdict is None:
         return study.tell(trial, state=TrialState.PRUNED)
-    trial.set_user_attr("num_simulated", int(not known))
+    trial.set_user_attr("num_simulated", int(plan not in met))
+    met.add(plan)
     trial.set_user_attr("plan", plan_to_dict(plan))
     trial.set_user_attr("needed_bytes", verdict.needed_bytes)
     trial.set_constraint(MEMORY, verdict.lack)

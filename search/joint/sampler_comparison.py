@@ -1,6 +1,6 @@
 """Best bound first beside samplers that know no bounds, on some settings: ``python -m search.joint.sampler_comparison --out search/gallery``.
 
-A sampler may simulate ten times as many plans as the search over the same space did, the experts' plans that this begins with included. All plans are judged by the same simulation.
+A sampler may simulate ten times as many plans as the search over the same space did after the experts' plans that it begins with (its curve counts those too). All plans are judged by the same simulation.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from search.joint.evaluate import Evaluator
 from search.joint.experts import experts
 from search.joint.joint_search import joint_search
 from search.joint.make_request import joint_request
-from search.joint.sampled_study import SAMPLERS, SampledRun, run_sampled
+from search.joint.sampled_study import SAMPLERS, Judge, SampledRun, run_sampled
 from search.joint.sampler_curves import OURS, CurvePoint, write_curves
 from search.joint.sampler_figures import sampler_figure
 from search.joint.space import JointRequest, joint_space
@@ -31,7 +31,7 @@ from simulator.model_source import ModelSource, model_source
 
 TIMES = 10
 """Simulations of a sampler for each one of the search."""
-SEEDS = 3
+SEEDS = 1
 TIME_LIMIT_S = 120.0
 """Of the search, where no proof ends it."""
 CURVES_FILE, FIGURE_FILE = "samplers.csv", "samplers.png"
@@ -39,9 +39,10 @@ CURVES_FILE, FIGURE_FILE = "samplers.csv", "samplers.png"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """A model on some devices of a cluster."""
+    """A model on some devices of a cluster, for a trainer."""
 
     model: str
+    trainer: str
     cluster: str
     gpus: int
     global_batch: int
@@ -49,20 +50,20 @@ class Setting:
     @property
     def name(self) -> str:
         """As figures and files call it."""
-        return f"{self.model}, {self.gpus} GPUs of {self.cluster}, batch {self.global_batch}"
+        return f"{self.model}, {self.trainer}, {self.gpus} GPUs of {self.cluster}, batch {self.global_batch}"
 
     def asked(self) -> tuple[JointRequest, ModelSource, DeviceProfile]:
         """What both kinds of search are asked."""
         cluster = load_cluster(self.cluster).with_gpus(self.gpus)
         device = load_hardware(cluster.device)
         source = model_source(self.model, device=device, batch=self.global_batch)
-        return joint_request(source, cluster, device, TRAINERS["any"], global_batch=self.global_batch), source, device
+        return joint_request(source, cluster, device, TRAINERS[self.trainer], global_batch=self.global_batch), source, device
 
 
 SETTINGS = (
-    Setting(model="gpt2-xl", cluster="dgx-a100-80gb", gpus=8, global_batch=64),
-    Setting(model="llama3-8b", cluster="hgx-h100", gpus=32, global_batch=128),
-    Setting(model="megatron-22b", cluster="selene", gpus=64, global_batch=128),
+    Setting(model="gpt2-medium", trainer="torchtitan", cluster="dgx-a100-80gb", gpus=8, global_batch=16),
+    Setting(model="gpt2-large", trainer="pytorch", cluster="hgx-h100", gpus=8, global_batch=32),
+    Setting(model="gpt2-xl", trainer="megatron", cluster="dgx-a100-80gb", gpus=8, global_batch=32),
 )
 
 
@@ -83,15 +84,14 @@ def compared(
     joint_search(request, source, device, time_limit_s=time_limit_s, on_progress=passed.append)
     yield from _curve(setting, OURS, 0, passed, begun)
     space = joint_space(request)
+    judge = Judge(Evaluator(space, source, device))
     bound_s = float(bounded_space(space, device).bound_s.min())
-    most = times * (begun + passed[-1].num_simulated)
+    most = times * passed[-1].num_simulated
     for sampler in SAMPLERS:
         for seed in range(seeds):
             run = SampledRun(sampler=sampler, seed=seed, max_simulations=most)
             passed = []
-            run_sampled(
-                space, Evaluator(space, source, device), run, request=setting.name, bound_s=bound_s, on_progress=passed.append
-            )
+            run_sampled(space, judge, run, request=setting.name, bound_s=bound_s, on_progress=passed.append)
             yield from _curve(setting, sampler, seed, passed, 0)
 
 

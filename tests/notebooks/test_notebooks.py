@@ -33,7 +33,11 @@ def test_notebook_is_thin_and_stripped(path: Path) -> None:
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCHEDLAB_CACHE", str(tmp_path))
+    monkeypatch.setenv("SCHEDLAB_FIGURES", str(tmp_path / "figures"))
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(FOLDER.parent)}}).execute()
     figures = [output for cell in notebook.cells for output in cell.get("outputs", ()) if "image/png" in output.get("data", {})]
     assert figures
+    drawn = sorted((tmp_path / "figures").glob("*.pdf"))
+    assert bool(drawn) == ("save_figure" in path.read_text(encoding="utf-8"))
+    assert all(b"/Subtype /Image" not in one.read_bytes() for one in drawn), "vectors, not pixels"
