@@ -31,6 +31,7 @@ def what_if_report(
     parts: list[RenderableType] = [
         f"{model}: {base.step_time_s:.4g} s a step, bottleneck {base.bottleneck}, {_fits(fits=base.fits)}"
     ]
+    rows: list[tuple[str, ...]]
     if asked:
         rows = [
             (one.key, one.value, f"{one.step_time_s:.4g}", _change(one), one.bottleneck, _fits(fits=one.fits)) for one in asked
