@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +18,7 @@ from simulator.program import Kind, MemoryClass, Program
 from simulator.sequence import Operation, check_sequence, runs_twice
 from simulator.workload import BlockOption, MemoryEvent, Pass, Workload
 
+Derived = TypeVar("Derived")
 Price = Callable[[Sequence[Kernel]], NDArray[np.float64]]
 """Seconds of each kernel, the time that its launch takes included."""
 
@@ -27,6 +29,7 @@ class PassPrices:
     def __init__(self, price: Price) -> None:
         self._price = price
         self._offsets: dict[int, tuple[Pass, NDArray[np.float64]]] = {}
+        self._derived: dict[Hashable, Any] = {}
 
     def offsets(self, run: Pass) -> NDArray[np.float64]:
         """Start time of each kernel within a pass, and last the pass's duration; shape (kernels + 1,)."""
@@ -35,6 +38,13 @@ class PassPrices:
             times = self._price(run.kernels) if run.kernels else np.zeros(0)
             self._offsets[key] = (run, np.concatenate(([0.0], np.cumsum(times))))
         return self._offsets[key][1]
+
+    def once(self, key: Hashable, derive: Callable[[], Derived]) -> Derived:
+        """What ``derive`` makes of these prices, made on the first call under a key."""
+        if key not in self._derived:
+            self._derived[key] = derive()
+        found: Derived = self._derived[key]
+        return found
 
     def fill(self, runs: Sequence[Pass]) -> None:
         """Prices passes together, which is faster than one by one."""

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hardware_models.network.cluster import CommGroup
 from hardware_models.profile import DeviceProfile
-from search.joint.bounds import SPLIT, TWO_WAYS, VEES, PipelineShape, time_bound
+from search.joint.bounds import TWO_WAYS, PipelineShape, held_bytes, limits_of, stacked
+from search.joint.bounds_kernels import Case, least_times
 from search.joint.layer_tables import LayerTable, LayerTables
 from search.joint.points import Points
+from search.joint.sharded_parameters import ShardedSeconds
 from search.joint.space import JointSpace
-from simulator.parallel.mesh import mesh_of
-from simulator.parallel.messages import message_link
+from simulator.parallel.gradient_sync import PARAMETERS_SHARDED
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+NO_BOUND = float("inf")
 _SPLIT_COLUMNS = ("tp", "cp", "pp", "dp", "ep", "micro_batch", "placement", "cp_method", "compute")
+_HELD_COLUMNS = ("tp", "cp", "pp", "dp", "ep", "zero_stage", "compute")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,46 +33,95 @@ class BoundedSpace:
     bound_s: Floats
     """Shape (points,)."""
 
-    def in_order(self) -> NDArray[np.int64]:
+    def in_order(self) -> Ints:
         """Points, least bound first; ties in the order of the space."""
         return np.argsort(self.bound_s, kind="stable")
 
 
-def bounded_space(space: JointSpace, device: DeviceProfile) -> BoundedSpace:
-    """Bounds of all points; what they say is in `search.joint.bounds`."""
-    tables, points = LayerTables(space.request, device), space.points
-    splits, split_of = _unique(points, _SPLIT_COLUMNS)
-    priced = [_priced(space, tables, int(index)) for index in splits]
-    number: dict[tuple[int, float], int] = {}
-    ids = np.array([number.setdefault((id(table), message_s), len(number)) for table, message_s in priced], dtype=np.int64)
-    distinct = {int(ids[place]): pair for place, pair in enumerate(priced)}
-    kinds = np.array([_kind(name) for name in space.schedules], dtype=np.int64)[points.schedule]
-    columns = np.stack([ids[split_of], points.pp, points.virtual_stages, points.num_microbatches, kinds], axis=1)
-    groups, first, inverse = np.unique(columns, axis=0, return_index=True, return_inverse=True)
-    bounds = np.empty(len(groups))
-    for place, (own, pp, chunks, count, _) in enumerate(groups.tolist()):
-        table, message_s = distinct[own]
-        schedule = space.schedules[points.schedule[first[place]]]
-        shape = PipelineShape(schedule=schedule, num_ranks=pp, chunks=chunks, num_microbatches=count)
-        bounds[place] = time_bound(table, shape, message_s=message_s, update_s=0.0)
-    return BoundedSpace(space=space, bound_s=bounds[inverse.ravel()])
+def bounded_space(
+    space: JointSpace, device: DeviceProfile, tables: LayerTables | None = None, *, most_s: float | None = None
+) -> BoundedSpace:
+    """Bounds of all points; what they say is in `search.joint.bounds`.
+
+    Args:
+        space: whose points are bounded.
+        device: profile of the cluster's devices.
+        tables: of the space's layers, as far as they are known; None: none is.
+        most_s: above which no bound is looked for: the time of a plan that is known. None: half an hour and a day.
+    """
+    known, points, request = tables or LayerTables(space.request, device), space.points, space.request
+    splits, split_of = _different(points, _SPLIT_COLUMNS)
+    sharded = ShardedSeconds(known)
+    table_of, entry_of, message_s = np.empty(len(splits), np.int64), np.full(len(splits), -1, np.int64), np.empty(len(splits))
+    places: dict[int, int] = {}
+    found: list[LayerTable] = []
+    rows: list[Floats] = []
+    row_of: dict[tuple[int, CommGroup], int] = {}
+    gathers = bool((points.zero_stage == PARAMETERS_SHARDED).any())
+    for place, index in enumerate(splits.tolist()):
+        plan = space.plan(index)
+        split = known.split(plan)
+        table, message_s[place] = split.table, split.message_s()
+        if id(table) not in places:
+            places[id(table)] = len(found)
+            found.append(table)
+        table_of[place] = places[id(table)]
+        if gathers and plan.parallel.dp * plan.parallel.cp > 1:
+            key = (id(table), split.replicas)
+            if key not in row_of:
+                row_of[key] = len(rows)
+                rows.append(sharded.sums(plan, split).total_s)
+            entry_of[place] = row_of[key]
+    heldings, held_of = _different(points, _HELD_COLUMNS)
+    held = [held_bytes(request.trainer, space.plan(index), request.cluster) for index in heldings.tolist()]
+    sizes = np.array([[getattr(one, field.name) for field in fields(one)] for one in held])
+    size_of = np.unique(sizes, axis=0, return_inverse=True)[1].ravel()
+    shapes, shape_of = _different(points, ("schedule", "pp", "virtual_stages"))
+    kinds = np.array(
+        [
+            PipelineShape(schedule=space.schedules[points.schedule[n]], num_ranks=int(points.pp[n]), chunks=int(points.virtual_stages[n]), num_microbatches=1).kind
+            for n in shapes.tolist()
+        ], dtype=np.int64,
+    )[shape_of]  # fmt: skip
+    once = np.array([name not in TWO_WAYS for name in space.schedules])[points.schedule]
+    entry = np.where((points.zero_stage == PARAMETERS_SHARDED) & once, entry_of[split_of], -1)
+    columns = (
+        table_of[split_of],
+        entry + 1,
+        size_of[held_of],
+        points.pp,
+        points.virtual_stages,
+        points.num_microbatches,
+        *kinds.T,
+        _numbered(message_s)[split_of],
+    )
+    first, group_of = _groups(columns)
+    case = Case(
+        table=table_of[split_of][first], entry=entry[first], ranks=points.pp[first].astype(np.int64), chunks=points.virtual_stages[first].astype(np.int64),
+        share=points.num_microbatches[first].astype(np.float64), shape=kinds[first, 0], split=kinds[first, 1].astype(np.bool_), flight=kinds[first, 2],
+        message_s=message_s[split_of][first], parameter_bytes=sizes[held_of[first], 0], gradient_bytes=sizes[held_of[first], 1],
+        state_bytes=sizes[held_of[first], 2], away_gradient_bytes=sizes[held_of[first], 3], away_s=sizes[held_of[first], 4],
+    )  # fmt: skip
+    limits = limits_of(request.trainer, request.cluster, device, budget_bytes=request.budget_bytes)
+    bounds = least_times(stacked(found, rows), case, limits, NO_BOUND if most_s is None else most_s)
+    return BoundedSpace(space=space, bound_s=bounds[group_of])
 
 
-def _priced(space: JointSpace, tables: LayerTables, index: int) -> tuple[LayerTable, float]:
-    """The table of a point, and seconds of a message between its ranks."""
-    plan = space.plan(index)
-    table = tables.table(plan)
-    rate, latency_s = message_link(mesh_of(plan, space.request.cluster))
-    return table, latency_s + table.message_bytes / rate if plan.parallel.pp > 1 else 0.0
+def _numbered(values: Floats) -> Ints:
+    """Each value's place among the different ones."""
+    return np.unique(values, return_inverse=True)[1].ravel().astype(np.int64)
 
 
-def _kind(schedule: str) -> int:
-    """Schedules of one kind have one bound."""
-    return 4 * (schedule in TWO_WAYS) + 2 * (schedule in VEES) + (schedule in SPLIT)
-
-
-def _unique(points: Points, names: tuple[str, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _different(points: Points, names: tuple[str, ...]) -> tuple[Ints, Ints]:
     """First row of each different combination of columns, and which combination each row has."""
-    table = np.stack([getattr(points, name) for name in names], axis=1)
-    _, first, inverse = np.unique(table, axis=0, return_index=True, return_inverse=True)
+    return _groups([getattr(points, name) for name in names])
+
+
+def _groups(columns: Sequence[NDArray[np.integer]]) -> tuple[Ints, Ints]:
+    """The same of arrays of numbers from 0 on, which are made one number."""
+    code = np.zeros(len(columns[0]), dtype=np.int64)
+    for column in columns:
+        code = code * (int(column.max()) + 1) + column
+    assert np.prod([float(column.max()) + 1 for column in columns]) < 2.0**63, "columns fit one number"
+    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
     return first, inverse.ravel()

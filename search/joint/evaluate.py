@@ -19,15 +19,14 @@ from search.joint.layer_tables import LayerTables
 from search.joint.memory_variants import memory_variants
 from search.joint.refusals import reason_of, together
 from search.joint.space import JointSpace
+from search.joint.step_bounds import Bound, StepBounds
 from search.stage_recompute import simulate_on_cluster
 from search.trainers import violations
 from simulator.model_source import ModelSource
-from simulator.parallel.default_cut import partition_of
 from simulator.parallel.memory import static_memory
-from simulator.parallel.priced_model import priced_model
-from simulator.parallel.simulate_source import parallel_case
 from simulator.parallel.simulation import ParallelSimulation
-from simulator.plan import Plan
+from simulator.pipeline.action import Order
+from simulator.plan import Memory, Plan
 from simulator.plan_file import plan_to_dict
 from simulator.precision import STORED_AS
 from simulator.program import Kind
@@ -48,6 +47,25 @@ class PointValue:
     """Whether time was enough to look at all of its plans."""
     refused: Mapping[str, int]
     """Plans that the simulator refuses, by reason."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefinedPoint:
+    """A point with the bounds of its plans."""
+
+    index: int
+    plain: Plan
+    """Its plan that saves no memory."""
+    order: Order | None
+    """None: the simulator refuses all of its plans."""
+    ways: tuple[tuple[Bound, Memory], ...]
+    """Least bound first."""
+    refused: Mapping[str, int]
+
+    @property
+    def least_s(self) -> float:
+        """Seconds that none of its plans is below."""
+        return self.ways[0][0].seconds if self.ways else NOTHING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +100,7 @@ class Evaluator:
     def __init__(self, space: JointSpace, source: ModelSource, device: DeviceProfile) -> None:
         self.space, self.source, self.device = space, source, device
         self.tables = LayerTables(space.request, device)
+        self.bounds = StepBounds(self.tables, source)
 
     def simulate(self, plan: Plan, *, reserved: bool = True) -> ParallelSimulation:
         """A plan's prediction on the request's devices."""
@@ -105,34 +124,45 @@ class Evaluator:
     def point(self, index: int, incumbent: float, *, end: float = NOTHING) -> PointValue:
         """The fastest plan of a point that fits and is below the incumbent.
 
-        Plans of the point that the plain one proves to be no faster (`_Plain`) are not simulated, nor those whose model states alone do not fit.
-
         Args:
             index: of the point.
             incumbent: best value so far.
             end: moment (`time.monotonic`) at which no other plan is begun.
         """
-        open_plan, request = self.space.plan(index), self.space.request
-        room = min(request.budget_bytes or self.device.memory_bytes, self.device.memory_bytes - self.device.context_bytes)
-        plain: _Plain | None = None
-        complete, refused = True, Counter[str]()
+        return self.simulated(self.refined(index, incumbent), incumbent, end=end)
+
+    def refined(self, index: int, incumbent: float) -> RefinedPoint:
+        """A point with the bounds of its own plans (`search.joint.step_bounds`); arguments as in `point`."""
+        plain, refused = self.space.plan(index), Counter[str]()
+        try:
+            order = self.bounds.order(plain)
+        except InputError as error:
+            refused[reason_of(error)] += 1  # a point that the simulator refuses by name
+            return RefinedPoint(index=index, plain=plain, order=None, ways=(), refused=refused)
+        ways = [
+            one for one in memory_variants(self.space.request.trainer, plain) if not self._illegal(replace(plain, memory=one))
+        ]
+        bounds = self.bounds.bounds(plain, order, ways, incumbent)
+        found = sorted(zip(bounds, ways, strict=True), key=lambda way: way[0].seconds)
+        return RefinedPoint(index=index, plain=plain, order=order, ways=tuple(found), refused=refused)
+
+    def simulated(self, point: RefinedPoint, incumbent: float, *, end: float = NOTHING) -> PointValue:
+        """What a point comes to, its plans simulated in the order of their bounds; those that the plain one proves to be no faster (`_Plain`) are not."""
+        complete, refused, plain = True, Counter(point.refused), None
         best, found, count, least = incumbent, None, 0, 0
-        for memory in memory_variants(request.trainer, open_plan):
-            plan = replace(open_plan, memory=memory)
-            if violations(plan, request.trainer, layers=request.config.layers):
+        for bound, memory in point.ways:
+            if bound.seconds >= best:
+                least = _least(least, bound.needed_bytes)
                 continue
             if time.monotonic() > end:
                 complete = False
                 break
-            states = self.states_bytes(plan, open_plan)
-            if states > room:
-                least = _least(least, states)
+            plan = replace(point.plain, memory=memory)
+            cut = self.bounds.cut(plan, point.order) if point.order is not None else ()
+            if plain is not None and plain.least_s(plan, cut) >= best:
                 continue
             try:
-                if plain is not None and plain.least_s(plan, self._cut(plan)) >= best:
-                    continue
                 result = self._below(plan, best)
-                cut = self._cut(plan) if plain is None else ()
             except InfeasibleError as error:
                 least = _least(least, error.needed_bytes)
                 continue
@@ -140,14 +170,16 @@ class Evaluator:
                 refused[reason_of(error)] += 1  # a combination that the simulator refuses by name
                 continue
             count += 1
-            if memory == open_plan.memory:
+            if memory == point.plain.memory:
                 plain = _Plain(cut=cut, step_time_s=result.step_time_s, update_s=_update_seconds(result))
             if result.step_time_s >= best:
                 continue
             if result.fits:
                 best, found = result.step_time_s, plan
             else:
-                least = _least(least, max(result.peak_memory_bytes if request.budget_bytes else result.peak_reserved_bytes))
+                least = _least(
+                    least, max(result.peak_memory_bytes if self.space.request.budget_bytes else result.peak_reserved_bytes)
+                )
         return PointValue(
             plan=found,
             step_time_s=best if found else NOTHING,
@@ -171,6 +203,9 @@ class Evaluator:
         copies = 2 if plan.pipeline.schedule in TWO_WAYS else 1
         return int(copies * ((0.0 if plan.memory.weight_offload else static.parameters) + static.gradients + static.states))
 
+    def _illegal(self, plan: Plan) -> bool:
+        return bool(violations(plan, self.space.request.trainer, layers=self.space.request.config.layers))
+
     def batch(self, indices: Sequence[int], bounds: Sequence[float], incumbent: float, *, end: float = NOTHING) -> BatchOutcome:
         """The outcome of points in order of their bounds.
 
@@ -181,36 +216,29 @@ class Evaluator:
             end: moment (`time.monotonic`) at which no other plan is begun.
         """
         best, winner, plan, count, least, open_bound = incumbent, None, None, 0, 0, NOTHING
-        refused: list[Mapping[str, int]] = []
+        refused = Counter[str]()
+        points: list[RefinedPoint] = []
         for index, bound in zip(indices, bounds, strict=True):
             if bound >= best:
                 break
-            value = self.point(index, best, end=end)
-            count += value.num_simulated
-            least = _least(least, value.least_bytes)
-            refused.append(value.refused)
-            if value.plan is not None:
-                best, winner, plan = value.step_time_s, index, value.plan
-            if not value.complete:
+            if time.monotonic() > end:
                 open_bound = bound
                 break
+            points.append(self.refined(index, best))
+        for point in sorted(points, key=lambda one: one.least_s):
+            value = self.simulated(point, best, end=end)
+            count += value.num_simulated
+            least = _least(least, value.least_bytes)
+            refused.update(value.refused)
+            if value.plan is not None:
+                best, winner, plan = value.step_time_s, point.index, value.plan
+            if not value.complete:
+                open_bound = min(open_bound, point.least_s)
         attributes: dict[str, Any] = {} if plan is None else {"plan": plan_to_dict(plan)}
         return BatchOutcome(
             value=None if winner is None else best, point=winner, open_bound=open_bound, num_simulated=count, least_bytes=least, attributes=attributes,
-            refused=together(refused),
+            refused=together([refused]),
         )  # fmt: skip
-
-    def _cut(self, plan: Plan) -> tuple[int, ...]:
-        """Layers of each stage; how much ``optimal`` recomputes is decided after the cut, so that it has the cut of none."""
-        if plan.num_stages == 1:
-            return (self.space.request.config.layers,)
-        if plan.memory.recompute == "optimal":
-            plan = replace(plan, memory=replace(plan.memory, recompute="none"))
-        request = self.space.request
-        case = parallel_case(self.source, plan, request.cluster, device=self.device)
-        model = priced_model(request.config, plan, self.device, seq_len=request.seq_len)
-        dtype = STORED_AS[plan.precision.compute]
-        return partition_of(model.workload, plan, model.prices, case.order, self.device, dtype=dtype)
 
 
 def _update_seconds(result: ParallelSimulation) -> float:

@@ -28,6 +28,10 @@ from simulator.parallel.simulation import ParallelSimulation
 from simulator.plan import Plan
 from simulator.plan_file import plan_from_dict, plan_to_dict
 
+FEW_POINTS = 1000
+"""Points up to which none are probed."""
+PROBED_POINTS = 96
+"""That are looked at before the study begins."""
 LEAST_MEMORY_S = 20.0
 """That a search with a time limit looks for the least memory that would do, where nothing fits."""
 
@@ -60,6 +64,8 @@ class JointResult:
     lower_bound_s: float
     space_size: int
     elapsed_s: float
+    num_probed: int
+    """Plans that were simulated before the study began, baselines aside."""
     baselines: tuple[Baseline, ...]
     expert: Baseline | None
     """The fastest baseline that fits."""
@@ -97,7 +103,7 @@ class JointResult:
         """The keys of ``schedlab search --json``."""
         return {
             "best": {"plan": plan_to_dict(self.plan), "simulate": self.simulation.to_json()}, "objective": "time", "budget_bytes": self.plan.memory.budget_bytes, "lower_bound_s": self.lower_bound_s, "gap": self.gap,
-            "certified": self.certified, "space_size": self.space_size, "num_simulated": self.study.progress.num_simulated,
+            "certified": self.certified, "space_size": self.space_size, "num_simulated": self.study.progress.num_simulated + self.num_probed,
             "elapsed_s": self.elapsed_s, "baselines": {one.name: one.to_json() for one in self.baselines}, "pareto": self.pareto(),
             "explanation": self.explanation(), "refused": dict(self.study.refused),
         }  # fmt: skip
@@ -168,20 +174,42 @@ def joint_search(
     found = (_baseline(evaluator, expert) for expert in experts(request))
     baselines = tuple(one for one in found if one is not None)
     known = min((one for one in baselines if one.fits), key=lambda one: one.step_time_s, default=None)
+    known_s = known.step_time_s if known else NOTHING
+    bounded = bounded_space(space, device, evaluator.tables, most_s=known.step_time_s if known else None)
+    end = NOTHING if time_limit_s is None else time.monotonic() + max(0.0, time_limit_s - (time.perf_counter() - started))
+    probed = _probe(evaluator, bounded, known_s, end) if sampled is None else None
     prepared = _Prepared(
-        evaluator=evaluator, bounded=bounded_space(space, device), request=_text(request, device), known_s=known.step_time_s if known else NOTHING,
-        sampled=sampled,
+        evaluator=evaluator, bounded=bounded, request=_text(request, device),
+        known_s=probed.value if probed is not None and probed.value is not None else known_s, sampled=sampled,
     )  # fmt: skip
     limit_s = None if time_limit_s is None else max(0.0, time_limit_s - (time.perf_counter() - started))
     study = _together(prepared, workers, storage, limit_s, on_progress)
-    plan = plan_from_dict(study.best.user_attrs["plan"]) if study.best is not None else known.plan if known else None
+    plan = _best_plan(study, probed, known)
     if plan is None:
         raise _infeasible(evaluator, study, limited=time_limit_s is not None)
     simulation = evaluator.simulate(plan)
     return JointResult(
         plan=plan, simulation=simulation, study=study, lower_bound_s=min(simulation.step_time_s, study.progress.lower_bound), space_size=len(space),
-        elapsed_s=time.perf_counter() - started, baselines=baselines, expert=known, differences=contributions(plan, known.plan, evaluator.forecast) if known else (),
+        elapsed_s=time.perf_counter() - started, num_probed=probed.num_simulated if probed else 0, baselines=baselines, expert=known, differences=contributions(plan, known.plan, evaluator.forecast) if known else (),
     )  # fmt: skip
+
+
+def _probe(evaluator: Evaluator, bounded: BoundedSpace, known_s: float, end: float) -> BatchOutcome | None:
+    """What a few points come to, evenly spread over those that could beat the known plan: the study then begins with a good plan, and looks at fewer points. None: there are few."""
+    order = bounded.in_order()
+    order = order[bounded.bound_s[order] < known_s]
+    if len(order) < FEW_POINTS:
+        return None
+    chosen = order[:: len(order) // PROBED_POINTS]
+    return evaluator.batch(chosen.tolist(), bounded.bound_s[chosen].tolist(), known_s, end=end)
+
+
+def _best_plan(study: JointStudyResult, probed: BatchOutcome | None, known: Baseline | None) -> Plan | None:
+    if study.best is not None:
+        return plan_from_dict(study.best.user_attrs["plan"])
+    if probed is not None and probed.value is not None:
+        return plan_from_dict(probed.attributes["plan"])
+    return known.plan if known else None
 
 
 def _together(

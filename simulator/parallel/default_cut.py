@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from hardware_models.profile import DeviceProfile
 from simulator.lower import PassPrices
@@ -38,32 +39,55 @@ def partition_of(
         device: its memory bounds stages.
         dtype: of parameters.
     """
-    layers, stages, framework = layers_of(workload), plan.num_stages, plan.runtime.framework
+    stages, framework = plan.num_stages, plan.runtime.framework
     if plan.pipeline.partition is not None:
         return plan.pipeline.partition
+    count = len(layers_of(workload))
     if stages == 1 or framework in EVEN:
-        return even_partition(len(layers), stages)
-    own = ends_as_layers(len(layers), stages, back=ENDS_AS_LAYERS[framework]) if framework in ENDS_AS_LAYERS else None
+        return even_partition(count, stages)
+    own = ends_as_layers(count, stages, back=ENDS_AS_LAYERS[framework]) if framework in ENDS_AS_LAYERS else None
     if own is not None:
         return own
     full = plan.memory.recompute == "full"
     each = static_memory(1.0, 0.0, plan, dtype=dtype)
     element_bytes = (each.parameters + each.gradients + each.states) * order.weight_versions
-    inner = [
-        [block for block in workload.blocks[first:end] if block.name not in {"embedding", "head"}] for first, end in layers
-    ]
-    ends = [[block for block in workload.blocks if block.name == name] for name in ("embedding", "head")]
-    (front_s, back_s), (front_bytes, back_bytes) = (
-        [_seconds(own, prices, again=False) for own in ends],
-        [round(element_bytes * sum(block.parameter_elements for block in own)) for own in ends],
-    )
+    _, sizes = prices.once(
+        (id(workload), full), lambda: (workload, _sizes(workload, prices, full=full))
+    )  # kept, so that no other one gets its id
     problem = PartitionProblem(
-        layer_s=tuple(_seconds(own, prices, again=full) for own in inner), front_s=front_s, back_s=back_s,
-        layer_bytes=tuple(round(element_bytes * sum(block.parameter_elements for block in own)) for own in inner),
-        kept_bytes=tuple(_kept(own, full=full) for own in inner), front_bytes=front_bytes, back_bytes=back_bytes, in_flight=in_flight(order),
-        room_bytes=(plan.memory.budget_bytes or device.memory_bytes - device.context_bytes) // plan.parallel.virtual_stages,
+        layer_s=sizes.layer_s, front_s=sizes.end_s[0], back_s=sizes.end_s[1], layer_bytes=tuple(round(element_bytes * own) for own in sizes.layer_elements),
+        kept_bytes=sizes.kept_bytes, front_bytes=round(element_bytes * sizes.end_elements[0]), back_bytes=round(element_bytes * sizes.end_elements[1]),
+        in_flight=in_flight(order), room_bytes=(plan.memory.budget_bytes or device.memory_bytes - device.context_bytes) // plan.parallel.virtual_stages,
     )  # fmt: skip
     return best_partition(problem, stages)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sizes:
+    """Of each layer, and of the embedding and the head."""
+
+    layer_s: tuple[float, ...]
+    layer_elements: tuple[int, ...]
+    kept_bytes: tuple[int, ...]
+    end_s: tuple[float, ...]
+    end_elements: tuple[int, ...]
+
+
+def _sizes(workload: Workload, prices: PassPrices, *, full: bool) -> _Sizes:
+    inner = [
+        [block for block in workload.blocks[first:end] if block.name not in {"embedding", "head"}]
+        for first, end in layers_of(workload)
+    ]
+    ends = [[block for block in workload.blocks if block.name == name] for name in ("embedding", "head")]
+
+    def elements(blocks: Sequence[Block]) -> int:
+        return sum(block.parameter_elements for block in blocks)
+
+    return _Sizes(
+        layer_s=tuple(_seconds(own, prices, again=full) for own in inner), layer_elements=tuple(map(elements, inner)),
+        kept_bytes=tuple(_kept(own, full=full) for own in inner), end_s=tuple(_seconds(own, prices, again=False) for own in ends),
+        end_elements=tuple(map(elements, ends)),
+    )  # fmt: skip
 
 
 def _seconds(blocks: Sequence[Block], prices: PassPrices, *, again: bool) -> float:
@@ -85,7 +109,11 @@ def _kept(blocks: Sequence[Block], *, full: bool) -> int:
 
 
 def in_flight(order: Order) -> tuple[float, ...]:
-    """Per stage, most micro-batches that a rank holds between their forward and backward passes."""
+    """Per stage, most micro-batches that a rank holds between their forward and backward passes; found once an order."""
+    return order.once("in flight", lambda: _in_flight(order))
+
+
+def _in_flight(order: Order) -> tuple[float, ...]:
     most = [0.0] * order.num_stages
     for cells in order.ranks:
         held = [0.0] * order.num_stages

@@ -115,7 +115,7 @@ def gradient_sync(
     if alone:
         return GradientSync(chunks=chunks, reduce_s=0.0, gather_s=0.0)
     parts = load.expert_elements / load.elements if load.elements else 0.0
-    replicas = _Replicas(plan, communication, wire, distance=distance, width=DTYPE_BYTES[dtype], parts=parts)
+    replicas = Replicas(plan, communication, wire, distance=distance, width=DTYPE_BYTES[dtype], parts=parts)
     overlaps, ahead = plan.runtime.overlap_grad_reduce, plan.runtime.overlap_param_gather
     if plan.memory.zero_stage < PARAMETERS_SHARDED:
         reduce_s = chunks * replicas.reduce_s(load.elements / chunks)
@@ -134,7 +134,7 @@ def gradient_sync(
     )  # fmt: skip
 
 
-class _Replicas:
+class Replicas:
     """Collectives among the ranks that hold a stage's parameters; ``parts`` of these are experts', ``width`` is a parameter's size."""
 
     def __init__(

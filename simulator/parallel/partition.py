@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.parallel.framework import AA_SCALING
+from simulator.parallel.partition_kernels import OVER, SLOWEST, SQUARES, Spans, least_cuts
 
 EVEN = ("megatron-lm@2021", "megatron-core", "megatron-core@2023", "deepspeed@2021", "deepspeed")
 """Frameworks that cut layers evenly, whatever the ends cost.
@@ -72,7 +73,7 @@ def best_partition(problem: PartitionProblem, num_stages: int) -> tuple[int, ...
     """Layers per stage.
 
     **Model**: of all cuts into stages of consecutive layers that exceed their room least (not at all, where any fits), those whose slowest stage is fastest, and of these
-    the one with the least sum of squared times. Dynamic programming over (stages, layers), three times: O(stages layers^2), exact.
+    the one with the least sum of squared times. Dynamic programming over (stages, layers), three times: O(stages layers^2), exact (`partition_kernels`).
 
     **Source**: the linear partition problem; PipeDream (Narayanan et al. 2019), section 3.1, for pipelines.
 
@@ -82,50 +83,21 @@ def best_partition(problem: PartitionProblem, num_stages: int) -> tuple[int, ...
         problem: times and bytes.
         num_stages: pp * virtual_stages, at most the layers.
     """
-    times, over = _tables(problem, num_stages)
-    _, least_over = _least(np.maximum, over, num_stages)
-    times = np.where(over <= least_over, times, np.inf)
-    _, slowest = _least(np.maximum, times, num_stages)
-    cuts, _ = _least(np.add, np.where(times <= slowest * (1 + 1e-12), times**2, np.inf), num_stages)
+    spans = _spans(problem, num_stages)
+    _, least_over = least_cuts(spans, num_stages, OVER, np.inf, np.inf)
+    _, slowest = least_cuts(spans, num_stages, SLOWEST, least_over, np.inf)
+    cuts, _ = least_cuts(spans, num_stages, SQUARES, least_over, slowest * (1 + 1e-12))
     return tuple(int(end - first) for first, end in pairwise(cuts))
 
 
-def _tables(problem: PartitionProblem, num_stages: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Seconds, and bytes beyond the room, of each stage that takes layers first to end - 1; shape (stages, layers + 1, layers + 1), infinite where end <= first."""
+def _spans(problem: PartitionProblem, num_stages: int) -> Spans:
     count = len(problem.layer_s)
-    spans = _spans(problem.layer_s)
-    times = np.repeat(spans[None], num_stages, axis=0)
-    times[0] += problem.front_s
-    times[-1] += problem.back_s
-    over = np.zeros_like(times)
-    if problem.layer_bytes:
-        fixed, kept = _spans(problem.layer_bytes), _spans(problem.kept_bytes)
-        flight = np.array(problem.in_flight)[:, None, None]
-        used = fixed[None] + flight * kept[None]
-        used[0] += problem.front_bytes
-        used[-1] += problem.back_bytes
-        over = np.maximum(0.0, used - problem.room_bytes)
-    empty = np.tri(count + 1, dtype=bool)[None]
-    return np.where(empty, np.inf, times), np.where(empty, np.inf, over)
 
+    def sums(values: Sequence[float]) -> NDArray[np.float64]:
+        return np.concatenate(([0.0], np.cumsum(np.array(values or (0.0,) * count, np.float64))))
 
-def _spans(values: Sequence[float]) -> NDArray[np.float64]:
-    """Sums over layers first to end - 1, at [first, end]."""
-    until = np.concatenate(([0.0], np.cumsum(np.array(values, np.float64))))
-    return until[None, :] - until[:, None]
-
-
-def _least(join: np.ufunc, costs: NDArray[np.float64], num_stages: int) -> tuple[list[int], float]:
-    """The cuts whose joined costs are least, and these; ties to the earlier cut."""
-    count = costs.shape[1] - 1
-    best = np.full((num_stages + 1, count + 1), np.inf)
-    before = np.zeros((num_stages + 1, count + 1), np.int64)
-    best[0, 0] = 0.0
-    for stage in range(num_stages):
-        joined = join(best[stage][:, None], costs[stage])
-        before[stage + 1] = joined.argmin(axis=0)
-        best[stage + 1] = joined.min(axis=0)
-    cuts = [count]
-    for stage in range(num_stages, 0, -1):
-        cuts.append(int(before[stage, cuts[-1]]))
-    return cuts[::-1], float(best[num_stages, count])
+    return Spans(
+        seconds=sums(problem.layer_s), fixed_bytes=sums(problem.layer_bytes), kept_bytes=sums(problem.kept_bytes), front_s=float(problem.front_s),
+        back_s=float(problem.back_s), front_bytes=float(problem.front_bytes), back_bytes=float(problem.back_bytes),
+        in_flight=np.array(problem.in_flight or (0.0,) * num_stages, np.float64), room_bytes=float(problem.room_bytes) if problem.layer_bytes else np.inf,
+    )  # fmt: skip

@@ -15,8 +15,10 @@ from hardware_models.catalogue import load_hardware
 from hardware_models.errors import InfeasibleError, InputError
 from hardware_models.network.cluster_file import load_cluster
 from search.joint.bounded_space import bounded_space
+from search.joint.layer_tables import LayerTables
 from search.joint.memory_variants import memory_variants
 from search.joint.space import JointRequest, joint_space
+from search.joint.step_bounds import StepBounds
 from search.stage_recompute import simulate_on_cluster
 from search.trainers import TRAINERS
 from simulator.model_source import ModelSource
@@ -81,6 +83,7 @@ class Checked:
     setting: Setting
     plan: Plan
     bound_s: float
+    """The greater one of its point's and its own; of a plan that does not fit its own only, which says nothing where it says that."""
     step_time_s: float
 
     @property
@@ -106,7 +109,8 @@ def checked_points(setting: Setting, count: int, rng: np.random.Generator, *, op
     space, request = replace(whole, points=whole.points.take(rows)), whole.request
     device = load_hardware(request.cluster.device)
     source = ModelSource(name=setting.model, config=request.config, batch=setting.batch, seq_len=setting.seq_len)
-    bounds = bounded_space(space, device).bound_s
+    tables = LayerTables(request, device)
+    bounds, refined = bounded_space(space, device, tables).bound_s, StepBounds(tables, source)
     for index in range(len(space)):
         plain = space.plan(index)
         ways = [memory for memory in memory_variants(request.trainer, plain) if optimal or memory.recompute != "optimal"]
@@ -116,7 +120,9 @@ def checked_points(setting: Setting, count: int, rng: np.random.Generator, *, op
                 found = simulate_on_cluster(source, plan, request.cluster, reserved=False, device=device)
             except (InputError, InfeasibleError):
                 continue
-            yield Checked(setting=setting, plan=plan, bound_s=float(bounds[index]), step_time_s=found.step_time_s)
+            own_s = refined.bounds(plain, refined.order(plain), [memory], np.inf)[0].seconds
+            said = [own_s if found.fits or np.isfinite(own_s) else 0.0, float(bounds[index]) if found.fits else 0.0]
+            yield Checked(setting=setting, plan=plan, bound_s=max(said), step_time_s=found.step_time_s)
 
 
 def main() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hardware_models.errors import InputError
 from search.joint.evaluate import Evaluator
 from search.joint.refusals import reason_of, refusal_line, together
 from search.joint.space import joint_space
+from search.joint.step_bounds import Bound
 from tests.search.joint.joint_cases import device_of, small_request, source_of
 
 
@@ -38,7 +41,10 @@ def test_a_point_counts_the_plans_that_the_simulator_refuses() -> None:
     space = joint_space(request)
     plans = [space.plan(index) for index in range(len(space))]
     index = next(n for n, plan in enumerate(plans) if plan.parallel.dp == 2 and plan.memory.zero_stage == 0)
-    found = Evaluator(space, source_of(request), device_of(request)).point(index, float("inf"))
+    evaluator = Evaluator(space, source_of(request), device_of(request))
+    point = evaluator.refined(index, float("inf"))
+    unbounded = replace(point, ways=tuple((Bound(0.0, 0), memory) for _, memory in point.ways))
+    found = evaluator.simulated(unbounded, float("inf"))
     # all on the host, with recompute none and full
     reason = "memory.grad_offload: gradients that replicas reduce once a step stay on the device until then"
     assert found.refused == {reason: 2}

@@ -1,0 +1,178 @@
+"""Compiled part of a point's refined bound: its order in time with the traffic of data parallelism, both slower beside each other."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, FULL_BACKWARD = 0, 1, 2, 3
+"""As `simulator.pipeline.order_arrays.KIND_CODES`."""
+_NOT_YET = -1.0
+
+
+class Passes(NamedTuple):
+    """Of an order, rank after rank."""
+
+    first: Ints
+    """[ranks + 1], where each rank's passes begin."""
+    stage: Ints
+    """[passes], as all that follow."""
+    kind: Ints
+    micro_batch: Ints
+    sends: NDArray[np.bool_]
+    """Whether another rank takes the result."""
+    opens: NDArray[np.bool_]
+    """Whether it is the stage's first pass on the rank."""
+    closes: NDArray[np.bool_]
+    """Whether no later pass of the stage on the rank makes gradients."""
+    rank_of: Ints
+    """[stages, micro-batches]"""
+
+
+class StageSeconds(NamedTuple):
+    """Of a pass through a stage; shape (stages,)."""
+
+    forward: Floats
+    forward_compute: Floats
+    """Of these, compute."""
+    backward: Floats
+    """In full."""
+    backward_compute: Floats
+    weight: Floats
+    """Of the backward pass's compute, weights' gradients."""
+    chunks: Ints
+    """Buckets of gradients."""
+    gather: Floats
+    """Parameters, beside the first pass that needs them; under ZeRO 3 beside every one."""
+    first: Floats
+    """Of these, what a pass waits for; under ZeRO 3 of a forward pass, the next one of a backward pass."""
+    first_back: Floats
+    reduce: Floats
+    """Gradients, all buckets, behind the last pass that makes them."""
+
+
+class Slowdown(NamedTuple):
+    """Times under overlap over times alone."""
+
+    compute: float
+    """Of compute beside traffic of data parallelism."""
+    traffic: float
+    """Of that traffic beside compute."""
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _together(compute_s: float, traffic_s: float, slowdown: Slowdown) -> tuple[float, float]:
+    """Seconds until compute is over that begins beside traffic, and how much of the traffic is done by then."""
+    both_s = min(compute_s * slowdown.compute, traffic_s * slowdown.traffic)
+    return both_s + max(0.0, compute_s - both_s / slowdown.compute), both_s / slowdown.traffic
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _source(passes: Passes, rank: int, n: int, there: Floats, back: Floats) -> tuple[float, bool]:
+    """When what a pass takes was made, and whether that was on another rank."""
+    stage, kind, batch = passes.stage[n], passes.kind[n], passes.micro_batch[n]
+    if kind == FORWARD:
+        if stage == 0:
+            return 0.0, False
+        return there[stage - 1, batch], passes.rank_of[stage - 1, batch] != rank
+    if kind == WEIGHT_GRADIENT:
+        return back[stage, batch], False
+    if stage == passes.rank_of.shape[0] - 1:
+        return there[stage, batch], False
+    return back[stage + 1, batch], passes.rank_of[stage + 1, batch] != rank
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _durations(seconds: StageSeconds, stage: int, kind: int) -> tuple[float, float]:
+    """Compute of a pass, and what it waits for besides."""
+    if kind == FORWARD:
+        return seconds.forward_compute[stage], seconds.forward[stage] - seconds.forward_compute[stage]
+    if kind == WEIGHT_GRADIENT:
+        return seconds.weight[stage], 0.0
+    less = seconds.weight[stage] if kind == INPUT_GRADIENT else 0.0
+    return seconds.backward_compute[stage] - less, seconds.backward[stage] - seconds.backward_compute[stage]
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; parts of it would pass ten arrays on
+    passes: Passes, seconds: StageSeconds, message_s: float, waits: bool, every: bool, slowdown: Slowdown
+) -> tuple[Floats, Floats]:
+    """When each rank begins its first pass, and when it has run all and its gradients are reduced; infinite where the order is stuck. Shape (ranks,) each.
+
+    **Model**: a pass begins when the rank is free and its input is there; one that gathers parameters also when the first of them have come, and it ends no sooner than the last ones have. Traffic of data
+    parallelism goes one after the other on a rank; beside compute both are slower, beside what else a pass waits for and while the rank is idle it is as fast as alone.
+
+    Args:
+        passes: of the order.
+        seconds: of passes.
+        message_s: from the end of a pass to the arrival of its result on another rank.
+        waits: whether a rank waits for its messages.
+        every: ZeRO 3: each pass gathers parameters and each backward pass reduces gradients, in turn; else parameters are asked for at the step's start.
+        slowdown: of compute and traffic beside each other.
+    """
+    ranks = len(passes.first) - 1
+    stages, batches = passes.rank_of.shape
+    done, free, begun = passes.first[:-1].copy(), np.zeros(ranks), np.zeros(ranks)
+    clock, asked, came, wanted = np.zeros(ranks), np.zeros(ranks), np.zeros(ranks), np.zeros(ranks)
+    # traffic of a rank in seconds alone: asked for, done by the time of the rank's clock, gathered for the passes so far
+    there, back = np.full((stages, batches), _NOT_YET), np.full((stages, batches), _NOT_YET)
+    if not every:
+        for rank in range(ranks):
+            for n in range(passes.first[rank], passes.first[rank + 1]):
+                if passes.opens[n]:
+                    asked[rank] += seconds.gather[passes.stage[n]]
+    moved = True
+    while moved:
+        moved = False
+        for rank in range(ranks):
+            while done[rank] < passes.first[rank + 1]:
+                n = done[rank]
+                stage, kind, batch = passes.stage[n], passes.kind[n], passes.micro_batch[n]
+                source, other = _source(passes, rank, n, there, back)
+                if source == _NOT_YET:
+                    break
+                begin = max(free[rank], source + (message_s if other else 0.0))
+                compute, waited = _durations(seconds, stage, kind)
+                target = 0.0
+                if (every and kind != WEIGHT_GRADIENT) or (not every and passes.opens[n] and seconds.gather[stage] > 0.0):
+                    if every:  # asked for when the rank is free
+                        came[rank] = min(asked[rank], came[rank] + free[rank] - clock[rank])
+                        clock[rank] = free[rank]
+                        wanted[rank] = asked[rank]
+                        asked[rank] += seconds.gather[stage]
+                    ahead = wanted[rank] + (seconds.first[stage] if kind == FORWARD else seconds.first_back[stage])
+                    wanted[rank] += seconds.gather[stage]
+                    target = wanted[rank]
+                    begin = max(begin, clock[rank] + max(0.0, ahead - came[rank]))
+                came[rank] = min(asked[rank], came[rank] + begin - clock[rank])
+                clock[rank] = begin
+                if n == passes.first[rank]:
+                    begun[rank] = begin
+                closes = passes.closes[n] and kind != FORWARD
+                reduced = seconds.reduce[stage] if closes or (every and kind >= WEIGHT_GRADIENT) else 0.0
+                parts = seconds.chunks[stage] if closes and kind == FULL_BACKWARD else 1
+                for _ in range(parts):
+                    took, beside = _together(compute / parts, asked[rank] - came[rank], slowdown)
+                    clock[rank] += took
+                    came[rank] += beside
+                    asked[rank] += reduced / parts
+                made = clock[rank] + waited  # what another rank gets does not wait for parameters
+                end = max(made, clock[rank] + target - came[rank])
+                came[rank] = min(asked[rank], came[rank] + end - clock[rank])
+                clock[rank] = end
+                free[rank] = end + (message_s if waits and passes.sends[n] else 0.0)
+                if kind == FORWARD:
+                    there[stage, batch] = made if passes.sends[n] else end
+                elif kind != WEIGHT_GRADIENT:
+                    back[stage, batch] = made if passes.sends[n] else end
+                done[rank] += 1
+                moved = True
+    for rank in range(ranks):
+        if done[rank] < passes.first[rank + 1]:
+            free[rank] = np.inf
+    return begun, np.maximum(free, clock + asked - came)

@@ -1,0 +1,93 @@
+"""Compiled part of the partition into stages: cuts whose joined costs are least."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+OVER, SLOWEST, SQUARES = 0, 1, 2
+"""What is least: bytes beyond the room of the stage that exceeds it most; seconds of the slowest stage; the sum of squared seconds."""
+
+
+class Spans(NamedTuple):
+    """Sums over the layers before each one, shape (layers + 1,), and what the ends add."""
+
+    seconds: Floats
+    fixed_bytes: Floats
+    kept_bytes: Floats
+    front_s: float
+    back_s: float
+    front_bytes: float
+    back_bytes: float
+    in_flight: Floats
+    """Shape (stages,)."""
+    room_bytes: float
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _seconds(spans: Spans, stage: int, stages: int, first: int, end: int) -> float:
+    seconds = spans.seconds[end] - spans.seconds[first]
+    if stage == 0:
+        seconds += spans.front_s
+    if stage == stages - 1:
+        seconds += spans.back_s
+    return float(seconds)
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _over(spans: Spans, stage: int, stages: int, first: int, end: int) -> float:
+    used = (
+        spans.fixed_bytes[end]
+        - spans.fixed_bytes[first]
+        + spans.in_flight[stage] * (spans.kept_bytes[end] - spans.kept_bytes[first])
+    )
+    if stage == 0:
+        used += spans.front_bytes
+    if stage == stages - 1:
+        used += spans.back_bytes
+    return float(max(0.0, used - spans.room_bytes))
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def least_cuts(spans: Spans, stages: int, aim: int, most_over: float, most_s: float) -> tuple[Ints, float]:
+    """First layer of each stage, and the number of layers; and what they come to.
+
+    Dynamic programming over (stages, layers); each stage has a layer, so that layers that leave too few for other stages are not looked at. Ties go to the earlier cut.
+
+    Args:
+        spans: of the layers.
+        stages: to cut into.
+        aim: `OVER`, `SLOWEST` or `SQUARES`.
+        most_over: bytes by which a stage may exceed its room.
+        most_s: seconds that a stage may take.
+    """
+    count = len(spans.seconds) - 1
+    best = np.full((stages + 1, count + 1), np.inf)
+    before = np.zeros((stages + 1, count + 1), np.int64)
+    best[0, 0] = 0.0
+    for stage in range(stages):
+        for end in range(stage + 1, count - (stages - 1 - stage) + 1):
+            for first in range(stage, end):
+                known = best[stage, first]
+                if known == np.inf:
+                    continue
+                if aim == OVER:
+                    joined = max(known, _over(spans, stage, stages, first, end))
+                else:
+                    seconds = _seconds(spans, stage, stages, first, end)
+                    if seconds > most_s or _over(spans, stage, stages, first, end) > most_over:
+                        continue
+                    joined = max(known, seconds) if aim == SLOWEST else known + seconds * seconds
+                if joined < best[stage + 1, end]:
+                    best[stage + 1, end] = joined
+                    before[stage + 1, end] = first
+    cuts = np.empty(stages + 1, np.int64)
+    cuts[stages] = count
+    for stage in range(stages, 0, -1):
+        cuts[stage - 1] = before[stage, cuts[stage]]
+    return cuts, float(best[stages, count])
