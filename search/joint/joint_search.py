@@ -6,6 +6,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -255,22 +256,26 @@ def _infeasible(evaluator: Evaluator, study: JointStudyResult, *, limited: bool)
 
 def _baseline(evaluator: Evaluator, expert: Expert) -> Baseline | None:
     """The fastest plan of a rule that fits; None where the simulator refuses all of its plans."""
-    found: list[Baseline] = []
+    tried: list[tuple[Plan, ParallelSimulation]] = []
     for plan in expert.plans:
-        try:
-            result = evaluator.simulate(plan, reserved=False)
-        except (InputError, InfeasibleError):
-            continue
-        best = min((one.step_time_s for one in found if one.fits), default=NOTHING)
-        if result.fits and result.step_time_s < best:
+        with suppress(InputError, InfeasibleError):
+            tried.append((plan, evaluator.simulate(plan, reserved=False)))
+    tried.sort(key=lambda one: (not one[1].fits, one[1].step_time_s))
+    for plan, live in tried:
+        if not live.fits:
+            break
+        with suppress(InfeasibleError):  # what the allocator reserves is asked of few: it takes far longer than the rest
             result = evaluator.simulate(plan)
-        found.append(
-            Baseline(
-                name=expert.name, source=expert.source, plan=plan, step_time_s=result.step_time_s,
-                peak_memory_bytes=max(result.peak_memory_bytes), fits=result.fits,
-            )
-        )  # fmt: skip
-    return min(found, key=lambda one: (not one.fits, one.step_time_s), default=None)
+            if result.fits:
+                return _as_baseline(expert, plan, result, fits=True)
+    return _as_baseline(expert, *tried[0], fits=False) if tried else None
+
+
+def _as_baseline(expert: Expert, plan: Plan, result: ParallelSimulation, *, fits: bool) -> Baseline:
+    return Baseline(
+        name=expert.name, source=expert.source, plan=plan, step_time_s=result.step_time_s,
+        peak_memory_bytes=max(result.peak_memory_bytes), fits=fits,
+    )  # fmt: skip
 
 
 def _text(request: JointRequest, device: DeviceProfile) -> str:

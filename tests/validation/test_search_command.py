@@ -25,7 +25,7 @@ def test_search_over_devices_gives_the_keys_of_the_design_and_a_plan_that_simula
     found = json.loads(result.stdout)
     assert set(found) >= KEYS
     assert found["certified"] is True
-    assert sum(found["refused"].values()) > 0
+    assert all(count > 0 for count in found["refused"].values())
     assert f"{sum(found['refused'].values())} plans were not looked at" in result.stderr
     assert found == json.loads((tmp_path / "search.json").read_text())
     again = run("simulate", "--model", "gpt2", "--hardware", found["cluster"], "--plan", str(tmp_path / "plan.toml"), "--json")
