@@ -24,7 +24,7 @@ _Rates = dict[Annotated[int, Field(ge=2, lt=COPY_BYTES)], Positive]
 
 
 class LibrarySection(SourcedSection):
-    """One ``[[library]]``."""
+    """One ``[[version]]`` of the product library."""
 
     name: Name
     sector_share: Fraction
@@ -38,7 +38,7 @@ class AlignmentFile(Section):
     """``alignment.toml``."""
 
     format: Literal[1]
-    library: list[LibrarySection] = Field(min_length=1)
+    version: list[LibrarySection] = Field(min_length=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +101,7 @@ def alignment_of(library: str = "") -> Alignment:
 @lru_cache(maxsize=1)
 def _libraries() -> Mapping[str, Alignment]:
     """The table, newest first."""
-    sections = read_section(AlignmentFile, ALIGNMENT_FILE).library
+    sections = read_section(AlignmentFile, ALIGNMENT_FILE).version
     return MappingProxyType({one.name: _alignment(one) for one in sections})
 
 

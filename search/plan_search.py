@@ -9,9 +9,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from search.found_plan import Found, rank, summary
+from search.gap import CERTIFIED_GAP, relative_gap
 from search.plan_space import PlanSearch
 from search.search_request import ALLOWABLE, OBJECTIVES, Objective, SearchRequest
-from search.study import CERTIFIED_GAP, StudyResult, run_study
+from search.study import StudyResult, run_study
 from simulator.plan import Plan
 from simulator.plan_file import plan_to_dict
 from simulator.sequence import Operation, format_sequence
@@ -48,7 +49,7 @@ class SearchResult:
     @property
     def gap(self) -> float:
         """(best - lower bound) / best."""
-        return (self.value - self.lower_bound) / self.value
+        return relative_gap(self.value, self.lower_bound)
 
     @property
     def certified(self) -> bool:

@@ -15,11 +15,11 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
 from hardware_models.errors import InfeasibleError
+from search.gap import CERTIFIED_GAP, relative_gap
 from search.storage import close, storage_of
 
 POINT = "point"
 """Name of the study's only parameter: the text of a point."""
-CERTIFIED_GAP = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,8 +55,7 @@ class StudyResult:
     @property
     def gap(self) -> float:
         """(best - lower bound) / best."""
-        value = float(self.best.values[0])
-        return (value - self.lower_bound) / value if value else 0.0
+        return relative_gap(float(self.best.values[0]), self.lower_bound)
 
     @property
     def certified(self) -> bool:

@@ -17,6 +17,7 @@ from hardware_models.network.cluster import Cluster
 from hardware_models.network.cluster_file import cluster_of_device, find_cluster
 from hardware_models.units import format_bytes, parse_bytes
 from search.cluster_objectives import Search, least_memory, time_against_memory
+from search.gap import CERTIFIED_GAP, relative_gap
 from search.joint.joint_search import JointResult, joint_search
 from search.joint.make_request import ALLOWABLE as ALLOWABLE_TOGETHER
 from search.joint.make_request import joint_request
@@ -27,7 +28,6 @@ from search.plan_search import SearchResult
 from search.plan_search import search as run_search
 from search.prices import Prices, read_prices
 from search.search_request import ALLOWABLE, OBJECTIVES, WITHIN, SearchRequest, usable_techniques
-from search.study import CERTIFIED_GAP
 from search.trainers import TRAINERS, trainer_of
 from simulator.model_source import model_source
 from simulator.parallel.simulation import ParallelSimulation
@@ -231,7 +231,7 @@ def _by_objective(asked: Asked, request: JointRequest, run: Search) -> tuple[Joi
     """The answer for an objective, and the keys of JSON that it changes."""
     if asked.objective == "memory":
         least = least_memory(request, run, within=asked.within, time_limit_s=asked.time_limit_s)
-        gap = (least.peak_bytes - least.lower_bound_bytes) / least.peak_bytes
+        gap = relative_gap(least.peak_bytes, least.lower_bound_bytes)
         keys = {
             "lower_bound_bytes": least.lower_bound_bytes,
             "gap": gap,

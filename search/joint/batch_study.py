@@ -16,9 +16,9 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from search.gap import CERTIFIED_GAP, relative_gap
 from search.joint.refusals import together
 from search.storage import close, storage_of
-from search.study import CERTIFIED_GAP
 
 BATCH = "batch"
 """Name of the study's only parameter: which stretch of the points, in order of their bounds."""
@@ -64,7 +64,7 @@ class Progress:
     @property
     def gap(self) -> float:
         """(incumbent - lower bound) / incumbent; 1 before the first value."""
-        return (self.incumbent - self.lower_bound) / self.incumbent if np.isfinite(self.incumbent) else 1.0
+        return relative_gap(self.incumbent, self.lower_bound)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

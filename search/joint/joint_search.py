@@ -14,6 +14,7 @@ from typing import Any
 from hardware_models.errors import InfeasibleError, InputError
 from hardware_models.profile import DeviceProfile
 from hardware_models.units import format_bytes
+from search.gap import CERTIFIED_GAP, relative_gap
 from search.joint.batch_study import NOTHING, BatchOutcome, JointStudyResult, Progress, run_batches
 from search.joint.bounded_space import BoundedSpace, bounded_space
 from search.joint.evaluate import Evaluator
@@ -23,7 +24,6 @@ from search.joint.least_memory import least_memory
 from search.joint.sampled_study import Judge, SampledRun, run_sampled
 from search.joint.space import JointRequest, joint_space
 from search.storage import JOURNAL
-from search.study import CERTIFIED_GAP
 from simulator.model_source import ModelSource
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.plan import Plan
@@ -76,7 +76,7 @@ class JointResult:
     @property
     def gap(self) -> float:
         """(best - lower bound) / best."""
-        return (self.simulation.step_time_s - self.lower_bound_s) / self.simulation.step_time_s
+        return relative_gap(self.simulation.step_time_s, self.lower_bound_s)
 
     @property
     def certified(self) -> bool:

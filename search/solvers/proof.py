@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hardware_models.errors import InputError
+from search.gap import relative_gap
 
 EXACT_GAP = 1e-9
 """Relative gap up to which an answer counts as exact: rounding of sums, and of the integer program's bound."""
@@ -32,7 +33,7 @@ class Proof:
     @property
     def gap(self) -> float:
         """(objective - lower bound) / objective; 0 where the objective is 0."""
-        return (self.objective_s - self.lower_bound_s) / self.objective_s if self.objective_s else 0.0
+        return relative_gap(self.objective_s, self.lower_bound_s)
 
     @property
     def is_exact(self) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,14 +31,6 @@ MODELS = "tests.validation.distributed.split_models"
 MEMORY_TOLERANCE = 0.03
 """A thread of gloo lets go of a buffer a moment after its wait: at most a unit, 1.3% of modules this small; else the peak is exact."""
 ROUNDING = 1e-5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def plan_of(*, tp: int = 1, dp: int = 1, zero: int = 0, recompute: str = "none") -> Plan:

@@ -7,11 +7,9 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 from hardware_models.catalogue import load_hardware
@@ -30,14 +28,6 @@ FAILING = "tests.validation.distributed.failing_models"
 TIED = "tests.validation.distributed.split_models:gpt"
 MEMORY_TOLERANCE = 0.01
 ROUNDING = 1e-5
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def plan_of(
