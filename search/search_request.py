@@ -10,6 +10,7 @@ from typing import Literal
 from hardware_models.errors import InputError, UnknownNameError
 from hardware_models.profile import DeviceProfile
 from search.device.host_cells import TECHNIQUES, Technique
+from search.study_key import fingerprint, study_text
 from simulator.lower_host import host_lanes
 from simulator.model_source import SIMULATED_PRECISIONS, TRACED_PRECISIONS, ModelSource
 from simulator.plan import Batch, Plan, Precision
@@ -94,11 +95,11 @@ class SearchRequest:
     @property
     def text(self) -> str:
         """All that decides the answer; studies of the same text are one."""
-        parts = (
-            self.model.name, self.model.seq_len, self.model.precision, self.device.name, self.device.provenance, self.global_batch, self.budget_bytes,
-            self.objective, self.allow, self.optimizer, self.used_techniques, self.within if self.objective == "memory" else math.nan,
+        return study_text(
+            self.model.name, fingerprint(self.model.workload(self.global_batch)), self.model.seq_len, self.model.precision, fingerprint(self.device),
+            self.global_batch, self.budget_bytes, self.objective, self.allow, self.optimizer, self.used_techniques,
+            self.within if self.objective == "memory" else math.nan,
         )  # fmt: skip
-        return repr(parts)
 
 
 def usable_techniques(device: DeviceProfile) -> tuple[tuple[Technique, ...], str]:

@@ -24,6 +24,7 @@ from search.joint.least_memory import least_memory
 from search.joint.sampled_study import Judge, SampledRun, run_sampled
 from search.joint.space import JointRequest, joint_space
 from search.storage import JOURNAL
+from search.study_key import fingerprint, study_text
 from simulator.model_source import ModelSource
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.plan import Plan
@@ -280,8 +281,7 @@ def _as_baseline(expert: Expert, plan: Plan, result: ParallelSimulation, *, fits
 
 def _text(request: JointRequest, device: DeviceProfile) -> str:
     """All that decides the answer."""
-    parts = (
-        request.config, request.seq_len, request.global_batch, request.cluster, device.name, device.provenance, request.trainer.name, request.computes,
+    return study_text(
+        request.config, request.seq_len, request.global_batch, request.cluster, fingerprint(device), request.trainer.name, request.computes,
         request.budget_bytes, request.extra_schedules,
     )  # fmt: skip
-    return repr(parts)
