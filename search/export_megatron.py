@@ -127,6 +127,7 @@ def _sharding(plan: Plan) -> list[Flag]:
             ("--use-megatron-fsdp",),
             ("--data-parallel-sharding-strategy", _STRATEGIES[stage]),
             ("--no-gradient-accumulation-fusion",),
+            ("--init-model-with-meta-device",),
             ("--ckpt-format", "fsdp_dtensor"),
         ]
     if stage and split.shard_ranks != ranks:

@@ -9,7 +9,9 @@ from hardware_models.caching_allocator import DEFAULT_SETTINGS, AllocationEvent,
 from hardware_models.units import DTYPE_BYTES
 from simulator.lower import PassPrices
 from simulator.parallel.framework import PRODUCTS
+from simulator.parallel.gradient_sync import GRADIENTS_SHARDED, PARAMETERS_SHARDED
 from simulator.parallel.memory import MASTER_BYTES, STATE_BYTES
+from simulator.parallel.parameter_gathers import units_of
 from simulator.parallel.recompute import MEGATRON
 from simulator.parallel.stages import Stage, pass_changes
 from simulator.pipeline.action import Action, Order, actions_of
@@ -147,21 +149,25 @@ def rank_peaks(
     return tuple(repeated_peaks(step, len(step), own, settings=settings) for step, own in zip(steps, resident, strict=True))
 
 
-def rank_resident(blocks: Sequence[Block], resident_bytes: Sequence[int], plan: Plan, *, dtype: str) -> ResidentTensors:
+def rank_resident(stages: Sequence[Stage], resident_bytes: Sequence[int], plan: Plan, *, dtype: str) -> ResidentTensors:
     """The tensors behind the bytes that live on a rank through a step.
 
     **Model**: gradients and parameters are one buffer each, states one tensor a parameter. Megatron makes parameters one by one and moves them into their buffer, which
-    leaves their memory in the cache; its master copies and moments are those of a contiguous part of that buffer.
+    leaves their memory in the cache (`_moved`); its master copies and moments are those of a contiguous part of that buffer.
 
-    **Source**: ``_ParamAndGradBuffer`` (megatron/core/distributed/param_and_grad_buffer.py, 0.14), ``DistributedOptimizer`` (megatron/core/optimizer/distrib_optimizer.py).
+    **Source**: ``DistributedOptimizer`` (megatron/core/optimizer/distrib_optimizer.py, 0.14).
 
     Args:
-        blocks: of the rank.
+        stages: of the rank.
         resident_bytes: by `MemoryClass`.
         plan: its framework and optimizer.
         dtype: of parameters.
     """
-    elements, width = _weights(blocks), DTYPE_BYTES[dtype]
+    table = max(stage.shared_elements for stage in stages)
+    elements, width = (
+        (*([table] if table else ()), *_weights([block for stage in stages for block in stage.blocks])),
+        DTYPE_BYTES[dtype],
+    )
     state_bytes = resident_bytes[MemoryClass.OPTIMIZER_STATES]
     moments = STATE_BYTES[plan.precision.optimizer]
     master = MASTER_BYTES if width < MASTER_BYTES else 0
@@ -171,8 +177,31 @@ def rank_resident(blocks: Sequence[Block], resident_bytes: Sequence[int], plan: 
     halves = tuple(moments * one // 2 for one in shard for _ in range(2) if moments)
     return ResidentTensors(
         parameters=fixed, batch=tuple(size for size in (resident_bytes[MemoryClass.BATCH],) if size), optimizer_states=halves, masters=masters,
-        moved=tuple(width * one for one in elements) if plan.runtime.framework in MEGATRON else (),
+        moved=tuple(width * one for one in _moved(stages, elements, plan)),
     )  # fmt: skip
+
+
+def _moved(stages: Sequence[Stage], elements: Sequence[int], plan: Plan) -> Sequence[int]:
+    """Elements of what a trainer makes of the parameters before they are where they stay.
+
+    **Model**: Megatron's buffer of parameters comes when all of them are there. Its FSDP (ZeRO 2 and 3), given ``--init-model-with-meta-device``, makes parameters unit by unit, a layer
+    at most: the unit's tensors, and, where parameters are sharded, the buffer into which they are gathered. Both go before the next unit's come, into the same memory.
+
+    **Source**: ``_ParamAndGradBuffer`` (megatron/core/distributed/param_and_grad_buffer.py, 0.14); ``_init_each_parameter_group_buffers``
+    (megatron/core/distributed/fsdp/src/megatron_fsdp/param_and_grad_buffer.py, 0.16.1); the argument: docs/discussions/megatron-fsdp-user-guide of Megatron-LM.
+
+    **Not modelled**: the cache being emptied where half of the device is in use by then (as above).
+    """
+    if plan.runtime.framework not in MEGATRON:
+        return ()
+    if plan.memory.zero_stage < GRADIENTS_SHARDED:
+        return elements
+    units = [(stage, unit) for stage in stages for unit in units_of(stage, plan.runtime.framework)]
+    stage, unit = max(units, key=lambda one: one[1].elements)
+    own = _weights(stage.blocks[unit.first : unit.end])
+    table = unit.elements - sum(own)
+    largest = (*own, table) if table else own
+    return (sum(largest), *largest) if plan.memory.zero_stage >= PARAMETERS_SHARDED else largest
 
 
 def _weights(blocks: Sequence[Block]) -> tuple[int, ...]:

@@ -32,8 +32,8 @@ _FLOAT_BYTES = 4
 BUCKET_BYTES = 40_000_000 * 4
 """Gradients of a bucket unless the plan says: Megatron-core's 40 million elements, in float32."""
 MOST_CHUNKS = 16
-PARAMETERS_SHARDED = 3
-"""ZeRO's stage that shards parameters too."""
+GRADIENTS_SHARDED, PARAMETERS_SHARDED = 2, 3
+"""ZeRO's stages from which on ranks hold a part of these only."""
 NO_GATHERS = Gathers()
 
 

@@ -280,10 +280,10 @@ class _Assembly:
 
     def _allocators(self, result: ParallelSimulation) -> tuple[AllocatorPeaks, ...]:
         """Replays of the allocator: tensor by tensor, or rise by rise where chunks of tensors travel to the host."""
-        blocks = [self._blocks(rank) for rank in range(self.order.num_ranks)]
+        stages = [[self.stages[stage] for stage in own] for own in self.order.stages_of_rank]
         resident = [
             rank_resident(own, sizes, self.plan, dtype=self.dtype)
-            for own, sizes in zip(blocks, result.program.resident_bytes, strict=True)
+            for own, sizes in zip(stages, result.program.resident_bytes, strict=True)
         ]
         if any(self.chunks):
             end_s = result.step_time_s

@@ -12,8 +12,10 @@ from hardware_models.catalogue import load_hardware
 from hardware_models.units import MIB
 from simulator.parallel.allocations import StageTensors, rank_events, rank_peaks, rank_resident
 from simulator.parallel.orders import order_of
+from simulator.parallel.parameter_gathers import units_of
 from simulator.parallel.simulate_parallel import simulate_parallel
 from simulator.parallel.simulation import ParallelSimulation
+from simulator.parallel.stages import stages_of
 from simulator.pipeline.action import Order
 from simulator.plan import Plan
 from simulator.presets import build_workload
@@ -121,18 +123,34 @@ def test_megatrons_states_are_a_contiguous_part_of_its_buffer() -> None:
     """Two shards: masters and both moments of the first half of the parameters, each parameter copied out of a tensor of its own."""
     plan = plan_of(dp=2, zero_stage=1)
     workload = build_workload(small_config(), micro_batch=1, seq_len=SEQ_LEN, dtype="bfloat16")
-    blocks = workload.blocks[1:3]
-    elements = sum(block.parameter_elements for block in blocks)
+    middle = replace(workload, blocks=workload.blocks[1:3])
+    stage = replace(stages_of(workload, plan)[0], workload=middle, receives=True, sends=True)
+    elements = sum(block.parameter_elements for block in stage.blocks)
     sizes = [0] * len(MemoryClass)
     sizes[MemoryClass.PARAMETERS], sizes[MemoryClass.GRADIENTS], sizes[MemoryClass.OPTIMIZER_STATES] = (
         2 * elements,
         4 * elements,
         6 * elements,
     )
-    found = rank_resident(blocks, sizes, plan, dtype="bfloat16")
+    found = rank_resident([stage], sizes, plan, dtype="bfloat16")
     assert found.parameters == (2 * elements, 4 * elements)
     assert sum(found.moved) == 2 * elements
     assert sum(found.masters) == 2 * elements
     assert sum(found.optimizer_states) == 4 * elements
     assert len(found.optimizer_states) == 2 * len(found.masters) < 2 * len(found.moved)
-    assert rank_resident(blocks, sizes, plan_of(framework="pytorch"), dtype="bfloat16").moved == ()
+    assert rank_resident([stage], sizes, plan_of(framework="pytorch"), dtype="bfloat16").moved == ()
+
+
+def test_megatrons_fsdp_makes_one_unit_at_a_time() -> None:
+    """The largest unit's tensors, and, where parameters are sharded, the buffer that it is gathered into: never the whole model."""
+    (stage,) = stages_of(build_workload(small_config(), micro_batch=1, seq_len=SEQ_LEN, dtype="bfloat16"), plan_of(dp=4))
+    units = units_of(stage, "megatron-core")
+    largest = max(unit.elements for unit in units)
+    assert len(units) > 3
+
+    def moved(zero_stage: int) -> int:
+        plan = plan_of(dp=4, zero_stage=zero_stage, framework="megatron-core")
+        return sum(rank_resident([stage], [0] * len(MemoryClass), plan, dtype="bfloat16").moved)
+
+    assert moved(1) == 2 * sum(unit.elements for unit in units)
+    assert (moved(2), moved(3)) == (2 * largest, 4 * largest)
