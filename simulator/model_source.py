@@ -21,7 +21,7 @@ from simulator.workload import Workload
 
 SIMULATED_PRECISIONS = ("fp32",)
 """Precisions of a plan in which transformers are generated for one device so far."""
-TRACED_PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+TRACED_PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp8", "int8")
 """Those in which models are traced."""
 DEFAULT_BATCH = 8
 DEFAULT_SEQ_LEN = 2048
@@ -38,7 +38,7 @@ class ModelSource:
     """Samples per step; None: the model's own."""
     seq_len: int | None = None
     precision: str = "fp32"
-    """In which a traced model computes."""
+    """The mode in which a traced model runs (`simulator.plan.Precision.mode`)."""
     _workloads: dict[int, Workload] = field(default_factory=dict, repr=False, compare=False)
     _traces: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -111,8 +111,8 @@ class ModelSource:
         batch, seq_len = plan.batch.global_batch or self.batch, plan.batch.seq_len or self.seq_len
         return (
             self
-            if (batch, seq_len, plan.precision.compute) == (self.batch, self.seq_len, self.precision)
-            else replace(self, batch=batch, seq_len=seq_len, precision=plan.precision.compute, _workloads={}, _traces={})
+            if (batch, seq_len, plan.precision.mode) == (self.batch, self.seq_len, self.precision)
+            else replace(self, batch=batch, seq_len=seq_len, precision=plan.precision.mode, _workloads={}, _traces={})
         )
 
 

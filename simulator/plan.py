@@ -181,7 +181,7 @@ def check_single_device(
     limits["memory.offload_target"] = (plan.memory.offload_target, ("host",))
     limits["memory.delayed_update"] = (plan.memory.delayed_update, (False,))
     limits["precision.compute"] = (plan.precision.compute, tuple(compute))
-    limits["precision.grads"] = (plan.precision.grads, ("fp32",))
+    limits["precision.grads"] = (plan.precision.grads, (plan.precision.master,))
     limits["precision.optimizer"] = (plan.precision.optimizer, tuple(optimizers))
     limits["runtime.framework"] = (plan.runtime.framework, ("pytorch",))
     limits["runtime.compile"] = (plan.runtime.compile, (False,))

@@ -25,7 +25,7 @@ def check_parallel(plan: Plan, *, compute: Collection[str]) -> None:
     """
     memory, runtime = plan.memory, plan.runtime
     limits: dict[str, tuple[object, tuple[object, ...]]] = {
-        "precision.compute": (plan.precision.compute, tuple(compute)),
+        "precision.compute": (plan.precision.compute, tuple(compute)), "precision.master": (plan.precision.master, ("fp32",)),
     }  # fmt: skip
     _check_compiled_parallel(runtime)
     _check_graphs_parallel(plan)

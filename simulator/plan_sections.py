@@ -34,6 +34,8 @@ FRAMEWORKS = (
     "aa-scaling",
     "aa-scaling@fused-norm",
 )
+PURE_BF16 = "pure-bf16"
+"""Name of the mode in which a module's parameters, buffers and inputs are bfloat16 themselves."""
 FILE_PREFIX = "file:"
 """Begins a value that names a file; relative paths start at the plan's folder."""
 OFFLOADS = ("activation_offload", "weight_offload", "grad_offload", "optimizer_offload")
@@ -224,8 +226,8 @@ class Precision:
 
     compute: ComputePrecision = "fp32"
     """Format of activations and of the parameters that kernels read; the default is what a module does unasked."""
-    master: Literal["fp32"] = "fp32"
-    """Format of the parameters that the optimizer updates."""
+    master: Literal["fp32", "bf16"] = "fp32"
+    """Format of the parameters that the optimizer updates, and of its states; bf16: there are no others ("pure bf16", one device only so far)."""
     grads: Literal["fp32", "bf16"] = "fp32"
     """Format in which gradients accumulate."""
     comm: Literal["same", "bf16", "fp8", "int8"] = "same"
@@ -235,10 +237,18 @@ class Precision:
 
     def __post_init__(self) -> None:
         _check_known("precision.compute", self.compute, get_args(ComputePrecision))
-        _check_known("precision.master", self.master, ("fp32",))
+        _check_known("precision.master", self.master, ("fp32", "bf16"))
+        if self.master == "bf16" and (self.compute, self.grads) != ("bf16", "bf16"):
+            rule = f'parameters in bf16 are computed with, and have gradients, in bf16, but got compute = "{self.compute}", grads = "{self.grads}"'
+            raise plan_refusal("precision.master", self.master, rule, 'set both to "bf16", or master to "fp32"')
         _check_known("precision.grads", self.grads, ("fp32", "bf16"))
         _check_known("precision.comm", self.comm, ("same", "bf16", "fp8", "int8"))
         _check_known("precision.optimizer", self.optimizer, get_args(Optimizer))
+
+    @property
+    def mode(self) -> str:
+        """The mode in which a traced module runs (`simulator.tracing.compute_mode.PRECISIONS`): ``compute``, unless parameters are in bf16 too."""
+        return PURE_BF16 if self.master == "bf16" else self.compute
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

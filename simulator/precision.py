@@ -22,6 +22,8 @@ STORED_AS: Mapping[str, str] = MappingProxyType(
 """torch's name of parameters and activations, by the plan's precision. Eight-bit products take operands that are cast from bfloat16."""
 PRODUCTS_IN: Mapping[str, str] = MappingProxyType({"tf32": "tf32", "fp8": "float8_e4m3fn"})
 """dtype of products where it is not that of the tensors."""
+_EIGHT_BIT_PEAKS: Mapping[str, str] = MappingProxyType({"int8": "int8"})
+"""Peaks of precisions that only traced models run in."""
 _PRODUCTS = frozenset({"gemm", "batched_gemm", "convolution"})
 _EIGHT_BIT_PRODUCTS = frozenset({"gemm"})
 """Attention and batched products stay in bfloat16 under fp8 recipes (NVIDIA, Transformer Engine user guide, FP8 primer)."""
@@ -55,6 +57,16 @@ def price_in(precision: str, profile: DeviceProfile, *, launch: LaunchMode = "st
         return seconds
 
     return priced
+
+
+def peak_dtype(compute: str) -> str:
+    """The dtype whose peak ``mfu`` counts under a plan's precision."""
+    return _EIGHT_BIT_PEAKS.get(compute) or PRODUCTS_IN.get(compute) or STORED_AS[compute]
+
+
+def repriced_in(mode: str) -> str:
+    """What prices must know of the mode in which a model was traced: its kernels have the dtypes in which they run, save that TF32 products read float32."""
+    return mode if mode == "tf32" else "fp32"
 
 
 def in_precision(kernel: Kernel, precision: str) -> Kernel:

@@ -21,7 +21,7 @@ from simulator.lower import PassPrices, lower, optimizer_pass
 from simulator.lower_host import host_lanes
 from simulator.optimizer_states import OPTIMIZER_STATES
 from simulator.plan import Plan
-from simulator.precision import PRODUCTS_IN, STORED_AS, in_precision, price_in
+from simulator.precision import in_precision, peak_dtype, price_in, repriced_in
 from simulator.program import Kind, MemoryClass, Program
 from simulator.reserved_memory import reserved_peaks, resident_tensors
 from simulator.run_record import RunRecord, outcome_of
@@ -58,8 +58,8 @@ def step_setting(plan: Plan, num_blocks: int) -> StepSetting:
     shares = host_shares(plan, num_blocks)
     return StepSetting(
         num_microbatches=plan.num_microbatches, optimizer=plan.precision.optimizer, budget_bytes=plan.memory.budget_bytes,
-        host=shares if shares.any else None, precision=plan.precision.compute,
-        dtype=PRODUCTS_IN.get(plan.precision.compute, STORED_AS[plan.precision.compute]),
+        host=shares if shares.any else None, precision=repriced_in(plan.precision.mode),
+        dtype=peak_dtype(plan.precision.compute),
     )  # fmt: skip
 
 

@@ -75,9 +75,7 @@ def measure_case(case: BundleCase, *, device: str, steps: int, gradients: bool) 
     """Everything measured of one case, and the workload that was traced on the device (None for kinds other than ``plan``)."""
     started = time.perf_counter()
     model: TracedModel = traced_model(case.model, batch=case.batch, seq_len=case.seq_len)
-    session = ReplaySession(
-        model, device=device, optimizer=case.plan.precision.optimizer, precision=case.plan.precision.compute
-    )
+    session = ReplaySession(model, device=device, optimizer=case.plan.precision.optimizer, precision=case.plan.precision.mode)
     run = run_of(session, case)
     memory = session.peak(run)
     clock = time.perf_counter()

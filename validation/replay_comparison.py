@@ -19,6 +19,7 @@ from simulator.model_source import ModelSource
 from simulator.models import MODELS
 from simulator.plan import Plan
 from simulator.plan_file import plan_to_dict
+from simulator.precision import repriced_in
 from simulator.sequence import Operation, keep_all
 from simulator.simulate import Simulation, StepSetting, simulate, step_setting
 from simulator.timeline import Timeline
@@ -154,7 +155,7 @@ def _replay(
         plain_blocks,
         keep_all(len(plain_blocks.blocks)),
         device,
-        StepSetting(optimizer=cases[0].plan.precision.optimizer, precision=source.precision),
+        StepSetting(optimizer=cases[0].plan.precision.optimizer, precision=repriced_in(source.precision)),
     )
     sizes = [case.plan.batch.micro_batch or session.global_batch for case in cases]
     progress(f"gradients of {len(cases)} schedules against the plain module")

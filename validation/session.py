@@ -16,6 +16,7 @@ from simulator.optimizer_states import OPTIMIZER_STATES
 from simulator.sequence import Operation
 from simulator.timeline import Timeline
 from simulator.tracing.compute_mode import LOSS_SCALED
+from simulator.tracing.eight_bit_linear import check_eight_bit
 from simulator.tracing.trace import Traced, trace
 from simulator.tracing.traced_model import TracedModel, batch_size, micro_batches
 from validation.hand_made import HandMadeRun
@@ -68,7 +69,8 @@ class ReplaySession:
         if self.device.type == "cpu":
             keep_freed_pages()
         torch.manual_seed(seed)
-        module, inputs = model.build()
+        check_eight_bit(precision, self.device)
+        module, inputs = model.build_in(precision)
         self.name, self.seed, self.precision = model.name, seed, precision
         self.module = module.to(self.device)
         self.batch = {key: value.to(self.device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}

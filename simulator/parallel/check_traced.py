@@ -26,7 +26,7 @@ def check_traced(plan: Plan, *, what: str) -> None:
         "parallel.sequence_parallel": (parallel.sequence_parallel and parallel.tp > 1, (False,)),
         "runtime.prefetch_blocks": (runtime.prefetch_blocks, (None,)), "memory.delayed_update": (memory.delayed_update, (False,)),
         **{f"memory.{name}": (getattr(memory, name), (0,)) for name in OFFLOADS},
-        "precision.compute": (precision.compute, COMPUTE), "precision.grads": (precision.grads, ("fp32",)), "precision.comm": (precision.comm, ("same",)),
+        "precision.compute": (precision.compute, COMPUTE), "precision.master": (precision.master, ("fp32",)), "precision.grads": (precision.grads, ("fp32",)), "precision.comm": (precision.comm, ("same",)),
         "precision.optimizer": (precision.optimizer, ("adamw", "sgd")),
         "runtime.framework": (runtime.framework, ("pytorch",)), "runtime.compile": (runtime.compile, (False,)), "runtime.cuda_graphs": (runtime.cuda_graphs, (False,)),
         "runtime.optimizer_sync": (runtime.optimizer_sync, ("pre",)),

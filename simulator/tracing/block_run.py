@@ -27,7 +27,7 @@ OnSave = Callable[[torch.Tensor], None]
 """Called with a tensor over a storage that a graph keeps."""
 
 SELECTIVE_KEEPS = frozenset(
-    "mm addmm bmm baddbmm _grouped_mm convolution _fft_r2c _fft_c2r _fft_c2c "
+    "mm addmm bmm baddbmm _grouped_mm _scaled_mm _int_mm convolution _fft_r2c _fft_c2r _fft_c2c "
     "_scaled_dot_product_flash_attention_for_cpu _scaled_dot_product_flash_attention _scaled_dot_product_efficient_attention "
     "_scaled_dot_product_cudnn_attention _scaled_dot_product_fused_attention_overrideable".split()
 )

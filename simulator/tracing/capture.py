@@ -30,6 +30,7 @@ from torch.utils._pytree import tree_flatten
 
 from hardware_models.errors import InputError
 from simulator.tracing.compute_mode import compute_mode
+from simulator.tracing.eight_bit_linear import EIGHT_BIT_NODES
 from simulator.tracing.side_values import fake_activations, new_fake_mode, to_fake
 
 LossFunction = Callable[[Any], torch.Tensor]
@@ -178,7 +179,7 @@ def _graph_of(
     def traced(values: list[torch.Tensor]) -> torch.Tensor:
         result = forward(values)
         for node in _autograd_nodes(result):
-            if isinstance(node, BackwardCFunction):
+            if isinstance(node, BackwardCFunction) and not isinstance(node, EIGHT_BIT_NODES):
                 own_functions.add(type(node).__name__)
             leaves.add(id(getattr(node, "variable", None)))
         return result

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
-from hardware_models.errors import UnknownNameError
+from hardware_models.errors import InputError, UnknownNameError
+from simulator.plan_sections import PURE_BF16
+from simulator.tracing.eight_bit_linear import EIGHT_BIT, in_eight_bits
 
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-"""Mixed precision: parameters stay in float32, products compute in the lower format, as ``torch.autocast`` lists them."""
-PRECISIONS = ("fp32", "tf32", *AUTOCAST)
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16, **dict.fromkeys(EIGHT_BIT, torch.bfloat16)}
+"""Mixed precision: parameters stay in float32, products compute in the lower format, as ``torch.autocast`` lists them; with eight bits those of layers do so in these."""
+PRECISIONS = ("fp32", "tf32", *AUTOCAST, PURE_BF16)
 LOSS_SCALED = ("fp16",)
 """Those whose loss is scaled before the backward pass, so that small gradients are not lost, and whose gradients are scaled back before the update."""
 
@@ -23,7 +26,7 @@ def compute_mode(precision: str, device: torch.device) -> Iterator[None]:
     Weights are cast at each use and not kept in autocast's cache, so that a block does the same wherever it runs. ``fp32`` means float32 on
     tensor cores too: torch's default takes TF32 for convolutions.
 
-    **Not modelled**: formats of single layers.
+    Linear layers in eight bits choose their format themselves (`prepared`).
 
     Raises:
         UnknownNameError: a precision without a mode.
@@ -51,3 +54,47 @@ def float32_products(precision: str, device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
+
+
+def prepared(
+    module: torch.nn.Module, inputs: Mapping[str, Any], precision: str, *, name: str
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A module, real or fake, and its inputs as a precision stores them; the module is changed in place.
+
+    **Model**: `PURE_BF16`: parameters, buffers and inputs of floating point are cast to bfloat16 once, gradients and optimizer states follow
+    the parameters (``module.to(torch.bfloat16)``). Eight bits: linear layers compute in them (`eight_bit_linear.in_eight_bits`). Other precisions leave everything as it is.
+
+    Raises:
+        InputError: a complex parameter or buffer, for which bf16 has no format; no layer that computes in eight bits.
+    """
+    if precision in EIGHT_BIT:
+        return in_eight_bits(module, precision, name=name), dict(inputs)
+    if precision != PURE_BF16:
+        return module, dict(inputs)
+    for key, value in (*module.named_parameters(), *module.named_buffers()):
+        if value.is_complex():
+            rule = f"{key} is complex, and no complex format has parts in bf16"
+            raise InputError(
+                source=f"model {name}", key="precision.master", value="bf16", rule=rule, remedy='take precision.master = "fp32"'
+            )
+    cast = {
+        key: value.to(torch.bfloat16) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for key, value in inputs.items()
+    }
+    _cast_in_place(module)
+    return module, cast
+
+
+def _cast_in_place(module: torch.nn.Module) -> None:
+    """``module.to(torch.bfloat16)``, which torch does not do with fake tensors that a fake mode knows; what is tied stays tied."""
+    new: dict[int, torch.Tensor] = {}
+    for part in module.modules():
+        for held in (part._parameters, part._buffers):  # noqa: SLF001 - as torch.nn.Module._apply does
+            for key, value in held.items():
+                if value is None or not value.is_floating_point():
+                    continue
+                if id(value) not in new:
+                    cast = value.detach().to(torch.bfloat16)
+                    is_parameter = isinstance(value, torch.nn.Parameter)
+                    new[id(value)] = torch.nn.Parameter(cast, requires_grad=value.requires_grad) if is_parameter else cast
+                held[key] = new[id(value)]  # type: ignore[assignment]

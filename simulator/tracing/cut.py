@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from simulator.tracing.block_graph import BlockGraph
 from simulator.tracing.capture import Capture
 from simulator.tracing.compute_mode import compute_mode
+from simulator.tracing.eight_bit_linear import EIGHT_BIT_OPERATORS
 from simulator.tracing.side_values import fake_activations
 
 HEAVY_OPERATORS = frozenset(
@@ -27,7 +28,7 @@ HEAVY_OPERATORS = frozenset(
     "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d convolution _convolution "
     "fft_rfft fft_irfft fft_rfft2 fft_irfft2 fft_rfftn fft_irfftn fft_fft fft_ifft fft_fft2 fft_ifft2 fft_fftn fft_ifftn "
     "lstm gru multi_head_attention_forward".split()
-)
+).union(EIGHT_BIT_OPERATORS)
 """Operators above autograd that make a block worth recomputing on its own."""
 EMBEDDING_OPERATORS = frozenset({"embedding", "embedding_bag"})
 BATCH_STATISTICS = frozenset({"batch_norm", "native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm"})

@@ -97,6 +97,13 @@ def _mm(name: str, args: Sequence[Any], out: Any) -> list[Kernel]:
     return [_kernel("gemm", name, (m, n, k), args, out, flops=2 * m * n * k)]
 
 
+def _eight_bit_mm(name: str, args: Sequence[Any], out: Any) -> list[Kernel]:
+    """A product of two operands in eight bits (scales apart), of the dtype of the first."""
+    a, b = args[0], args[1]
+    (m, k), n = a.shape, b.shape[1]
+    return [replace(_kernel("gemm", name, (m, n, k), (a, b), out, flops=2 * m * n * k), dtype=dtype_name(a.dtype))]
+
+
 def _bmm(name: str, args: Sequence[Any], out: Any) -> list[Kernel]:
     a, b = (args[1], args[2]) if name == "baddbmm" else (args[0], args[1])
     batch, m, k = a.shape
@@ -272,6 +279,7 @@ def _elementwise(name: str, args: Sequence[Any], out: Any) -> list[Kernel]:
 
 
 _RULES: dict[str, Rule] = {
+    "_scaled_mm": _eight_bit_mm, "_int_mm": _eight_bit_mm,
     "mm": _mm, "addmm": _mm, "bmm": _bmm, "baddbmm": _bmm, "mv": _mv, "addmv": _mv, "dot": _dot, "vdot": _dot,
     "_grouped_mm": _grouped_mm, "convolution": _convolution, "convolution_backward": _convolution_backward,
     "_fft_r2c": _fft, "_fft_c2r": _fft, "_fft_c2c": _fft,

@@ -18,6 +18,7 @@ import torch
 from hardware_models.errors import InputError
 from simulator import models
 from simulator.tracing.capture import build_fake
+from simulator.tracing.compute_mode import prepared
 from simulator.tracing.trace import Traced, trace
 
 Factory = Callable[[], tuple[torch.nn.Module, Mapping[str, Any]]]
@@ -36,8 +37,16 @@ class TracedModel:
         Raises:
             InputError: the factory or the trace fails, or the example holds fewer samples.
         """
-        (module, inputs), _ = build_fake(self.build)
+        (module, inputs), _ = build_fake(partial(self.build_in, precision))
         return trace(module, first_samples(inputs, micro_batch, name=self.name), name=self.name, precision=precision)
+
+    def build_in(self, precision: str) -> tuple[torch.nn.Module, dict[str, Any]]:
+        """The module and its inputs as a precision stores them, from torch's current generator.
+
+        Raises:
+            InputError: as `build`, and what has no such format.
+        """
+        return prepared(*self.build(), precision, name=self.name)
 
     def build(self) -> tuple[torch.nn.Module, dict[str, Any]]:
         """The module and its inputs, from torch's current generator.

@@ -60,9 +60,10 @@ PLAN = Plan(
 )  # fmt: skip
 
 
-def small_case(device: DeviceProfile) -> BundleCase:
-    source = model_source("tests.small_models:residual_mlp", batch=6).with_plan_batch(PLAN)
-    return bundle_case(replay_case(PLAN, source, device, name="all at once"), source, device)
+def small_case(device: DeviceProfile, precision: Precision = PLAN.precision) -> BundleCase:
+    plan = replace(PLAN, precision=precision)
+    source = model_source("tests.small_models:residual_mlp", batch=6).with_plan_batch(plan)
+    return bundle_case(replay_case(plan, source, device, name="all at once"), source, device)
 
 
 def test_a_bundle_is_read_as_it_was_written(device: DeviceProfile, tmp_path: Path) -> None:
@@ -116,7 +117,11 @@ def test_a_bare_machine_runs_a_bundle_and_goes_on_after_a_failure(device: Device
     case = small_case(device)
     kinds = [replace(case, name=kind, kind=kind, operations=()) for kind in ("plain", "checkpoint+save_on_cpu")]
     broken = replace(case, name="broken", operations=case.operations[:-1])
-    write_bundle([case, broken, *kinds], tmp_path / "bundle.json.gz")
+    narrow = [
+        small_case(device, precision)
+        for precision in (Precision(compute="bf16", grads="bf16", master="bf16"), Precision(compute="fp8"))
+    ]
+    write_bundle([case, broken, *kinds, *narrow], tmp_path / "bundle.json.gz")
     arguments = [str(tmp_path / "bundle.json.gz"), "--out", str(tmp_path / "results.zip"), "--steps", "2"]
     done = subprocess.run(
         [sys.executable, "-c", BARE.format(arguments=arguments)],
@@ -127,9 +132,9 @@ def test_a_bare_machine_runs_a_bundle_and_goes_on_after_a_failure(device: Device
         timeout=120,
     )
     assert done.returncode == 1, done.stderr
-    assert "3 of 4 cases ran" in done.stderr, done.stderr
+    assert "5 of 6 cases ran" in done.stderr, done.stderr
     with zipfile.ZipFile(tmp_path / "results.zip") as archive:
-        found = [json.loads(archive.read(f"case-{number:03d}.json")) for number in range(4)]
+        found = [json.loads(archive.read(f"case-{number:03d}.json")) for number in range(6)]
         assert workload_from_json(json.loads(archive.read("workload-000.json"))).blocks
         assert "torch" in json.loads(archive.read("environment.json"))
     assert found[0]["gradients_match"][0]["bitwise"]
@@ -137,7 +142,10 @@ def test_a_bare_machine_runs_a_bundle_and_goes_on_after_a_failure(device: Device
     assert found[0]["host_bytes"] > 0
     assert {"COMPUTE", "H2D", "D2H", "HOST"} == {span[0] for span in found[0]["spans"]}
     assert "ends before the backward of block 0" in found[1]["failed"]
-    assert [one["step_time_s"]["num"] for one in found[2:]] == [2, 2]
+    assert [one["step_time_s"]["num"] for one in found[2:]] == [2, 2, 2, 2]
+    assert all(one["gradients_match"][0]["bitwise"] for one in found[4:])
+    for one, measured in zip(narrow, found[4:], strict=True):
+        assert measured["allocated_bytes"] == pytest.approx(one.predicted["peak_memory_bytes"][0], rel=0.01)
 
 
 def test_a_schedule_that_the_device_cannot_hold_is_not_run(device: DeviceProfile) -> None:

@@ -105,6 +105,8 @@ def test_offloading_changes_no_bit_and_memory_is_as_predicted(model: str, name: 
     ("model", "precision", "dtype"),
     [
         ("residual-mlp", "bf16", "bfloat16"),
+        pytest.param("residual-mlp", "pure-bf16", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("residual-mlp", "fp8", "bfloat16", marks=pytest.mark.slow),
         pytest.param("residual-mlp", "fp16", "float16", marks=pytest.mark.slow),
         pytest.param("transformer", "bf16", "bfloat16", marks=pytest.mark.slow),
     ],
@@ -127,9 +129,23 @@ def test_mixed_precision_is_the_modules_own_bitwise_and_memory_is_as_predicted(m
             assert session.peak(run).allocated_bytes == pytest.approx(static_peak_bytes(program), rel=MIXED_TOLERANCE), label
 
 
+def test_pure_bf16_keeps_parameters_gradients_and_states_in_two_bytes() -> None:
+    session = session_of("residual-mlp", "pure-bf16")
+    run = session.scheduled(sequences(session.traced(BATCH))["full"], BATCH)
+    session.peak(run)
+    states = [tensor for tensor in session.optimizer.state_tensors if tensor.ndim]
+    assert {tensor.dtype for tensor in (*session.module.parameters(), *states, *session.batch.values())} == {torch.bfloat16}
+    wide, narrow = traced("residual-mlp").workload, session.traced(BATCH).workload
+    assert (narrow.parameter_bytes, narrow.gradient_bytes) == (wide.parameter_bytes // 2, wide.gradient_bytes // 2)
+    with pytest.raises(InputError, match=r"precision.master = .bf16.: .* is complex"):
+        session_of("spectral", "pure-bf16")
+
+
 def test_an_unknown_precision_is_named() -> None:
-    with pytest.raises(UnknownNameError, match=r"precision.compute = 'fp8': unknown name; known are fp32, tf32, bf16, fp16"):
-        session_of("residual-mlp", "fp8").traced(BATCH)
+    with pytest.raises(
+        UnknownNameError, match=r"precision.compute = 'fp4': unknown name; known are fp32, tf32, bf16, fp16, fp8, int8"
+    ):
+        session_of("residual-mlp", "fp4").traced(BATCH)
 
 
 def test_the_host_holds_as_many_bytes_as_predicted() -> None:
