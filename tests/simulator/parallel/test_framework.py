@@ -11,7 +11,7 @@ from simulator.parallel.framework import allocator_of, kept_bytes, operators_of,
 from simulator.parallel.orders import order_of
 from simulator.parallel.parameter_gathers import units_of
 from simulator.parallel.recompute import fit_framework
-from simulator.parallel.simulate_parallel import simulate_parallel
+from simulator.parallel.simulate_parallel import simulate_parallel, step_parts
 from simulator.parallel.stages import stages_of
 from simulator.parallel.torch_buffers import stream_pool_bytes
 from simulator.presets import build_workload, preset
@@ -105,3 +105,22 @@ def test_the_core_of_attention_leaves_a_copy_in_eight_bits() -> None:
     fitted = fit_framework(made, own, config, dtype="bfloat16", seq_len=512)
     attention = next(block for block in fitted.blocks if block.name == "attention").options[-1]
     assert sum(one.size_bytes for one in attention.saved) == 512 * (8192 * 13 // 2 + 4)  # and a root of the norm
+
+
+@pytest.mark.parametrize(
+    ("framework", "units"),
+    [
+        # two norms: float32 copy 2, normed 1, weighted 1; query, key, value, attention's result; gate, its activation, up, their product
+        ("pytorch", 2 * (2 + 1 + 1) + (1 + 2 / 16 + 1) + 4 * 3.25),
+        # two norms: input 1, weighted 1; the same of attention; gate and up in one, activated
+        ("megatron-core", 2 * (1 + 1) + (1 + 2 / 16 + 1) + 3 * 3.25),
+    ],
+)
+def test_a_layer_of_llama_3_405b_keeps_what_a_count_by_hand_says(framework: str, units: float) -> None:
+    """In units of 2 s h / tp bytes: 8,192 tokens, 8 ranks with sequence parallelism, 128 heads of which 8 hold keys and values, a network of 3.25 h."""
+    config, tokens = replace(preset("llama3-405b"), layers=4), 8192
+    plan = plan_of(tp=8, pp=4, sequence_parallel=True, framework=framework)
+    plan = replace(plan, batch=replace(plan.batch, seq_len=tokens))
+    cluster = cluster_of(plan, "hgx-h100")
+    parts = step_parts(config, plan, cluster, load_hardware(cluster.device), order_of(plan), seq_len=tokens)
+    assert parts.costs[1].forward.net_bytes / (2 * tokens * config.hidden / 8) == pytest.approx(units, rel=1e-3)
