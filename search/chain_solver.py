@@ -94,10 +94,11 @@ def rounding_bytes(stacked_bytes: Ints, slot_bytes: int) -> int:
 def choose_slot_bytes(stacked_bytes: Ints, available_bytes: int, num_slots: int) -> int:
     """Slot size between available / num_slots and twice that which overstates memory least.
 
-    Chains repeat few sizes; a slot that divides those hardly rounds.
+    Chains repeat few sizes; a slot that divides those hardly rounds. Sizes that do not fit at all do not count: they would be cut into as many parts as they have bytes.
     """
     least = max(1, -(-available_bytes // num_slots))
-    sizes, counts = np.unique(stacked_bytes[stacked_bytes > 0], return_counts=True)
+    fitting = (stacked_bytes > 0) & (stacked_bytes <= available_bytes)
+    sizes, counts = np.unique(stacked_bytes[fitting], return_counts=True)
     candidates = {least}
     for size in sizes[np.argsort(-counts, kind="stable")][:_SIZES_TO_ALIGN].tolist():
         candidates.update(-(-size // parts) for parts in range(max(1, size // (2 * least)), size // least + 1))

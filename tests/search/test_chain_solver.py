@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from search.chain_solver import (
     chain_arrays,
     checkpoint_every_stage,
     checkpoint_segments,
+    choose_slot_bytes,
     evaluate,
     format_sequence,
     minimum_limit_bytes,
@@ -183,3 +185,9 @@ def test_messages_of_wrong_arguments() -> None:
         ChainTable(PUBLISHED, 38, 0)
     with pytest.raises(InputError, match=r"limit_bytes <= max_limit_bytes must hold, but got 39 > 38"):
         ChainTable(PUBLISHED, 38).solve(39)
+
+
+def test_sizes_beyond_the_memory_do_not_set_its_slots() -> None:
+    """Cutting them into slots would look at as many slot sizes as they have bytes."""
+    assert choose_slot_bytes(np.array([[10**15, 7]]), 1, 400) == 1
+    assert choose_slot_bytes(np.array([[10**15, 300]]), 4000, 400) == 10
