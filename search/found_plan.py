@@ -77,7 +77,8 @@ def summary(found: Found) -> dict[str, Any]:
 
 
 def shares_summary(shares: HostShares) -> dict[str, float]:
-    """Fractions on the host, the mean over blocks for activations."""
+    """Fractions on the host, means over blocks."""
+    count = len(shares.activations)
     return {
-        "activation_offload": sum(shares.activations) / len(shares.activations), "weight_offload": shares.weights[0], "optimizer_offload": shares.optimizer,
+        "activation_offload": sum(shares.activations) / count, "weight_offload": sum(shares.weights) / count, "optimizer_offload": shares.optimizer,
     }  # fmt: skip

@@ -141,7 +141,7 @@ class PlanSearch:
             found = Found(micro_batch=point.micro_batch, precision=point.precision, candidate=candidate)
             if device.kind == "cpu" or candidate.step_time_s >= below_s:
                 return found
-            excess = max(self.simulate(found).peak_reserved_bytes) + device.context_bytes - device.memory_bytes
+            excess = self._excess_bytes(found)
             if excess <= 0:
                 return found
             budget = candidate.peak_bytes - excess
@@ -223,7 +223,10 @@ class PlanSearch:
         return next(point for point in self.space() if point.text == text)
 
     def refined(self, found: Found, budget_bytes: int, *, until: float = math.inf) -> Found:
-        """The same with fractions between the ends of cells, where that is faster; no other is begun after the moment ``until`` (`time.monotonic`)."""
+        """The same with fractions between the ends of cells, and with whole blocks' parameters in place of a fraction of each, where that is faster.
+
+        No other is begun after the moment ``until`` (`time.monotonic`).
+        """
         best = found
         for step in FINER_STEPS:
             shares = best.candidate.shares
@@ -234,7 +237,25 @@ class PlanSearch:
                 with suppress(InfeasibleError):
                     point = Point(micro_batch=found.micro_batch, precision=found.precision, cell=cell)
                     best = min(best, self.best_at(point, budget_bytes, below_s=best.candidate.step_time_s), key=rank)
-        return best
+        return self._placed(best, budget_bytes, until)
+
+    def _placed(self, found: Found, budget_bytes: int, until: float) -> Found:
+        """The same with whole blocks' parameters on the host, where that is faster and fits the budget and, with what the allocator reserves, the device."""
+        solver, budget = self.solver(found.micro_batch, found.precision), budget_bytes
+        for _ in range(RESERVED_TRIES):
+            other = replace(found, candidate=solver.placed(found.candidate, budget, until=until))
+            if rank(other) >= rank(found):
+                return found
+            excess = self._excess_bytes(other)
+            if excess <= 0:
+                return other
+            budget = other.candidate.peak_bytes - excess
+        return found
+
+    def _excess_bytes(self, found: Found) -> int:
+        """By how much what the allocator reserves for a plan is more than the device has; 0 or less: it fits."""
+        device = self.request.device
+        return max(self.simulate(found).peak_reserved_bytes) + device.context_bytes - device.memory_bytes
 
     def plan_of(self, found: Found) -> Plan:
         """The plan of what was found."""

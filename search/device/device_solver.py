@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
 
 import numpy as np
 
-from hardware_models.errors import InfeasibleError, InputError
+from hardware_models.errors import InfeasibleError
 from hardware_models.units import format_bytes
 from search.device.device_bound import DeviceBound
 from search.device.host_cells import HostBytes, HostCell, Technique, uniform_shares
+from search.device.weight_placement import Placement, placements
 from search.recompute import RecomputeSolver
 from search.solvers.offload_problem import HostLink, OffloadProblem
 from search.solvers.offload_solver import OffloadSolution, solve_offload
@@ -33,6 +35,8 @@ POFO_TRIES = 4
 """How often its room is lowered because its plan needs more than the budget."""
 EXCESS_FACTOR = 1.25
 """By how many times what it needs too much: recompute puts some of the room back."""
+PLACED_AGAIN = 2
+"""Placements of parameters for which sequences are chosen anew."""
 KEPT_LAST = (1, 2, 3, 4, 6, 8, 12, 16)
 """So many last blocks may keep their activations: they come back at once."""
 
@@ -85,7 +89,7 @@ class DeviceSolver:
         Raises:
             InfeasibleError: none fits, or none that does computes for less; says the least budget that fits.
         """
-        best = self._at(budget_bytes, cell.weights_high, cell.optimizer_high, below_s)
+        best = self._at(budget_bytes, self._equal(cell.weights_high), cell.optimizer_high, below_s)
         if best is None:
             raise self._refusal(budget_bytes, self.least(cell).peak_bytes)
         return self.evaluator.exact(self._polished(best, budget_bytes))
@@ -100,7 +104,7 @@ class DeviceSolver:
             return self.recompute.best(budget_bytes)
         best: Candidate | None = None
         least = 0
-        for name, operations in self._sequences(budget_bytes, max(shares.weights), shares.optimizer):
+        for name, operations in self._sequences(budget_bytes, shares.weights, shares.optimizer):
             found = self.evaluator.evaluate(name, operations, shares)
             least = min(least or found.peak_bytes, found.peak_bytes)
             best = _better(best, found, budget_bytes)
@@ -108,7 +112,7 @@ class DeviceSolver:
             raise self._refusal(budget_bytes, least)
         return best
 
-    def _at(self, budget_bytes: int, weights: float, optimizer: float, below_s: float) -> Candidate | None:
+    def _at(self, budget_bytes: int, weights: Placement, optimizer: float, below_s: float) -> Candidate | None:
         """The fastest plan with these fractions within a budget; None where none fits that computes for less than ``below_s``."""
         best: Candidate | None = None
         found = [(self.evaluator.compute_s(one[1]), *one) for one in self._sequences(budget_bytes, weights, optimizer)]
@@ -123,7 +127,7 @@ class DeviceSolver:
         return best
 
     def _with_least_shares(
-        self, best: Candidate | None, name: str, operations: tuple[Operation, ...], budget_bytes: int, weights: float, optimizer: float
+        self, best: Candidate | None, name: str, operations: tuple[Operation, ...], budget_bytes: int, weights: Placement, optimizer: float
     ) -> Candidate | None:  # fmt: skip
         """The better of a candidate and a sequence beside the least share of activations with which it fits."""
         shares = self._least_shares(operations, budget_bytes, weights, optimizer)
@@ -131,12 +135,15 @@ class DeviceSolver:
             return best
         return _better(best, self.evaluator.evaluate(name, operations, shares), budget_bytes)
 
-    def _sequences(self, budget_bytes: int, weights: float, optimizer: float) -> Iterator[tuple[str, tuple[Operation, ...]]]:
+    def _sequences(
+        self, budget_bytes: int, weights: Placement, optimizer: float
+    ) -> Iterator[tuple[str, tuple[Operation, ...]]]:
         """Sequences worth trying, by name."""
         if "recompute" not in self.techniques:
             yield "none", self._nothing
             return
-        if not weights and not optimizer:
+        fraction = self._host.weight_fraction(weights)
+        if not fraction and not optimizer:
             with_recompute = self._recompute_alone(budget_bytes)
             if with_recompute is not None:
                 yield with_recompute.name, with_recompute.operations
@@ -145,7 +152,7 @@ class DeviceSolver:
             if operations not in seen:
                 seen.add(operations)
                 yield name, operations
-        cell = HostCell(weights_low=weights, weights_high=weights, optimizer_low=optimizer, optimizer_high=optimizer)
+        cell = HostCell(weights_low=fraction, weights_high=fraction, optimizer_low=optimizer, optimizer_high=optimizer)
         room = budget_bytes + self._host.most_freed_bytes(cell) + self._host.most_gradients_freed_bytes(cell)
         most = max(self.plain().peak_bytes, room)
         lowest = min(room, self.recompute.least().peak_bytes)
@@ -168,28 +175,28 @@ class DeviceSolver:
             return None
 
     def _least_shares(
-        self, operations: tuple[Operation, ...], budget_bytes: int, weights: float, optimizer: float
+        self, operations: tuple[Operation, ...], budget_bytes: int, weights: Placement, optimizer: float
     ) -> HostShares | None:
         """The least share of activations, equal in all blocks, with which a sequence fits; None where none does."""
 
+        def with_share(share: int) -> HostShares:
+            return HostShares(activations=(share / (1 << SHARE_BITS),) * len(weights), weights=weights, optimizer=optimizer)
+
         def fits(share: int) -> bool:
-            return (
-                self.evaluator.peak_bytes(operations, self._shares(share / (1 << SHARE_BITS), weights, optimizer))
-                <= budget_bytes
-            )
+            return self.evaluator.peak_bytes(operations, with_share(share)) <= budget_bytes
 
         if fits(0):
-            return self._shares(0.0, weights, optimizer)
+            return with_share(0)
         low, high = 0, 1 << SHARE_BITS
         if "activations" not in self.techniques or not fits(high):
             return None
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if fits(middle) else (middle, high)
-        return self._shares(high / (1 << SHARE_BITS), weights, optimizer)
+        return with_share(high)
 
     def _together(
-        self, budget_bytes: int, weights: float, optimizer: float
+        self, budget_bytes: int, weights: Placement, optimizer: float
     ) -> Iterator[tuple[tuple[Operation, ...], HostShares]]:
         """What the solver of recompute and offload chooses for the chain in the room that fractions leave, less of it as long as the step needs more than the budget.
 
@@ -197,9 +204,13 @@ class DeviceSolver:
         """
         if self.lanes is None or not {"recompute", "activations"} <= set(self.techniques):
             return
-        spare = budget_bytes - self.evaluator.resident_bytes(self._shares(0.0, weights, optimizer))
-        link = HostLink(out_bytes_per_s=self.lanes.to_host_bytes_per_s, in_bytes_per_s=self.lanes.to_device_bytes_per_s)
-        weights_s = tuple(weights * block.parameter_bytes / link.in_bytes_per_s for block in self.workload.blocks)
+        alone = HostShares(activations=self._equal(0.0), weights=weights, optimizer=optimizer)
+        spare = budget_bytes - self.evaluator.resident_bytes(alone)
+        link = _link(self.lanes)
+        weights_s = tuple(
+            share * block.parameter_bytes / link.in_bytes_per_s
+            for share, block in zip(weights, self.workload.blocks, strict=True)
+        )
         problem = OffloadProblem(chain=self.recompute.problem, link=link, in_busy_s=weights_s)
         room = spare
         for _ in range(POFO_TRIES):
@@ -214,12 +225,12 @@ class DeviceSolver:
                 return
             room -= int(EXCESS_FACTOR * excess)
 
-    def _shares_of(self, found: OffloadSolution, weights: float, optimizer: float) -> HostShares:
+    def _shares_of(self, found: OffloadSolution, weights: Placement, optimizer: float) -> HostShares:
         """Blocks whose items go: those of a graph by its block, a boundary by the block that reads it."""
         count = len(self.workload.blocks)
         gone = {step.first if step.option else step.stop for step in found.steps if step.offloaded}
         activations = tuple(1.0 if block in gone else 0.0 for block in range(count))
-        return HostShares(activations=activations, weights=(weights,) * count, optimizer=optimizer)
+        return HostShares(activations=activations, weights=weights, optimizer=optimizer)
 
     def _polished(self, best: Candidate, budget_bytes: int) -> Candidate:
         """The same with the activations of few last blocks kept, where that is faster and fits."""
@@ -233,6 +244,37 @@ class DeviceSolver:
             shares = replace(start, activations=activations)
             best = _better(best, self.evaluator.evaluate(best.name, best.operations, shares), budget_bytes) or best
         return best
+
+    def placed(self, best: Candidate, budget_bytes: int, *, until: float = math.inf) -> Candidate:
+        """The fastest plan with whole blocks' parameters on the host that is found around one with fractions, where it is faster; no other is looked at after the moment ``until``.
+
+        All placements are tried beside the plan's own sequence, the `PLACED_AGAIN` best ones beside all sequences.
+        """
+        if self.lanes is None or "weights" not in self.techniques or best.shares is None:
+            return best
+        optimizer = best.shares.optimizer
+        away = replace(best.shares, weights=self._equal(1.0))
+        largest = max(block.parameter_bytes for block in self.workload.blocks)
+        room = budget_bytes - self.evaluator.peak_bytes(best.operations, away) + 2 * largest
+        tried: list[tuple[float, Placement]] = []
+        found = best
+        for weights in placements(self.workload, best.operations, self.evaluator.prices, _link(self.lanes), room):
+            if time.monotonic() > until:
+                break
+            one = self._with_least_shares(None, best.name, best.operations, budget_bytes, weights, optimizer)
+            if one is not None:
+                tried.append((one.step_time_s, weights))
+                found = _better(found, one, budget_bytes) or found
+        for _, weights in sorted(tried)[:PLACED_AGAIN]:
+            if time.monotonic() > until:
+                break
+            one = self._at(budget_bytes, weights, optimizer, found.step_time_s)
+            found = found if one is None else _better(found, one, budget_bytes) or found
+        return self.evaluator.exact(self._polished(found, budget_bytes)) if found is not best else best
+
+    def _equal(self, share: float) -> Placement:
+        """The same fraction of each block."""
+        return (share,) * len(self.workload.blocks)
 
     def _expert_offloads(self) -> Iterator[tuple[str, tuple[Operation, ...], HostShares]]:
         """Whole classes on the host, as `torch.autograd.graph.save_on_cpu`, ZeRO-Offload and ZeRO-Infinity put them there, beside none or full recompute."""
@@ -260,6 +302,10 @@ class DeviceSolver:
         )  # fmt: skip
 
 
+def _link(lanes: HostLanes) -> HostLink:
+    return HostLink(out_bytes_per_s=lanes.to_host_bytes_per_s, in_bytes_per_s=lanes.to_device_bytes_per_s)
+
+
 def _better(best: Candidate | None, other: Candidate, budget_bytes: int) -> Candidate | None:
     """The faster of two of which the second must fit."""
     if other.peak_bytes > budget_bytes:
@@ -270,24 +316,24 @@ def _better(best: Candidate | None, other: Candidate, budget_bytes: int) -> Cand
 
 
 def memory_keys(shares: HostShares | None) -> dict[str, object]:
-    """Keys of a plan's memory section for fractions that `simulator.host_schedule.host_shares` reads back.
-
-    Raises:
-        InputError: weights differ between blocks.
-    """
+    """Keys of a plan's memory section for fractions that `simulator.host_schedule.host_shares` reads back."""
     if shares is None:
         return {}
-    if len(set(shares.weights)) > 1:
-        raise InputError(source="host shares", key="weights", value=shares.weights, rule="equal in all blocks")
-    common = max(set(shares.activations), key=shares.activations.count)
-    blocks: list[MemoryBlock] = []
+    pairs = list(zip(shares.activations, shares.weights, strict=True))
+    activations, weights = common = max(dict.fromkeys(pairs), key=pairs.count)
+    ranges: dict[tuple[float, float], list[str]] = {}
     start = 0
-    for value, run in groupby(shares.activations):
+    for pair, run in groupby(pairs):
         stop = start + len(list(run))
-        if value != common:
-            text = str(start) if stop == start + 1 else f"{start}-{stop - 1}"
-            blocks.append(MemoryBlock(blocks=text, activation_offload=value))
+        ranges.setdefault(pair, []).append(str(start) if stop == start + 1 else f"{start}-{stop - 1}")
         start = stop
+    blocks = [_exception(",".join(text), pair, common) for pair, text in ranges.items() if pair != common]
     return {
-        "activation_offload": common, "weight_offload": shares.weights[0], "optimizer_offload": shares.optimizer, "block": tuple(blocks)
+        "activation_offload": activations, "weight_offload": weights, "optimizer_offload": shares.optimizer, "block": tuple(blocks)
     }  # fmt: skip
+
+
+def _exception(blocks: str, pair: tuple[float, float], usual: tuple[float, float]) -> MemoryBlock:
+    """Fractions of activations and weights of some blocks, each where it is not the usual one."""
+    activations, weights = (None if one == common else one for one, common in zip(pair, usual, strict=True))
+    return MemoryBlock(blocks=blocks, activation_offload=activations, weight_offload=weights)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, product
 from typing import Literal
@@ -90,7 +90,8 @@ class HostBytes:
         self._largest_weight, self._largest_trained = max(sizes, default=0), max(trained, default=0)
         self._frozen_bytes = sum(tensor.size_bytes for group in groups for tensor in group if not tensor.trained)
         self._step_count_bytes = STEP_COUNT_BYTES[optimizer] * len(trained)
-        self._largest_block = max((sum(tensor.size_bytes for tensor in group) for group in groups), default=0)
+        self._block_bytes = [sum(tensor.size_bytes for tensor in group) for group in groups]
+        self._largest_block = max(self._block_bytes, default=0)
 
     def most_freed_bytes(self, cell: HostCell) -> int:
         """Most bytes that a cell's plans keep off the device all the time: parameters, and states of what the host updates."""
@@ -102,6 +103,12 @@ class HostBytes:
     def most_gradients_freed_bytes(self, cell: HostCell) -> int:
         """Most bytes of gradients that have left while the last micro-batch runs; others hold all of them between the first and the last micro-batch."""
         return int(cell.optimizer_high * self.trained_bytes) if self.num_microbatches <= 2 else 0  # noqa: PLR2004 - a first and a last
+
+    def weight_fraction(self, weights: Sequence[float]) -> float:
+        """Of all blocks' parameters' bytes, what fractions of each block's come to."""
+        return sum(share * size for share, size in zip(weights, self._block_bytes, strict=True)) / max(
+            1, sum(self._block_bytes)
+        )
 
     def least_traffic(self, cell: HostCell) -> HostTraffic:
         """Least traffic of a cell's plans, activations left out."""

@@ -121,10 +121,28 @@ def test_neighbours_stay_within_what_is_allowed() -> None:
     assert [cell.optimizer_high for cell in neighbours(0.0, 0.5, 0.25, ("recompute", "optimizer"))] == [0.25, 0.75]
 
 
-@given(activations=st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=1, max_size=12), weights=FRACTIONS, optimizer=FRACTIONS)
-def test_a_plans_keys_are_read_back_as_the_same_fractions(activations: list[float], weights: float, optimizer: float) -> None:
-    count = len(activations)
-    shares = HostShares(activations=tuple(activations), weights=(weights,) * count, optimizer=optimizer)
+PAIRS = st.lists(st.tuples(st.sampled_from([0.0, 0.25, 1.0]), st.sampled_from([0.0, 0.5, 1.0])), min_size=1, max_size=12)
+
+
+@given(pairs=PAIRS, optimizer=FRACTIONS)
+def test_a_plans_keys_are_read_back_as_the_same_fractions(pairs: list[tuple[float, float]], optimizer: float) -> None:
+    activations, weights = zip(*pairs, strict=True)
+    shares = HostShares(activations=activations, weights=weights, optimizer=optimizer)
     plan = Plan(memory=Memory(**memory_keys(shares)))  # type: ignore[arg-type]
-    assert host_shares(plan, count) == shares
+    assert host_shares(plan, len(pairs)) == shares
     assert memory_keys(None) == {}
+
+
+def test_whole_blocks_in_place_of_fractions_are_never_slower_and_above_the_bound() -> None:
+    techniques: tuple[Technique, ...] = ("weights", "optimizer")
+    found, half = solver(techniques), HostCell(weights_low=0.0, weights_high=0.5, optimizer_low=0.5, optimizer_high=1.0)
+    limit = found.least(half).peak_bytes
+    best = found.best(limit, half)
+    placed = found.placed(best, limit)
+    assert placed.peak_bytes <= limit
+    assert placed.step_time_s <= best.step_time_s
+    assert placed.shares is not None
+    assert placed.step_time_s >= min(found.bound.lower_bound_s(limit, cell) for cell in host_cells(techniques))
+    assert found.placed(best, limit, until=0.0) == best, "no time, no change"
+    alone = found.recompute.best(found.plain().peak_bytes)
+    assert found.placed(alone, limit) is alone, "nothing is on the host"
