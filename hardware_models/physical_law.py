@@ -107,10 +107,10 @@ def law_seconds(sizes: Sizes, shapes: Integers, law: PhysicalLaw, *, at_edge: Fl
     return np.asarray(law.launch_s + (compute_s**SHARPNESS + memory_s**SHARPNESS) ** (1.0 / SHARPNESS), dtype=np.float64)
 
 
-def quantization(shapes: Integers, num_multiprocessors: int) -> Floats:
+def quantization(shapes: Integers, num_multiprocessors: int, count: Floats | float = 1.0) -> Floats:
     """Time of products in whole tiles and whole waves over that of their FLOPs alone at the greatest tile's rate; at least 1; shape ``(num,)``.
 
-    **Model**: the best of `TILES`: ``ceil(m/rows) ceil(n/columns)`` tiles, ``num_multiprocessors`` of them in a wave that takes as long as one tile; fewer tiles
+    **Model**: the best of `TILES`: ``ceil(m/rows) ceil(n/columns)`` tiles of each of ``count`` products in one launch, ``num_multiprocessors`` of them in a wave that takes as long as one tile; fewer tiles
     than multiprocessors split the summed axis, in parts of at least `LEAST_SPLIT`.
 
     **Source**: NVIDIA, Matrix multiplication background user's guide, sections on tile and wave quantization.
@@ -123,8 +123,8 @@ def quantization(shapes: Integers, num_multiprocessors: int) -> Floats:
     parts = np.floor(k / LEAST_SPLIT)
     best = np.full(len(shapes), np.inf)
     for (rows, columns), rate in TILES:
-        tiles = np.ceil(m / rows) * np.ceil(n / columns)
+        tiles = count * np.ceil(m / rows) * np.ceil(n / columns)
         waves = np.ceil(tiles / num_multiprocessors)
         splits = np.maximum(1.0, np.minimum(np.floor(num_multiprocessors / tiles), parts))
         np.minimum(best, waves * (num_multiprocessors * rows * columns / rate) / splits, out=best)
-    return np.asarray(np.maximum(best / (m * n), 1.0), dtype=np.float64)
+    return np.asarray(np.maximum(best / (count * m * n), 1.0), dtype=np.float64)

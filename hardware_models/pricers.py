@@ -17,7 +17,7 @@ from hardware_models.curves import Curve, Floats
 from hardware_models.gridded import GriddedCurve
 from hardware_models.kernel import Kernel
 from hardware_models.op_groups import group_of
-from hardware_models.physical_law import Integers
+from hardware_models.physical_law import Integers, quantization
 from hardware_models.profile import DeviceProfile, Evidence
 from hardware_models.roofline import roofline_evidence, roofline_seconds
 from hardware_models.units import DTYPE_BYTES
@@ -131,10 +131,12 @@ class ProductPricer:
 
     **Model**: a kernel is ``count`` products (m, n, k) (`product_form`). One takes ``t1`` by the grid. A batched kernel's products share the multiprocessors
     that one leaves idle: ``t = launch + max(count * (t1 - launch) * share, bytes / bandwidth)`` with ``share = tiles / multiprocessors``, at least ``1 / count`` (a
-    batch takes no less than one of it) and at least the law's compute time over ``t1`` (a split of the summed axis fills what few tiles leave idle), at most 1;
-    grouped products of unequal sizes run one after the other. A convolution's ``t1`` leaves the unfolded matrix's traffic out.
+    batch takes no less than one of it) and at least the batch's own roofline over ``count * t1`` (a split of the summed axis fills what few tiles leave idle), at most 1;
+    grouped products of unequal sizes run one after the other. A convolution's ``t1`` leaves the unfolded matrix's traffic out. The roofline of a batch is
+    ``hypot(compute, memory)`` with its tiles and waves (`quantization`): short rows of tiles hide arithmetic behind loads less well than whole products do.
 
-    **Source**: Chetlur et al. 2014 (cuDNN: convolution as an implicit product); grouped: MooreThreads/SimuMax @4dcaae513b, 108 groups on B200 within 11% (median)
+    **Source**: Chetlur et al. 2014 (cuDNN: convolution as an implicit product); batches: EleutherAI/cookbook sizing/results/gemm_data/bmm and transformer_data/h_sweep.out @27dff48d59
+    (A100, float16: 64 products of 2048 x 2048 x 128 reach 135 TFLOP/s, of 256 x 4096 x 256 143, of 512 x 4096 x 512 209, of 1024 x 4096 x 1024 232); grouped: MooreThreads/SimuMax @4dcaae513b, 108 groups on B200 within 11% (median)
     of one after the other.
     """
 
@@ -166,7 +168,9 @@ class ProductPricer:
         one_s = np.where(unfolded, self._without_traffic().seconds(shapes), self.grid.seconds(shapes)) - law.launch_s
         compute_s = law.parts("product", shapes)[0]
         tiles = -(-shapes[:, 0] // _BLOCK) * -(-shapes[:, 1] // _BLOCK)
-        occupied = np.maximum(tiles / max(1, law.num_multiprocessors), compute_s / np.maximum(one_s, compute_s))
+        waves = quantization(shapes, law.num_multiprocessors, count) if law.num_multiprocessors else 1.0
+        floor_s = np.hypot(count * compute_s * waves, np.where(unfolded, 0.0, memory_s))
+        occupied = np.maximum(tiles / max(1, law.num_multiprocessors), floor_s / np.maximum(count * one_s, floor_s))
         alone = np.array([kernel.op == "_grouped_mm" for kernel in kernels])
         share = np.where(alone, 1.0, np.minimum(1.0, np.maximum(occupied, 1.0 / count)))
         return np.asarray(law.launch_s + np.maximum(count * one_s * share, memory_s), dtype=np.float64)

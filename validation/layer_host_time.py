@@ -1,11 +1,11 @@
-"""Host time of a layer written as Megatron-LM v2.5 writes it: modules, autograd functions, scripted fusions, forked random states, checkpointing.
+"""Host time of a layer, and of an exchange with a neighbour, written as Megatron-LM v2.5 writes them: modules, autograd functions, scripted fusions, forked random states, checkpointing.
 
 Plain torch on a tiny input, so that nothing but the host is timed. Prints seconds per layer (lower quartile of the thread's own time): forward, backward, and both with
-the layer checkpointed. `simulator.parallel.host_python` holds what it gave.
+the layer checkpointed; then of one exchange (a send and a receipt of the steady state, on a group that moves nothing). `simulator.parallel.host_python` holds what it gave.
 
     python -m validation.layer_host_time
 
-**Source**: the operators and calls of NVIDIA/Megatron-LM v2.5 megatron/model/transformer.py, fused_bias_gelu.py, fused_softmax.py, mpu/layers.py, mpu/random.py; written anew here.
+**Source**: the operators and calls of NVIDIA/Megatron-LM v2.5 megatron/model/transformer.py, fused_bias_gelu.py, fused_softmax.py, mpu/layers.py, mpu/random.py, p2p_communication.py (``_communicate``); written anew here.
 
 **Not modelled**: launches on a device (the tiny kernels of a CPU stand in for them), collectives, the training loop.
 """
@@ -18,13 +18,16 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 BATCH, LENGTH, WIDTH, HEADS, LAYERS = 1, 4, 32, 2, 12
 REPEATS = 60
 _WARM_UP = 10
 _DROPOUT = 0.1
+_NEIGHBOURS = 4
+"""Pipeline ranks of the group that moves nothing."""
 _STATE_BYTES = 16
 """Of a generator on CUDA."""
 
@@ -218,13 +221,33 @@ def layer_seconds(*, checkpointed: bool, repeats: int = REPEATS) -> tuple[float,
     return sorted(forward[_WARM_UP:])[quartile], sorted(backward[_WARM_UP:])[quartile]
 
 
+def exchange_seconds(*, repeats: int = REPEATS) -> float:
+    """Seconds of the thread for one exchange that the host waits for, lower quartile over repeats: buffer, two operations, their group, the wait."""
+    distributed.init_process_group("fake", rank=1, world_size=_NEIGHBOURS, store=FakeStore())
+    try:
+        sent, found = torch.zeros(LENGTH, BATCH, WIDTH), []
+        for _ in range(_WARM_UP + repeats):
+            begin = time.thread_time()
+            for _ in range(LAYERS):
+                received = torch.empty(sent.shape, requires_grad=True)
+                peer = (distributed.get_rank() + 1) % distributed.get_world_size()
+                both = (distributed.P2POp(distributed.isend, sent, peer), distributed.P2POp(distributed.irecv, received, peer))
+                for request in distributed.batch_isend_irecv(list(both)):
+                    request.wait()
+            found.append((time.thread_time() - begin) / LAYERS)
+    finally:
+        distributed.destroy_process_group()
+    return sorted(found[_WARM_UP:])[repeats // 4]
+
+
 def main() -> None:
-    """Prints both."""
+    """Prints them."""
     torch.set_num_threads(1)
     for checkpointed in (False, True):
         forward_s, backward_s = layer_seconds(checkpointed=checkpointed)
         kind = "checkpointed" if checkpointed else "plain"
         print(f"{kind}: forward {forward_s * 1e6:.0f} us, backward {backward_s * 1e6:.0f} us")  # noqa: T201 - the command's output
+    print(f"exchange: {exchange_seconds() * 1e6:.0f} us")  # noqa: T201 - the command's output
 
 
 if __name__ == "__main__":

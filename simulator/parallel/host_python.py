@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from simulator.parallel.recompute import MEGATRON
@@ -52,8 +52,8 @@ class HostStalls:
 
 
 NO_STALLS = HostStalls()
-_BATCH_S, _EXCHANGE_S = 0.51e-3, 0.24e-3
-STALLS: Mapping[str, HostStalls] = MappingProxyType(
+_BATCH_S, _EXCHANGE_S = 0.51e-3, 17e-6
+_STALLS: Mapping[str, HostStalls] = MappingProxyType(
     {
         "megatron-lm@2021": HostStalls(batch_s=_BATCH_S, exchange_s=_EXCHANGE_S),
         "megatron-core@2023": HostStalls(batch_s=_BATCH_S, exchange_s=_EXCHANGE_S),
@@ -61,8 +61,17 @@ STALLS: Mapping[str, HostStalls] = MappingProxyType(
     }
 )
 """By framework. Until the end of 2023 every stage of Megatron read a batch, with copies that wait for the device (``broadcast_data``, megatron/core/tensor_parallel/data.py); later ones
-do so on the first and the last stage, without waiting. Exchanges end in ``torch.cuda.synchronize`` (``batch_p2p_sync``, megatron/core/pipeline_parallel/p2p_communication.py).
+do so on the first and the last stage, without waiting. Exchanges end in ``torch.cuda.synchronize`` (``batch_p2p_sync``, megatron/core/pipeline_parallel/p2p_communication.py), so nothing is on the
+device while the host posts one.
 
 **Source**: batch: 524, 520 and 522 ms for 1,024 micro-batches between synchronising timers, GPT of 40 layers on 8 GPUs in September 2021 (``batch-generator`` of a log of Megatron-LM v2.5;
-0.71 ms each in four of BERT on a DGX A100, xduan7/scalable-transformer docs/megatron_bert_345m.md). Exchange: 0.377 ms for 10.5 MB and 0.601 ms for 28.3 MB, hop by hop, are 0.24 ms and 79 GB/s (Qi et al. 2024, arXiv 2401.10241, table 6: T_comm, their
-benchmark of messages)."""
+0.71 ms each in four of BERT on a DGX A100, xduan7/scalable-transformer docs/megatron_bert_345m.md). Exchange: 17 us of Python to post a send and a receipt and wait for both (``python -m validation.layer_host_time``
+on AMD EPYC Genoa, torch 2.13.0).
+
+**Not modelled**: what NCCL takes to launch, beyond a message's latency; the return from ``synchronize``."""
+
+
+def stalls_of(framework: str, architecture: str) -> HostStalls:
+    """Stalls of a framework beside devices of an architecture; the batch's were measured on such a host, those of exchanges take longer on older ones."""
+    found = _STALLS.get(framework, NO_STALLS)
+    return replace(found, exchange_s=found.exchange_s * OLDER_HOSTS.get(architecture, 1.0))

@@ -17,15 +17,22 @@ examples/pretrain_zero_bubble.sh does so)."""
 _FREE_ORDERS = ("zb-", "v-", "dualpipe")
 """How names of orders begin that split the backward pass: runtimes written for them send and receive beside computing (``fused_pipeline_ops``, sail-sg/zero-bubble-pipeline-parallelism
 megatron/core/pipeline_parallel/zb_schedules.py)."""
-_TINY_BYTES = 8.0
+_TINY_BYTES, _USUAL_BYTES = 8.0, 2.0**24
+"""A message that is all latency, and one as large as a layer's boundary."""
 
 
 def message_link(mesh: Mesh) -> tuple[float, float]:
-    """Bytes/s and latency in seconds of messages between neighbouring pipeline ranks; no latency where there is one rank."""
+    """Bytes/s and latency in seconds of messages between neighbouring pipeline ranks; no latency where there is one rank.
+
+    **Model**: a message alone takes what a ``send_recv`` of 16 MiB does per byte (`collective_seconds`: one queue fills three quarters of an adapter), at most the wire's rate.
+    """
     group, cluster = mesh.neighbours("pp"), mesh.cluster
     domains, _ = group.domains(cluster)
-    rate = cluster.fabric.wire_bytes_per_s(2) if domains == 1 else group.network_bytes_per_s(cluster)
-    return rate, collective_seconds("send_recv", _TINY_BYTES, group, cluster) if mesh.degree("pp") > 1 else 0.0
+    wire = cluster.fabric.wire_bytes_per_s(2) if domains == 1 else group.network_bytes_per_s(cluster)
+    if mesh.degree("pp") == 1:
+        return wire, 0.0
+    latency_s = collective_seconds("send_recv", _TINY_BYTES, group, cluster)
+    return min(wire, _USUAL_BYTES / (collective_seconds("send_recv", _USUAL_BYTES, group, cluster) - latency_s)), latency_s
 
 
 def waits_for_messages(plan: Plan) -> bool:

@@ -22,7 +22,7 @@ from simulator.parallel.eight_bit import kept_weight_bytes, weight_cast_seconds,
 from simulator.parallel.experts import expert_elements
 from simulator.parallel.framework import FUSED_ACCUMULATION, allocator_of, kept_bytes
 from simulator.parallel.gradient_sync import PARAMETERS_SHARDED, GradientSync, StageLoad, gradient_sync, tied_seconds
-from simulator.parallel.host_python import NO_STALLS, STALLS, HostStalls
+from simulator.parallel.host_python import NO_STALLS, HostStalls, stalls_of
 from simulator.parallel.interference import overlap_of, slowdown_of
 from simulator.parallel.lower_step import Exceptions, StageVariant, StepParts, lower_step
 from simulator.parallel.memory import static_memory
@@ -254,7 +254,7 @@ class _Assembly:
 
     def _stalls(self) -> HostStalls:
         """Of the plan's framework, on a device that its host launches kernels on."""
-        return STALLS.get(self.plan.runtime.framework, NO_STALLS) if self.device.kind == "cuda" else NO_STALLS
+        return stalls_of(self.plan.runtime.framework, self.device.architecture) if self.device.kind == "cuda" else NO_STALLS
 
     def _variant_of(self) -> NDArray[np.int64]:
         """[stages, micro-batches of the order]: which of a stage's variants it is."""

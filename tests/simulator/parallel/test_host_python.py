@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from simulator.parallel.host_dispatch import DispatchSeconds, host_seconds
-from simulator.parallel.host_python import NO_PYTHON, OLDER_HOSTS, PythonSeconds, python_seconds
+from simulator.parallel.host_python import NO_PYTHON, NO_STALLS, OLDER_HOSTS, PythonSeconds, python_seconds, stalls_of
 from simulator.parallel.recompute import stage_operations
 from simulator.parallel.stages import Stage, stages_of
 from simulator.plan import Plan, Runtime
@@ -56,3 +56,11 @@ def test_older_hosts_take_longer_and_unmeasured_frameworks_nothing() -> None:
     assert old.forward_s == pytest.approx(OLDER_HOSTS["ampere"] * new.forward_s)
     assert new.forward_s == pytest.approx(265e-6)
     assert python_seconds("pytorch", "ampere") == NO_PYTHON
+
+
+def test_exchanges_stall_longer_on_older_hosts_and_batches_as_measured() -> None:
+    old, new = stalls_of("megatron-lm@2021", "ampere"), stalls_of("megatron-lm@2021", "hopper")
+    assert old.exchange_s == pytest.approx(OLDER_HOSTS["ampere"] * new.exchange_s)
+    assert new.exchange_s == pytest.approx(17e-6)
+    assert old.batch_s == new.batch_s == pytest.approx(0.51e-3)
+    assert stalls_of("pytorch", "ampere") == NO_STALLS
