@@ -11,17 +11,14 @@ import click
 
 from hardware_models.calibration import calibrate as run_calibration
 from hardware_models.catalogue import list_hardware, load_hardware, this_profile_path
-from hardware_models.network.cluster import Cluster
 from hardware_models.network.cluster_file import find_cluster, list_clusters, load_cluster
 from hardware_models.profile import DeviceProfile
 from search.plan_search import search as run_search
 from search.plan_sequence import sequence_of
-from search.stage_recompute import simulate_on_cluster
+from search.plan_simulator import PlanSimulator
 from simulator.chrome_trace import write_chrome_trace
 from simulator.model_source import ModelSource, model_source
 from simulator.models import MODELS
-from simulator.parallel.simulate_traced import TracedSimulation
-from simulator.parallel.simulation import ParallelSimulation
 from simulator.pipeline.catalogue import OrderRequest
 from simulator.pipeline.play_order import WEIGHT_SHARE
 from simulator.pipeline.report import pipeline_grid, pipeline_report, play_request, times_in_ms
@@ -164,7 +161,7 @@ def simulate(
     if cluster is not None:
         device = load_hardware(cluster.device)
         source = model_source(model_name, device=device, seq_len=seq_len).with_plan_batch(plan)
-        parallel = simulate_over(cluster, source, plan, gpus=gpus, folder=folder, engine=engine)
+        parallel = PlanSimulator(source).simulate(plan, cluster, device, gpus=gpus, folder=folder, engine=engine)
         write_figures(
             parallel, trace_path=trace_path, plot_path=plot_path, name=model_name, budget_bytes=plan.memory.budget_bytes
         )
@@ -176,17 +173,6 @@ def simulate(
         simulation, trace_path=trace_path, plot_path=plot_path, name=model_name, budget_bytes=plan.memory.budget_bytes
     )
     return simulation.to_json() | {"_table": simulation_table(simulation)}
-
-
-def simulate_over(
-    cluster: Cluster, source: ModelSource, plan: Plan, *, gpus: int | None, folder: Path | None, engine: str
-) -> ParallelSimulation | TracedSimulation:  # fmt: skip
-    """A plan's prediction on a cluster: of a model that is generated, or of one that is traced."""
-    if source.config is not None:
-        return simulate_on_cluster(source, plan, cluster, gpus=gpus, folder=folder, engine=engine)
-    from simulator.tracing.simulate_stages import simulate_stages  # noqa: PLC0415 - torch only where a module is traced
-
-    return simulate_stages(source, plan, cluster, gpus=gpus, folder=folder, engine=engine)
 
 
 def simulate_plan(

@@ -6,14 +6,16 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from hardware_models.errors import InfeasibleError
 from search.joint.joint_search import JointResult
 from search.joint.space import JointRequest
+from search.traced.request import TracedRequest
 from simulator.plan_file import plan_to_dict
 
-Search = Callable[[JointRequest, float], JointResult]
+Request = TypeVar("Request", JointRequest, TracedRequest)
+Search = Callable[[Request, float], JointResult]
 """A joint search of a request within seconds."""
 FIRST_SHARE = 0.5
 """Of the time limit, for the search without a budget of its own."""
@@ -47,7 +49,7 @@ class BudgetedResult:
         ]  # fmt: skip
 
 
-def least_memory(request: JointRequest, search: Search, *, within: float, time_limit_s: float) -> BudgetedResult:
+def least_memory(request: Request, search: Search[Request], *, within: float, time_limit_s: float) -> BudgetedResult:
     """The plan of least memory that takes at most ``within`` more than the best time found.
 
     **Model**: budgets are halved between one that no fast enough plan was found for and the peak of the best one so far; each is a search of its own.
@@ -84,7 +86,7 @@ def least_memory(request: JointRequest, search: Search, *, within: float, time_l
     return BudgetedResult(best=best, lower_bound_bytes=proven, front=_front(found))
 
 
-def time_against_memory(request: JointRequest, search: Search, *, time_limit_s: float) -> BudgetedResult:
+def time_against_memory(request: Request, search: Search[Request], *, time_limit_s: float) -> BudgetedResult:
     """The fastest plan, and the fastest ones under budgets that fall from its peak by equal factors until nothing is found.
 
     Args:

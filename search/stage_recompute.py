@@ -101,12 +101,22 @@ def moments_of(order: Order, rank: int, *, weight_share: float) -> Moments:
     )  # fmt: skip
 
 
-class StageChoices:
-    """Ways for the stages of a plan to run; like stages share them."""
+KnownChoices = dict[tuple[object, ...], tuple[Choice, ...]]
+"""Ways to run a stage, by what they depend on."""
 
-    def __init__(self, setting: StageSetting, device: DeviceProfile) -> None:
+
+class StageChoices:
+    """Ways for the stages of a plan to run; like stages share them.
+
+    Args:
+        setting: stages, prices and what lives through the step.
+        device: prices kernels.
+        known: what plans of the same blocks and prices have found, and find here; None: nothing.
+    """
+
+    def __init__(self, setting: StageSetting, device: DeviceProfile, known: KnownChoices | None = None) -> None:
         self.setting, self.device = setting, device
-        self._known: dict[tuple[object, ...], tuple[Choice, ...]] = {}
+        self._known: KnownChoices = {} if known is None else known
 
     def key(self, stage: Stage) -> tuple[object, ...]:
         """Like stages have equal ones."""
@@ -197,18 +207,32 @@ def optimal_sequence(case: ParallelCase, *, spare_bytes: int = 0) -> tuple[Opera
             key, memory.activation_offload or memory.weight_offload, rule, "leave it at 0, or take another recompute"
         )
     setting = stage_setting(case.config, case.plan, case.cluster, device, order, seq_len=case.seq_len)
-    choices = StageChoices(setting, device)
     budget = min(memory.budget_bytes or device.memory_bytes, device.memory_bytes - device.context_bytes)
+    static = [sum(resident) for resident in setting.resident_bytes]
+    return best_sequences(StageChoices(setting, device), order, static, budget_bytes=budget - spare_bytes)
+
+
+def best_sequences(choices: StageChoices, order: Order, static: Sequence[int], *, budget_bytes: int) -> tuple[Operation, ...]:
+    """Of each stage the fastest sequence under its rank's memory (`optimal_sequence`), blocks counted over the whole model.
+
+    Args:
+        choices: of the stages.
+        order: of the pipeline.
+        static: per rank, bytes that live through the step.
+        budget_bytes: of a rank.
+
+    Raises:
+        InfeasibleError: nothing fits on some rank; says what would.
+    """
     chosen: dict[int, Choice] = {}
-    for rank, resident in enumerate(setting.resident_bytes):
-        static = sum(resident)
-        for stage, choice in _best_of_rank(choices, order, rank, room=budget - static - spare_bytes, static=static):
+    for rank, alive in enumerate(static):
+        for stage, choice in _best_of_rank(choices, order, rank, room=budget_bytes - alive, static=alive):
             known = chosen.setdefault(stage.index, choice)
             if choice.cost.forward.net_bytes < known.cost.forward.net_bytes:  # a stage on two ranks: what both can hold
                 chosen[stage.index] = choice
     return tuple(
         operation._replace(block=operation.block + stage.first)
-        for stage in setting.stages
+        for stage in choices.setting.stages
         for operation in (chosen[stage.index].operations if stage.blocks else ())
     )
 

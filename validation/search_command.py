@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,9 +16,11 @@ from hardware_models.errors import InputError
 from hardware_models.files import whole_file
 from hardware_models.network.cluster import Cluster
 from hardware_models.network.cluster_file import cluster_of_device, find_cluster
+from hardware_models.profile import DeviceProfile
 from hardware_models.units import format_bytes, parse_bytes
-from search.cluster_objectives import Search, least_memory, time_against_memory
+from search.cluster_objectives import Request, Search, least_memory, time_against_memory
 from search.gap import CERTIFIED_GAP, relative_gap
+from search.joint.batch_study import Progress
 from search.joint.joint_search import JointResult, joint_search
 from search.joint.make_request import ALLOWABLE as ALLOWABLE_TOGETHER
 from search.joint.make_request import joint_request
@@ -28,12 +31,15 @@ from search.plan_search import SearchResult
 from search.plan_search import search as run_search
 from search.prices import Prices, read_prices
 from search.search_request import ALLOWABLE, OBJECTIVES, WITHIN, SearchRequest, usable_techniques
+from search.traced.request import ALLOWABLE as ALLOWABLE_TRACED
+from search.traced.request import TracedRequest, traced_request
 from search.trainers import TRAINERS, trainer_of
-from simulator.model_source import model_source
+from simulator.model_source import ModelSource, model_source
+from simulator.parallel.simulate_traced import StagesOnCluster
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.plan import Plan
 from simulator.plan_file import write_plan
-from simulator.sequence import format_sequence
+from simulator.sequence import Operation, format_sequence
 from simulator.simulate import Simulation
 from validation.command_line import device_profile, hardware_option, model_options, reported, stderr
 from validation.figure_files import write_figures
@@ -95,7 +101,7 @@ class Asked:
 @click.option(
     "--allow",
     default="",
-    help=f"Comma-separated: {', '.join(ALLOWABLE)}; over several devices {', '.join(ALLOWABLE_TOGETHER)}.",
+    help=f"Comma-separated: {', '.join(ALLOWABLE)}; over several devices {', '.join(ALLOWABLE_TOGETHER)}, of a traced model {', '.join(ALLOWABLE_TRACED)}.",
 )
 @click.option("--trainer", type=click.Choice(sorted(TRAINERS)), default="any", show_default=True, help="Whose limits hold.")
 @click.option(
@@ -196,23 +202,8 @@ def search_together(asked: Asked, cluster: Cluster) -> dict[str, Any]:
         )
     device = load_hardware(cluster.device)
     source = model_source(asked.model, device=device, batch=asked.global_batch, seq_len=asked.seq_len)
-    request = joint_request(
-        source,
-        cluster,
-        device,
-        trainer_of(asked.trainer),
-        global_batch=asked.global_batch,
-        allow=asked.allow,
-        budget_bytes=asked.budget_bytes,
-    )
-
-    def run(one: JointRequest, limit_s: float) -> JointResult:
-        tell = progress_lines(partial(stderr.print, highlight=False, markup=False, soft_wrap=True))
-        return joint_search(
-            one, source, device, storage=asked.storage, workers=asked.workers, time_limit_s=limit_s, sampled=asked.sampled, on_progress=tell
-        )  # fmt: skip
-
-    result, more = _by_objective(asked, request, run)
+    find = _found_traced if source.config is None else _found_generated
+    result, more = find(asked, source, cluster, device)
     if result.study.refused:
         stderr.print(refusal_line(result.study.refused), highlight=False, markup=False, soft_wrap=True)
     found = result.to_json() | {"cluster": cluster.name, "num_gpus": cluster.num_gpus} | more
@@ -223,11 +214,54 @@ def search_together(asked: Asked, cluster: Cluster) -> dict[str, Any]:
         found["cost"] = asked.prices.cost(device.name, num_gpus=cluster.num_gpus, step_time_s=step_s, tokens=tokens)
     if asked.out:
         _write(result.plan, found, asked.out, result.simulation, asked.model)
-        write_explanation(result, request, source, device, asked.out)
+        write_explanation(result, cluster, source, device, asked.out)
     return found | {"_table": joint_report(result, asked.model, asked.out)}
 
 
-def _by_objective(asked: Asked, request: JointRequest, run: Search) -> tuple[JointResult, dict[str, Any]]:
+def _found_generated(
+    asked: Asked, source: ModelSource, cluster: Cluster, device: DeviceProfile
+) -> tuple[JointResult, dict[str, Any]]:
+    """The answer for a model that is generated from its configuration."""
+    request = joint_request(
+        source, cluster, device, trainer_of(asked.trainer), global_batch=source.global_batch, allow=asked.allow, budget_bytes=asked.budget_bytes
+    )  # fmt: skip
+
+    def run(one: JointRequest, limit_s: float) -> JointResult:
+        return joint_search(
+            one, source, device, storage=asked.storage, workers=asked.workers, time_limit_s=limit_s, sampled=asked.sampled, on_progress=_told()
+        )  # fmt: skip
+
+    return _by_objective(asked, request, run)
+
+
+def _found_traced(
+    asked: Asked, source: ModelSource, cluster: Cluster, device: DeviceProfile
+) -> tuple[JointResult, dict[str, Any]]:
+    """The answer for a model that is traced."""
+    from search.traced.traced_search import plans_of, traced_search  # noqa: PLC0415 - torch only where a module is traced
+
+    if asked.sampled is not None:
+        rule = "samplers are compared on models that are generated"
+        raise InputError(source="--sampler", key="", value=asked.sampled.sampler, rule=rule, remedy="leave it out")
+    request = traced_request(
+        source, cluster, device, trainer_of(asked.trainer), global_batch=source.global_batch, allow=asked.allow, budget_bytes=asked.budget_bytes
+    )  # fmt: skip
+    plans = plans_of(request)
+
+    def run(one: TracedRequest, limit_s: float) -> JointResult:
+        return traced_search(
+            one, storage=asked.storage, workers=asked.workers, time_limit_s=limit_s, on_progress=_told(), plans=plans
+        )
+
+    return _by_objective(asked, request, run)
+
+
+def _told() -> Callable[[Progress], None]:
+    """What one search tells as it goes on."""
+    return progress_lines(partial(stderr.print, highlight=False, markup=False, soft_wrap=True))
+
+
+def _by_objective(asked: Asked, request: Request, run: Search[Request]) -> tuple[JointResult, dict[str, Any]]:
     """The answer for an objective, and the keys of JSON that it changes."""
     if asked.objective == "memory":
         least = least_memory(request, run, within=asked.within, time_limit_s=asked.time_limit_s)
@@ -245,8 +279,12 @@ def _by_objective(asked: Asked, request: JointRequest, run: Search) -> tuple[Joi
     return run(request, asked.time_limit_s), {"objective": asked.objective}
 
 
-def _write(plan: Plan, found: dict[str, Any], out: Path, simulation: Simulation | ParallelSimulation, name: str) -> None:
-    """The plan, the answer and the figures."""
+def _write(
+    plan: Plan, found: dict[str, Any], out: Path, simulation: Simulation | ParallelSimulation | StagesOnCluster, name: str
+) -> None:
+    """The plan, the answer and the figures; of a traced model also the sequences that ``optimal`` stands for, which replay runs."""
+    if isinstance(simulation, StagesOnCluster) and plan.memory.recompute == "optimal":
+        plan = with_sequence(plan, simulation.sequence, out)
     write_plan(plan, out / PLAN_FILE)
     with whole_file(out / "search.json") as temporary:
         temporary.write_text(json.dumps(found, indent=1), encoding="utf-8")
@@ -257,6 +295,14 @@ def _write(plan: Plan, found: dict[str, Any], out: Path, simulation: Simulation 
         name=name,
         budget_bytes=plan.memory.budget_bytes,
     )
+
+
+def with_sequence(plan: Plan, operations: Sequence[Operation], out: Path) -> Plan:
+    """The plan that reads its sequence from a file of the folder, which is written."""
+    sequence = out / "plan.seq"
+    with whole_file(sequence) as temporary:
+        temporary.write_text(format_sequence(operations), encoding="utf-8")
+    return replace(plan, memory=replace(plan.memory, recompute=f"file:{sequence.name}"))
 
 
 def _tell_trial(_study: Any, trial: Any) -> None:
@@ -272,8 +318,5 @@ def _tell_trial(_study: Any, trial: Any) -> None:
 
 def write_lone(result: SearchResult, found: dict[str, Any], out: Path) -> None:
     """The plan with its sequence, the answer and the figures."""
-    sequence = out / "plan.seq"
-    with whole_file(sequence) as temporary:
-        temporary.write_text(format_sequence(result.operations), encoding="utf-8")
-    plan = replace(result.plan, memory=replace(result.plan.memory, recompute=f"file:{sequence.name}"))
+    plan = with_sequence(result.plan, result.operations, out)
     _write(plan, found, out, result.simulation, result.request.model.name)

@@ -9,34 +9,32 @@ from typing import Any
 from rich.table import Table
 
 from hardware_models.files import whole_file
+from hardware_models.network.cluster import Cluster
 from hardware_models.profile import DeviceProfile
 from hardware_models.units import format_bytes
 from search.joint.explain import Change
 from search.joint.explanation import FACTOR, Explanation, explained
 from search.joint.joint_search import JointResult
 from search.joint.published_plans import PUBLISHED
-from search.joint.space import JointRequest
 from simulator.figures import save_figure, tornado_figure
 from simulator.model_source import ModelSource
 from validation.command_line import stderr
 from validation.reports import table_of
 
 
-def write_explanation(
-    result: JointResult, request: JointRequest, source: ModelSource, device: DeviceProfile, out: Path
-) -> None:
+def write_explanation(result: JointResult, cluster: Cluster, source: ModelSource, device: DeviceProfile, out: Path) -> None:
     """Writes ``explanation.json`` and ``sensitivities.png``, and prints the ways from the fastest expert's and the papers' plans.
 
     Args:
         result: of the search.
-        request: that it answers.
+        cluster: with exactly its devices.
         source: of the model.
         device: profile of the cluster's devices.
         out: folder.
     """
-    papers = {paper.name for paper in PUBLISHED.get(request.config.name, ())}
+    papers = {paper.name for paper in PUBLISHED.get(source.config.name, ())} if source.config else set()
     theirs = {one.name: one.plan for one in result.baselines if one is result.expert or one.name in papers}
-    found = explained(result.plan, theirs, request, source, device)
+    found = explained(result.plan, theirs, cluster, source, device)
     with whole_file(out / "explanation.json") as temporary:
         temporary.write_text(json.dumps(found.to_json(), indent=1), encoding="utf-8")
     bars = [(better.key, 1.0 / better.speedup - 1.0, 1.0 / worse.speedup - 1.0) for better, worse in found.effects]

@@ -12,6 +12,7 @@ from hardware_models.units import format_bytes
 from search.joint.batch_study import Progress
 from search.joint.explain import Contribution
 from search.joint.joint_search import Baseline, JointResult
+from simulator.parallel.simulate_traced import StagesOnCluster
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.plan import Plan
 from validation.reports import table_of
@@ -46,10 +47,10 @@ def _headline(result: JointResult, model: str) -> str:
     device, plan = best.device, result.plan
     room = plan.memory.budget_bytes or device.memory_bytes
     kind = "budget" if plan.memory.budget_bytes else "device"
-    values = best.to_json()
+    values, tokens = best.to_json(), plan.batch.seq_len is not None
     return (
-        f"{model} on {best.cluster.num_gpus} {device.name} of {best.cluster.name}, {plan.batch.global_batch} samples of {plan.batch.seq_len} tokens a step: "
-        f"{best.step_time_s:.4g} s a step, {values['tokens_per_s_per_gpu']:,.0f} tokens/s on each GPU, MFU {values['mfu']:.1%}; "
+        f"{model} on {best.cluster.num_gpus} {device.name} of {best.cluster.name}, {plan.batch.global_batch} samples{f' of {plan.batch.seq_len} tokens' if tokens else ''} a step: "
+        f"{best.step_time_s:.4g} s a step, {values['tokens_per_s_per_gpu']:,.0f} {'tokens' if tokens else 'samples'}/s on each GPU, MFU {values['mfu']:.1%}; "
         f"{format_bytes(max(best.peak_memory_bytes))} of the {kind}'s {format_bytes(room)} allocated at the peak"
     )
 
@@ -122,7 +123,7 @@ def _decision_row(one: Contribution, best_s: float) -> tuple[str, ...]:
     return one.decision, one.ours, one.theirs, f"{one.step_time_s:.4g}", f"{brings:+.1%}"
 
 
-def _shares(best: ParallelSimulation) -> str:
+def _shares(best: ParallelSimulation | StagesOnCluster) -> str:
     """Parts of the critical rank's step, largest first."""
     parts = sorted(best.breakdown_s.items(), key=lambda part: -part[1])
     shown = [

@@ -13,7 +13,7 @@ from hardware_models.files import whole_file
 from hardware_models.network.cluster_file import find_cluster, single_gpu_cluster
 from search.export import EXPORTERS, export_plan
 from search.export_case import Case, Exported, resolved_plan
-from search.stage_recompute import simulate_on_cluster
+from search.plan_simulator import PlanSimulator
 from simulator.figures import save_figure, tornado_figure
 from simulator.model_source import DEFAULT_SEQ_LEN, model_source
 from simulator.parallel.orders import order_of
@@ -50,12 +50,11 @@ def what_if(
     wanted = tuple(parse_change(text) for text in changes)
     cluster = find_cluster(hardware_name) or single_gpu_cluster(hardware_name)
     setting = Setting(plan=plan, cluster=cluster, device=load_hardware(cluster.device))
-    source = model_source(model_name, device=setting.device, seq_len=seq_len)
+    plans = PlanSimulator(model_source(model_name, device=setting.device, seq_len=seq_len))
 
     def predict(one: Setting) -> Prediction:
-        resolved, folder = source.with_plan_batch(one.plan), plan_path.parent if plan_path else None
-        asked = gpus if one.plan is plan else None
-        found = simulate_on_cluster(resolved, one.plan, one.cluster, device=one.device, gpus=asked, folder=folder)
+        folder, asked = plan_path.parent if plan_path else None, gpus if one.plan is plan else None
+        found = plans.simulate(one.plan, one.cluster, one.device, gpus=asked, folder=folder)
         return Prediction(step_time_s=found.step_time_s, bottleneck=found.bottleneck, fits=found.fits)
 
     base = predict(setting)

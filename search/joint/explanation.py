@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hardware_models.errors import InfeasibleError
+from hardware_models.network.cluster import Cluster
 from hardware_models.profile import DeviceProfile
 from search.joint.explain import Change, Forecast, changes
-from search.joint.space import JointRequest
-from search.stage_recompute import simulate_on_cluster
+from search.plan_simulator import PlanSimulator
 from simulator.model_source import ModelSource
+from simulator.parallel.simulate_traced import StagesOnCluster
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.plan import Plan
 from simulator.what_if import Effect, Prediction, Setting, sensitivities
@@ -25,7 +26,7 @@ class Explanation:
 
     ways: dict[str, tuple[Change, ...]]
     """By the expert's name."""
-    simulation: ParallelSimulation
+    simulation: ParallelSimulation | StagesOnCluster
     """Of the plan."""
     effects: tuple[tuple[Effect, Effect], ...]
     """Of each value of the hardware, better and worse by `FACTOR`, by live bytes; what the step's time hangs on most comes first."""
@@ -54,23 +55,22 @@ class Explanation:
 
 
 def explained(
-    plan: Plan, expert_plans: dict[str, Plan], request: JointRequest, source: ModelSource, device: DeviceProfile
+    plan: Plan, expert_plans: dict[str, Plan], cluster: Cluster, source: ModelSource, device: DeviceProfile
 ) -> Explanation:
     """The explanation of a plan; some tens of simulations for each expert. Whether a plan fits is told by its live bytes: the allocator's reserve takes longer than all else.
 
     Args:
         plan: that won.
         expert_plans: against which it is explained, by name.
-        request: of the search.
+        cluster: with exactly the devices of the search.
         source: of the model.
         device: profile of the cluster's devices.
     """
-    known: dict[Plan, ParallelSimulation] = {}
+    plans, known = PlanSimulator(source), dict[Plan, ParallelSimulation | StagesOnCluster]()
 
-    def simulated(one: Plan) -> ParallelSimulation:
+    def simulated(one: Plan) -> ParallelSimulation | StagesOnCluster:
         if one not in known:
-            gpus = request.cluster.num_gpus
-            known[one] = simulate_on_cluster(source, one, request.cluster, gpus=gpus, device=device, reserved=False)
+            known[one] = plans.simulate(one, cluster, device, gpus=cluster.num_gpus, reserved=False)
         return known[one]
 
     def forecast(one: Plan) -> Forecast:
@@ -83,11 +83,11 @@ def explained(
     def predict(setting: Setting) -> Prediction:
         gpus = setting.cluster.num_gpus
         try:
-            found = simulate_on_cluster(source, setting.plan, setting.cluster, gpus=gpus, device=setting.device, reserved=False)
+            found = plans.simulate(setting.plan, setting.cluster, setting.device, gpus=gpus, reserved=False)
         except InfeasibleError:  # no sequence fits less memory: its time is that of the plan, which does not fit
             return replace(base, fits=False)
         return Prediction(step_time_s=found.step_time_s, bottleneck=found.bottleneck, fits=found.fits)
 
-    pairs = sensitivities(Setting(plan=plan, cluster=request.cluster, device=device), base, predict, factor=FACTOR)
+    pairs = sensitivities(Setting(plan=plan, cluster=cluster, device=device), base, predict, factor=FACTOR)
     ways = {name: changes(plan, theirs, forecast) for name, theirs in expert_plans.items()}
     return Explanation(ways=ways, simulation=best, effects=tuple(pairs))

@@ -26,6 +26,7 @@ from search.joint.space import JointRequest, joint_space
 from search.storage import JOURNAL
 from search.study_key import fingerprint, study_text
 from simulator.model_source import ModelSource
+from simulator.parallel.simulate_traced import StagesOnCluster
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.plan import Plan
 from simulator.plan_file import plan_from_dict, plan_to_dict
@@ -61,7 +62,7 @@ class JointResult:
     """The answer of a joint search."""
 
     plan: Plan
-    simulation: ParallelSimulation
+    simulation: ParallelSimulation | StagesOnCluster
     study: JointStudyResult
     lower_bound_s: float
     space_size: int

@@ -9,12 +9,13 @@ COMPUTE = ("fp32", "tf32", "bf16")
 """Precisions in which a traced module runs over several devices."""
 
 
-def check_traced(plan: Plan, *, what: str) -> None:
+def check_traced(plan: Plan, *, what: str, solved: bool = False) -> None:
     """Refuses what traced modules over several devices do not do, so that no key is accepted and then ignored.
 
     Args:
         plan: of any degrees.
         what: is done with it, for the message: ``replayed over several processes``.
+        solved: whether what ``recompute = "optimal"`` stands for is known.
 
     Raises:
         InputError: names the first key.
@@ -41,11 +42,10 @@ def check_traced(plan: Plan, *, what: str) -> None:
     if memory.zero_stage and parallel.dp == 1:
         rule = "ZeRO splits what replicas hold alike, but got dp = 1"
         raise plan_refusal("memory.zero_stage", memory.zero_stage, rule, "take dp >= 2, or memory.zero_stage = 0")
-    if memory.recompute == "optimal":
-        rule = "which sequence is best is not solved yet over stages and replicas of a traced module"
-        raise plan_refusal(
-            "memory.recompute", "optimal", rule, "take none, selective, full, or file:SEQ with an operation a line"
-        )
+    if memory.recompute == "optimal" and not solved:
+        rule = "stands for what the search finds, as simulate and search do"
+        remedy = "take none, selective, full, or file:SEQ with an operation a line (search --out writes one)"
+        raise plan_refusal("memory.recompute", "optimal", rule, remedy)
     _check_schedule(plan)
 
 

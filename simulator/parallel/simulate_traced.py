@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hardware_models.kernel import Kernel
+from hardware_models.network.cluster import Cluster
 from hardware_models.pricing import Price, price_together
 from hardware_models.profile import DeviceProfile
 from simulator.exposed_time import exposed_times
@@ -17,7 +18,8 @@ from simulator.parallel.traced_step import TracedStep, lower_traced_step
 from simulator.plan import Plan
 from simulator.precision import PRODUCTS_IN, STORED_AS, price_in
 from simulator.program import Program
-from simulator.run_record import RunRecord, outcome_of
+from simulator.run_record import RunRecord, check_complete, profiles_of, timeline_of
+from simulator.sequence import Operation
 from simulator.simulate import ENGINES, INTERVAL_Z
 from simulator.timeline import MemoryProfile, Timeline
 
@@ -30,10 +32,9 @@ class TracedSimulation:
     device: DeviceProfile
     program: Program
     record: RunRecord
-    timeline: Timeline
     profiles: tuple[MemoryProfile, ...]
-    price: Price
-    """All kernels of one micro-batch on all stages."""
+    kernels: tuple[Kernel, ...]
+    """Of one micro-batch on all stages, recompute included."""
     model_flops: int
     """Of a step, without recompute, over all ranks."""
     hardware_flops: int
@@ -42,9 +43,36 @@ class TracedSimulation:
     """Of a step, over all replicas."""
 
     @property
+    def price(self) -> Price:
+        """All kernels of one micro-batch on all stages, with its error: worked out with each call, a search asks for none."""
+        return price_together(self.kernels, self.device)
+
+    @property
+    def timeline(self) -> Timeline:
+        """Spans of all instructions, made anew with each call: a search asks for none."""
+        return timeline_of(self.program, self.record)
+
+    @property
     def step_time_s(self) -> float:
         """From the step's start to its last end."""
-        return self.timeline.makespan_s
+        return self.record.makespan_s
+
+    @property
+    def breakdown_s(self) -> dict[str, float]:
+        """Where the critical rank's time goes (`simulator.exposed_time`)."""
+        return exposed_times(self.program, self.record)
+
+    @property
+    def bottleneck(self) -> str:
+        """The largest part of the breakdown."""
+        breakdown = self.breakdown_s
+        return max(breakdown, key=lambda name: breakdown[name])
+
+    @property
+    def fits(self) -> bool:
+        """What is needed is there, and within the plan's budget if it has one."""
+        budget = self.plan.memory.budget_bytes
+        return self.fits_device and (budget is None or max(self.peak_memory_bytes) <= budget)
 
     @property
     def peak_memory_bytes(self) -> tuple[int, ...]:
@@ -54,19 +82,18 @@ class TracedSimulation:
     def to_json(self) -> dict[str, object]:
         """The keys of ``schedlab simulate --json``."""
         step_s, ranks = self.step_time_s, self.plan.num_gpus
-        breakdown = exposed_times(self.program, self.record)
-        half = INTERVAL_Z * self.price.relative_standard_error * step_s
+        breakdown, price = self.breakdown_s, self.price
+        half = INTERVAL_Z * price.relative_standard_error * step_s
         worst = int(np.argmax(self.peak_memory_bytes))
         peak = compute_peak(self.plan, self.device)
-        budget = self.plan.memory.budget_bytes
         return {
             "step_time_s": step_s, "step_time_interval_s": [max(0.0, step_s - half), step_s + half], "tokens_per_s_per_gpu": self.tokens / step_s / ranks,
             "model_flops_per_s_per_gpu": self.model_flops / step_s / ranks, "mfu": self.model_flops / step_s / ranks / peak,
             "hfu": self.hardware_flops / step_s / ranks / peak, "peak_memory_bytes": list(self.peak_memory_bytes),
             "peak_reserved_bytes": list(self.peak_memory_bytes), "peak_host_bytes": 0, "peak_memory_breakdown": self.profiles[worst].peak_breakdown_bytes,
-            "fits": self.fits_device and (budget is None or max(self.peak_memory_bytes) <= budget),
+            "fits": self.fits,
             "time_breakdown_s": breakdown, "bottleneck": max(breakdown, key=lambda name: breakdown[name]),
-            "num_events": self.program.num_instructions + len(self.program.memory_bytes), "evidence": list(self.price.evidence),
+            "num_events": self.program.num_instructions + len(self.program.memory_bytes), "evidence": list(price.evidence),
         }  # fmt: skip
 
     @property
@@ -82,14 +109,28 @@ class TracedSimulation:
         return max(self.peak_memory_bytes) + self.device.context_bytes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagesOnCluster(TracedSimulation):
+    """A step of a traced model on the devices of a cluster, each rank on one of its own."""
+
+    cluster: Cluster
+    sequence: tuple[Operation, ...]
+    """In which each stage runs its blocks, counted over the whole model, one stage after the other."""
+
+    @property
+    def peak_reserved_bytes(self) -> tuple[int, ...]:
+        """The bytes of live tensors: the allocator is not replayed."""
+        return self.peak_memory_bytes
+
+
 def compute_peak(plan: Plan, device: DeviceProfile) -> float:
     """FLOPs/s that ``mfu`` is a share of: the device's peak in the plan's precision."""
     return device.peak(PRODUCTS_IN.get(plan.precision.compute, STORED_AS[plan.precision.compute]))
 
 
 def simulate_traced(
-    step: TracedStep, plan: Plan, device: DeviceProfile, *, tokens: int, slowdown: float = 1.0, engine: str = "compiled"
-) -> TracedSimulation:
+    step: TracedStep, plan: Plan, device: DeviceProfile, *, tokens: int, slowdown: float = 1.0, engine: str = "compiled", prices: PassPrices | None = None
+) -> TracedSimulation:  # fmt: skip
     """One training step of a traced model's stages.
 
     **Model**: `simulator.parallel.traced_step`; a kernel takes ``slowdown`` times what the device's profile says, because ranks share the device.
@@ -101,26 +142,31 @@ def simulate_traced(
         tokens: of a micro-batch.
         slowdown: at least 1; 1 where every rank has a device of its own.
         engine: one of `simulate.ENGINES`.
+        prices: of passes in the plan's precision at that slow-down, where several plans share them; None: made here.
 
     **Not modelled**: the host's dispatch beside compute; what the allocator reserves beyond live tensors; that a rank computes faster while others wait.
     """
+    program = lower_traced_step(step, prices or pass_prices(plan, device, slowdown=slowdown))
+    record = ENGINES[engine](program)
+    check_complete(program, record)
+    kernels = _kernels(step)
+    batches = step.order.num_microbatches * plan.parallel.dp
+    flops = sum(stage.workload.model_flops for stage in step.stages)
+    return TracedSimulation(
+        plan=plan, device=device, program=program, record=record, profiles=profiles_of(program, record), kernels=tuple(kernels), model_flops=flops * batches,
+        hardware_flops=sum(kernel.flops for kernel in kernels) * batches, tokens=tokens * batches,
+    )  # fmt: skip
+
+
+def pass_prices(plan: Plan, device: DeviceProfile, *, slowdown: float = 1.0) -> PassPrices:
+    """Times of passes on a device in a plan's precision, each ``slowdown`` times what the profile says."""
     priced = price_in(plan.precision.compute, device)
 
     def seconds(kernels: Sequence[Kernel]) -> NDArray[np.float64]:
         result: NDArray[np.float64] = slowdown * priced(kernels)
         return result
 
-    prices = PassPrices(seconds)
-    program = lower_traced_step(step, prices)
-    record = ENGINES[engine](program)
-    timeline, profiles = outcome_of(program, record)
-    kernels = _kernels(step)
-    batches = step.order.num_microbatches * plan.parallel.dp
-    flops = sum(stage.workload.model_flops for stage in step.stages)
-    return TracedSimulation(
-        plan=plan, device=device, program=program, record=record, timeline=timeline, profiles=profiles, price=price_together(kernels, device),
-        model_flops=flops * batches, hardware_flops=sum(kernel.flops for kernel in kernels) * batches, tokens=tokens * batches,
-    )  # fmt: skip
+    return PassPrices(seconds)
 
 
 def _kernels(step: TracedStep) -> list[Kernel]:

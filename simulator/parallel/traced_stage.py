@@ -60,6 +60,8 @@ class RankLedger:
     """Messages that left: their tensors live until the runtime waits for them, at the end of the passes."""
     gradients: dict[str, int] = field(default_factory=dict)
     """Parameters that have a gradient by now, with its bytes."""
+    scatters: bool = False
+    """Gradients leave with the block that makes them (`traced_shards`): every micro-batch makes them anew."""
 
 
 class StageLowering(MicroBatchLowering):
@@ -177,13 +179,15 @@ class StageLowering(MicroBatchLowering):
 
     def _makes_gradients(self, index: int) -> bool:
         """Whether all of a block's parameters have no gradient yet; a table that another stage of the rank shares may have one."""
+        if self.ledger.scatters:
+            return True
         return self.first_micro_batch and not any(
             name in self.ledger.gradients for name in self.stage.parameters_of_block[index]
         )
 
     def _note_gradients(self, index: int, *, made: bool) -> None:
         """The block's parameters have gradients now; beside a table that had one, those that had none come at the end of the pass."""
-        if not self.first_micro_batch:
+        if not self.first_micro_batch or self.ledger.scatters:
             return
         held = {name: self.stage.parameters[name] for name in self.stage.parameters_of_block[index]}
         new = {name: one.size_bytes for name, one in held.items() if one.trained and name not in self.ledger.gradients}

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
 
 from simulator.lower import PassPrices, optimizer_elements_pass
 from simulator.optimizer_states import OPTIMIZER_STATES, STEP_COUNT_BYTES
 from simulator.parallel.traced_exchange import Exchange
 from simulator.parallel.traced_replicas import Bucket, CollectiveSeconds, Replicas, replicas_of, trained_in_order
+from simulator.parallel.traced_shards import ShardedRank, Shards, shards_of
 from simulator.parallel.traced_stage import Holding, RankLedger, StageLowering, TracedStage
 from simulator.parallel.traced_writer import ProgramWriter
 from simulator.pipeline.action import Action, ActionKind, Order
@@ -42,6 +46,10 @@ class TracedStep:
     collective_s: CollectiveSeconds
     """Among replicas."""
     optimizer: str
+    shards: Shards | None = None
+    """ZeRO 2 and 3: what replicas split beside the optimizer's states; None: nothing."""
+    slowdown: NDArray[np.float64] = field(default_factory=no_slowdown)
+    """Of streams beside each other, as in `Program`."""
 
 
 class _Assembly:
@@ -49,7 +57,7 @@ class _Assembly:
         self.step, self.prices = step, prices
         self.steps = with_messages(step.order)
         self.home = [ranks[0] for ranks in step.order.ranks_of_stage]
-        self.ledgers = [RankLedger() for _ in self.steps]
+        self.ledgers = [RankLedger(scatters=step.shards is not None) for _ in self.steps]
         self.batches: dict[tuple[int, int], StageLowering] = {}
         self.spans: dict[Action, tuple[int, int]] = {}
         """First and last + 1 instruction of each pass, in its rank's builder."""
@@ -121,15 +129,24 @@ class _Assembly:
                 after[rank] = (tied,)
         for rank, exchange in enumerate(exchanges):
             self._optimizer(writer, rank, after[rank] if exchange is None else exchange.rest(after[rank]), exchange)
-        return writer.program([self._resident(rank) for rank in range(ranks)], no_slowdown())
+        return writer.program(resident_bytes(self.step), self.step.slowdown)
 
-    def _exchange(self, writer: ProgramWriter, rank: int) -> Exchange | None:
-        if self.step.replicas is None:
-            return None
-        return Exchange(self.step.replicas, writer, self.prices, rank, self.step.collective_s)
+    def _exchange(self, writer: ProgramWriter, rank: int) -> Exchange | ShardedRank | None:
+        step = self.step
+        if step.shards is not None:
+            own = set(step.order.stages_of_rank[rank])
+            spans = {action: span for action, span in self.spans.items() if action.stage in own}
+            return ShardedRank(
+                step.shards, step.stages, self.ledgers[rank].builder, spans, writer, self.prices, rank, step.collective_s
+            )
+        return None if step.replicas is None else Exchange(step.replicas, writer, self.prices, rank, step.collective_s)
 
-    def _copied(self, writer: ProgramWriter, rank: int, exchange: Exchange | None) -> list[int]:
+    def _copied(self, writer: ProgramWriter, rank: int, exchange: Exchange | ShardedRank | None) -> list[int]:
         """A rank's instructions, each followed by the buckets whose gradients are final with it; what it sent goes after them."""
+        if isinstance(exchange, ShardedRank):
+            index = exchange.write(lambda n: self._copy(writer, rank, n))
+            writer.change_at_end(index[-1], -self.ledgers[rank].sent_bytes, MemoryClass.ACTIVATIONS)
+            return index
         due: dict[int, list[Bucket]] = {}
         if exchange is not None and exchange.replicas.overlaps:
             final = self._final(rank)
@@ -189,28 +206,27 @@ class _Assembly:
         found = (self.spans.get(Action(stage, kind, micro_batch)) for kind in kinds)
         return [span for span in found if span is not None]
 
-    def _held(self, rank: int) -> list[TracedStage]:
-        return [self.step.stages[stage] for stage in self.step.order.stages_of_rank[rank]]
-
     def parameters(self, rank: int) -> Mapping[str, Holding]:
         """Of a rank, a shared table once."""
-        return {name: held for stage in self._held(rank) for name, held in stage.parameters.items()}
+        return parameters_of(self.step, rank)
 
     def _tied_ranks(self) -> list[int]:
         names = [set(self.parameters(rank)) for rank in range(len(self.steps))]
         return [rank for rank, own in enumerate(names) if any(own & other for n, other in enumerate(names) if n != rank)]
 
-    def _optimizer(self, writer: ProgramWriter, rank: int, after: Sequence[int], exchange: Exchange | None) -> None:
+    def _optimizer(
+        self, writer: ProgramWriter, rank: int, after: Sequence[int], exchange: Exchange | ShardedRank | None
+    ) -> None:
         trained = [(held.elements, held.size_bytes) for held in self.parameters(rank).values() if held.trained]
         updated = trained if exchange is None else exchange.updated(trained)
         seconds = self.prices.seconds(optimizer_elements_pass(updated, optimizer=self.step.optimizer))
-        changes = [] if exchange is None else exchange.waited()
+        changes = exchange.waited() if isinstance(exchange, Exchange) else []
         gradient_bytes = self._gradient_bytes(rank) + (0 if exchange is None else exchange.gradient_bytes)
         changes.append((seconds, -gradient_bytes, MemoryClass.GRADIENTS))
         if self.step.order.num_stages - 1 in self.step.order.stages_of_rank[rank]:
             changes.append((seconds, -self.step.stages[-1].workload.blocks[-1].output_bytes, MemoryClass.ACTIVATIONS))
         done = writer.issue(Kind.OPTIMIZER, rank, Stream.COMPUTE, seconds, after=after, memory=changes)
-        if exchange is not None:
+        if isinstance(exchange, Exchange):
             exchange.gather(done)
 
     def _gradient_bytes(self, rank: int) -> int:
@@ -218,39 +234,58 @@ class _Assembly:
         changes = [change for own in self.ledgers[rank].builder.memory for change in own]
         return sum(delta_bytes for _, delta_bytes, memory_class in changes if memory_class is MemoryClass.GRADIENTS)
 
-    def _resident(self, rank: int) -> tuple[int, ...]:
-        """Bytes alive before the step: parameters, buffers, optimizer states and the parts of the batch that the rank's stages read."""
-        sizes = [0] * len(MemoryClass)
-        parameters = self.parameters(rank).values()
-        buffers = {name: size for stage in self._held(rank) for name, size in stage.buffers.items()}
-        inputs = {name: size for stage in self._held(rank) for name, size in stage.inputs.items()}
-        trained = [held.size_bytes for held in parameters if held.trained]
-        updated, gaps = trained, 0
-        if self.step.replicas is not None and self.step.replicas.splits:
-            buckets = self.step.replicas.buckets[rank]
-            updated = [self.step.replicas.part_bytes(bucket) for bucket in buckets]
-            gaps = sum(bucket.size_bytes for bucket in buckets) - sum(trained)
-        sizes[MemoryClass.PARAMETERS] = sum(held.size_bytes for held in parameters) + gaps + sum(buffers.values())
-        sizes[MemoryClass.OPTIMIZER_STATES] = OPTIMIZER_STATES[self.step.optimizer] * sum(updated) + STEP_COUNT_BYTES[
-            self.step.optimizer
-        ] * len(updated)
-        sizes[MemoryClass.BATCH] = self.step.order.num_microbatches * sum(inputs.values())
-        return tuple(sizes)
-
 
 def lower_traced_step(step: TracedStep, prices: PassPrices) -> Program:
     """The program of one training step of a traced model over the ranks of a pipeline.
 
     **Model**: per pass and block one instruction with the memory events of its recording, as on one device (`simulator.lower`); a message to a neighbour as a transfer over
-    the links out of one rank and into the other, beside the compute; the sum of tied tables' gradients when all passes are over; the sums over replicas (`simulator.parallel.traced_exchange`); the optimizer's fused step.
+    the links out of one rank and into the other, beside the compute; the sum of tied tables' gradients when all passes are over; the sums over replicas (`simulator.parallel.traced_exchange`), or gathered parameters and scattered
+    gradients (`simulator.parallel.traced_shards`); the optimizer's fused step.
 
     **Not modelled**: that the host posts messages; what they cost the sender's cores.
     """
     return _Assembly(step, prices).program()
 
 
+def parameters_of(step: TracedStep, rank: int) -> Mapping[str, Holding]:
+    """Of a pipeline rank, a shared table once."""
+    return {name: held for stage in _held(step, rank) for name, held in stage.parameters.items()}
+
+
+def _held(step: TracedStep, rank: int) -> list[TracedStage]:
+    return [step.stages[stage] for stage in step.order.stages_of_rank[rank]]
+
+
+def resident_bytes(step: TracedStep) -> list[tuple[int, ...]]:
+    """Per pipeline rank and `MemoryClass`, bytes alive before the step: parameters, buffers, optimizer states and the parts of the batch that its stages read."""
+    return [_resident_bytes(step, rank) for rank in range(step.order.num_ranks)]
+
+
+def _resident_bytes(step: TracedStep, rank: int) -> tuple[int, ...]:
+    sizes = [0] * len(MemoryClass)
+    parameters = parameters_of(step, rank).values()
+    buffers = {name: size for stage in _held(step, rank) for name, size in stage.buffers.items()}
+    inputs = {name: size for stage in _held(step, rank) for name, size in stage.inputs.items()}
+    updated = trained = [held.size_bytes for held in parameters if held.trained]
+    held_bytes = sum(held.size_bytes for held in parameters)
+    if step.shards is not None:
+        updated = [step.shards.part(size) for size in trained]
+        held_bytes = sum(step.shards.part(held.size_bytes) for held in parameters)
+    elif step.replicas is not None and step.replicas.splits:
+        buckets = step.replicas.buckets[rank]
+        updated = [step.replicas.part_bytes(bucket) for bucket in buckets]
+        held_bytes += sum(bucket.size_bytes for bucket in buckets) - sum(trained)
+    sizes[MemoryClass.PARAMETERS] = held_bytes + sum(buffers.values())
+    sizes[MemoryClass.OPTIMIZER_STATES] = OPTIMIZER_STATES[step.optimizer] * sum(updated) + STEP_COUNT_BYTES[
+        step.optimizer
+    ] * len(updated)
+    sizes[MemoryClass.BATCH] = step.order.num_microbatches * sum(inputs.values())
+    return tuple(sizes)
+
+
 def step_of(
-    plan: Plan, order: Order, stages: Sequence[TracedStage], link: Link, *, collective_s: CollectiveSeconds, tied_s: CollectiveSeconds
+    plan: Plan, order: Order, stages: Sequence[TracedStage], link: Link, *, collective_s: CollectiveSeconds, tied_s: CollectiveSeconds,
+    slowdown: NDArray[np.float64] | None = None,
 ) -> TracedStep:  # fmt: skip
     """The step of a plan's stages.
 
@@ -261,11 +296,17 @@ def step_of(
         link: between pipeline ranks.
         collective_s: among replicas.
         tied_s: among the pipeline ranks that share tables.
+        slowdown: of streams beside each other; None: they do not disturb each other.
+
+    Raises:
+        InputError: parameters that ZeRO 2 and 3 cannot split.
     """
     shared = stages[0].parameters.keys() & stages[-1].parameters.keys()
     apart = order.ranks_of_stage[0] != order.ranks_of_stage[-1]
     tied_bytes = sum(stages[0].parameters[name].size_bytes for name in shared) if apart else 0
+    shards = shards_of(plan, stages)
     return TracedStep(
         order=order, stages=stages, link=link, tied_s=tied_s("all_reduce", float(tied_bytes), _TIED_RANKS) if tied_bytes else 0.0,
-        replicas=replicas_of(plan, stages, order.stages_of_rank), collective_s=collective_s, optimizer=plan.precision.optimizer,
+        replicas=None if shards else replicas_of(plan, stages, order.stages_of_rank), collective_s=collective_s, optimizer=plan.precision.optimizer, shards=shards,
+        slowdown=no_slowdown() if slowdown is None else slowdown,
     )  # fmt: skip

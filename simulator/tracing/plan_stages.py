@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 import torch
@@ -18,9 +20,9 @@ from simulator.plan_sections import plan_refusal
 from simulator.recompute import check_no_exceptions, operations_of, read_sequence
 from simulator.sequence import Operation
 from simulator.tracing.kernels_of import dtype_name
-from simulator.tracing.stage_chain import split_passes, stage_traces
+from simulator.tracing.stage_chain import StageLibrary, stage_traces
 from simulator.tracing.trace import Traced
-from simulator.workload import Workload
+from simulator.workload import SplitBackward, Workload
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +36,7 @@ class PlannedStage:
 
 
 def plan_stages(
-    whole: Traced, plan: Plan, order: Order, *, sequence: Sequence[Operation] | None = None
+    whole: Traced, plan: Plan, order: Order, *, sequence: Sequence[Operation] | None = None, library: StageLibrary | None = None
 ) -> tuple[PlannedStage, ...]:
     """The plan's stages of a traced model, each a stretch of its chain of blocks.
 
@@ -42,28 +44,36 @@ def plan_stages(
         whole: traced at the plan's micro-batch.
         plan: ``pipeline.partition`` counts blocks; without one the stage with the most FLOPs has as few as can be.
         order: of the plan's schedule.
-        sequence: of the whole model, where the plan names a file (`sequence_of_file`).
+        sequence: of the whole model, where the plan names a file (`sequence_of_file`) or the best one was solved for.
+        library: of the model, where several plans are asked for.
 
     Raises:
         InputError: the partition does not fit, a stage cannot be cut out, or the plan recomputes what the order cannot.
     """
-    partition = _partition(plan, whole.workload)
-    traces = stage_traces(whole, partition)
+    partition, known = block_partition(plan, whole.workload), library or StageLibrary(whole=whole)
+    traces = stage_traces(whole, partition, library=known)
     split = {action.stage for cells in order.ranks for action in actions_of(cells) if action.kind == "W"}
-    planned, first = [], 0
-    for index, (traced, count, operations) in enumerate(
-        zip(traces, partition, _operations(plan, traces, sequence), strict=True)
+    ends = list(pairwise((0, *accumulate(partition))))
+    planned = []
+    for index, (traced, (first, end), operations) in enumerate(
+        zip(traces, ends, _operations(plan, traces, sequence), strict=True)
     ):
         if index in split and any(operation.option == "selective" for operation in operations):
             rule = f"schedule {plan.pipeline.schedule} makes gradients in two passes, each of which would run the recomputed operators again"
             raise plan_refusal("memory.recompute", "selective", rule, 'take "none" or "full", or another pipeline.schedule')
-        stage = _stage(traced, index, operations, num_stages=len(partition), split=index in split and index > 0)
+        in_two = index in split and index > 0
+        own = known.once((first, end, in_two), partial(_stage, traced, known.split(first, end) if in_two else ()))
+        stage = replace(own, index=index, operations=operations, receives=index > 0, sends=index < len(partition) - 1)
         planned.append(PlannedStage(first_block=first, traced=traced, stage=stage))
-        first += count
     return tuple(planned)
 
 
-def _partition(plan: Plan, workload: Workload) -> tuple[int, ...]:
+def block_partition(plan: Plan, workload: Workload) -> tuple[int, ...]:
+    """Blocks of each stage: the plan's, or the cut whose stage with the most FLOPs has as few as can be.
+
+    Raises:
+        InputError: the model has fewer blocks than the plan stages, or the plan's cut does not fit it.
+    """
     num_blocks = len(workload.blocks)
     if plan.num_stages > num_blocks:
         rule = f"pp * virtual_stages <= blocks must hold, but got {plan.num_stages} > {num_blocks}"
@@ -101,11 +111,11 @@ def _operations(plan: Plan, traces: Sequence[Traced], sequence: Sequence[Operati
     return stage_sequences(sequence, stages, source=plan.memory.recompute)
 
 
-def _stage(traced: Traced, index: int, operations: tuple[Operation, ...], *, num_stages: int, split: bool) -> TracedStage:
+def _stage(traced: Traced, split: tuple[SplitBackward, ...]) -> TracedStage:
+    """A stretch as the only stage of a pipeline; its place and its operations are the plan's."""
     captured = traced.chain.capture
     return TracedStage(
-        index=index, workload=traced.workload, operations=operations, split=split_passes(traced) if split else (),
-        receives=index > 0, sends=index < num_stages - 1,
+        index=0, workload=traced.workload, operations=(), split=split, receives=False, sends=False,
         parameters={
             name: Holding(
                 size_bytes=_num_bytes(value), elements=value.numel(), trained=name in captured.trained, dtype=dtype_name(value.dtype)

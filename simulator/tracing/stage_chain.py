@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
+from typing import Any, TypeVar
 
 from torch.fx import Graph, GraphModule, Node
 
@@ -12,11 +13,38 @@ from hardware_models.errors import InputError
 from simulator.tracing.block_graph import BlockGraph
 from simulator.tracing.cut import Chain, mutated_arguments, uses_randomness
 from simulator.tracing.record import Setting, record_split
-from simulator.tracing.trace import Traced, trace_chain
-from simulator.workload import Block, SplitBackward
+from simulator.tracing.trace import Traced, recorded_blocks, trace_chain
+from simulator.workload import SplitBackward
+
+_Derived = TypeVar("_Derived")
 
 
-def stage_traces(whole: Traced, partition: Sequence[int]) -> tuple[Traced, ...]:
+@dataclass(slots=True, kw_only=True)
+class StageLibrary:
+    """Stages of one traced model, each stretch of blocks traced once: plans that a search compares share them."""
+
+    whole: Traced
+    _known: dict[Hashable, Any] = field(default_factory=dict)
+
+    def once(self, key: Hashable, derive: Callable[[], _Derived]) -> _Derived:
+        """What ``derive`` makes of the model, made on the first call under a key."""
+        if key not in self._known:
+            self._known[key] = derive()
+        found: _Derived = self._known[key]
+        return found
+
+    def stretch(self, first: int, end: int) -> Traced:
+        """The blocks from ``first`` up to ``end`` as a stage (`stage_traces`)."""
+        chain, name = self.whole.chain, self.whole.workload.model
+        recorded = self.once("recorded", lambda: recorded_blocks(self.whole))
+        return self.once(("stretch", first, end), lambda: trace_chain(_stage_chain(chain, first, end), name, recorded))
+
+    def split(self, first: int, end: int) -> tuple[SplitBackward, ...]:
+        """Backward passes in two of such a stage's blocks."""
+        return self.once(("split", first, end), lambda: split_passes(self.stretch(first, end)))
+
+
+def stage_traces(whole: Traced, partition: Sequence[int], *, library: StageLibrary | None = None) -> tuple[Traced, ...]:
     """The traced stages of a model.
 
     **Model**: a stage gets the boundary from the stage before. Tensors without a gradient that earlier blocks make (positions, masks, rotary tables) it makes again from
@@ -25,17 +53,13 @@ def stage_traces(whole: Traced, partition: Sequence[int]) -> tuple[Traced, ...]:
     Args:
         whole: the traced model.
         partition: blocks of each stage, all at least 1.
+        library: of the model, where several cuts are asked for.
 
     Raises:
         InputError: such a tensor depends on parameters or random numbers.
     """
-    recorded: dict[Any, Block] = {}
-    traces, first = [], 0
-    for count in partition:
-        chain = _stage_chain(whole.chain, first, first + count)
-        traces.append(trace_chain(chain, whole.workload.model, recorded))
-        first += count
-    return tuple(traces)
+    known = library or StageLibrary(whole=whole)
+    return tuple(known.stretch(first, end) for first, end in pairwise((0, *accumulate(partition))))
 
 
 def split_passes(traced: Traced) -> tuple[SplitBackward, ...]:

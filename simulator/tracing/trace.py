@@ -66,14 +66,28 @@ def trace_chain(chain: Chain, name: str, recorded: dict[Any, Block]) -> Traced:
 def _record_chain(chain: Chain, shared: frozenset[str], recorded: dict[Any, Block]) -> tuple[Block, ...]:
     """Blocks in order; those with the same graph and shapes are recorded once and are one object."""
     blocks: list[Block] = []
-    for index, graph in enumerate(chain.blocks):
-        later = {name for block in chain.blocks[index + 1 :] for name in block.names("p")}
-        fresh = frozenset(name for name in shared if name in graph.names("p") and name not in later)
+    for index in range(len(chain.blocks)):
+        fresh = _fresh(chain, index, shared)
         key = _fingerprint(chain, index, shared, fresh)
         if key not in recorded:
             recorded[key] = record_block(Setting(chain=chain, index=index, shared=shared, fresh_shared=fresh))
         blocks.append(recorded[key])
     return tuple(blocks)
+
+
+def _fresh(chain: Chain, index: int, shared: frozenset[str]) -> frozenset[str]:
+    """Shared parameters of a block whose gradients it makes first: no later block uses them."""
+    later = {name for block in chain.blocks[index + 1 :] for name in block.names("p")}
+    return frozenset(name for name in shared if name in chain.blocks[index].names("p") and name not in later)
+
+
+def recorded_blocks(traced: Traced) -> dict[Any, Block]:
+    """The blocks of a traced chain as `trace_chain` finds them again in other chains of the same module."""
+    chain, shared = traced.chain, traced.shared
+    return {
+        _fingerprint(chain, index, shared, _fresh(chain, index, shared)): block
+        for index, block in enumerate(traced.workload.blocks)
+    }
 
 
 def _fingerprint(chain: Chain, index: int, shared: frozenset[str], fresh: frozenset[str]) -> Any:

@@ -17,6 +17,7 @@ from simulator.parallel.traced_step import Link, step_of
 from simulator.pipeline.action import Order
 from simulator.plan import Plan
 from simulator.program import Kind
+from simulator.timeline import Timeline
 from simulator.tracing.capture import build_fake
 from simulator.tracing.plan_stages import PlannedStage, plan_stages, sequence_of_file
 from simulator.tracing.trace import Traced
@@ -74,11 +75,9 @@ class Prediction:
             return self._simulate(link, 1.0)
         threads = max(1, self.cores // self.plan.num_gpus)
         alone = self._simulate(link, self.cores / threads)
-        at_a_time = (
-            self.plan.parallel.dp
-            * float(np.sum([_busy_s(alone, rank) for rank in range(len(alone.profiles))]))
-            / alone.step_time_s
-        )
+        spans = alone.timeline
+        busy_s = float(np.sum([_busy_s(spans, rank) for rank in range(len(alone.profiles))]))
+        at_a_time = self.plan.parallel.dp * busy_s / alone.step_time_s
         return self._simulate(link, self.cores / threads * max(1.0, at_a_time * threads / self.cores))
 
     def _simulate(self, link: LinkFacts, slowdown: float) -> TracedSimulation:
@@ -169,8 +168,8 @@ def _check_fits(found: TracedSimulation | ModuleSimulation) -> None:
     )
 
 
-def _busy_s(simulation: TracedSimulation, rank: int) -> float:
+def _busy_s(timeline: Timeline, rank: int) -> float:
     return sum(
-        simulation.timeline.busy_s(kind, device=rank)
+        timeline.busy_s(kind, device=rank)
         for kind in (Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD, Kind.OPTIMIZER, Kind.REDUCE)
     )

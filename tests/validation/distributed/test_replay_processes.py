@@ -150,7 +150,10 @@ def test_processes_that_torchrun_starts_join(tmp_path: Path) -> None:
         (plan_of("pipedream-2bw"), "two versions of the weights"),
         (Plan(parallel=Parallel(pp=2, cp=2)), r"parallel.cp = 2: not replayed over several processes yet; leave it at 1"),
         (Plan(parallel=Parallel(pp=2), precision=Precision(compute="fp16")), "precision.compute = 'fp16'"),
-        (Plan(parallel=Parallel(dp=2), memory=Memory(recompute="optimal")), "not solved yet over stages and replicas"),
+        (
+            Plan(parallel=Parallel(dp=2), memory=Memory(recompute="optimal")),
+            "stands for what the search finds, as simulate and search do",
+        ),
         (Plan(parallel=Parallel(pp=2), memory=Memory(activation_offload=0.5)), "memory.activation_offload = 0.5"),
     ],
 )
