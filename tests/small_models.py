@@ -355,3 +355,9 @@ def residual_mlp(batch: int = BATCH) -> tuple[nn.Module, dict[str, Tensor]]:
 def convolution_net() -> tuple[nn.Module, dict[str, Tensor]]:
     """A user's factory without arguments, of a model that mixes samples."""
     return build("convolution-net")
+
+
+def sized_convolution_net(batch: int = BATCH) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The same with as many images as are asked for."""
+    torch.manual_seed(0)
+    return ConvolutionNet(), {name: value[:1].repeat(batch, *[1] * (value.ndim - 1)) for name, value in _images().items()}

@@ -30,6 +30,10 @@ BARE_MACHINE = ("hardware_models/microbench*.py", "validation/replay.py")
 """Files that run where only the standard library, numpy and torch are."""
 MOST_LINES = 400
 WITHOUT_TORCH = ("hardware_models", "simulator", "search")
+TRACES = tuple(
+    f"search/traced/{name}.py" for name in ("chain_bounds", "cuts", "evaluate", "plans", "step_bounds", "traced_search")
+)
+"""Files that work on traced modules: they load the tracer, and are loaded where a module is traced."""
 MACHINE_PATH = re.compile(
     "|".join(rf"(?<![\w.$~}}/-])/{folder}/\w" for folder in ("work", "home", "root", "Users", "tmp", "opt", "mnt"))
 )
@@ -151,7 +155,7 @@ def test_simulating_and_searching_load_no_torch() -> None:
     modules = [
         ".".join(path.with_suffix("").parts).removesuffix(".__init__")
         for path in source_files()
-        if path.parts[0] in WITHOUT_TORCH and not matches(path, ROOMS["torch"])
+        if path.parts[0] in WITHOUT_TORCH and not matches(path, (*ROOMS["torch"], *TRACES))
     ]
     code = (
         "import importlib, sys\n"

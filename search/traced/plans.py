@@ -13,6 +13,7 @@ from simulator.parallel.simulate_parallel import WEIGHT_SHARE, StageSetting
 from simulator.parallel.simulate_traced import StagesOnCluster
 from simulator.parallel.stages import Stage
 from simulator.parallel.traced_step import parameters_of, resident_bytes
+from simulator.pipeline.action import actions_of
 from simulator.plan import Plan
 from simulator.sequence import Operation
 from simulator.tracing.simulate_stages import StagesCase, StageSimulator
@@ -88,8 +89,9 @@ def budget_bytes(case: StagesCase) -> int:
 def stages_of(case: StagesCase, library: StageLibrary) -> tuple[Stage, ...]:
     """The stages of a plan as the solvers take them; those whose backward pass the order splits know no option that recomputes inside of it."""
     stages, first = [], 0
+    split = {action.stage for cells in case.order.ranks for action in actions_of(cells) if action.kind == "W"}
     for one in case.step.stages:
-        blocks = tuple(_plain(block, library) if one.split else block for block in one.workload.blocks)
+        blocks = tuple(_plain(block, library) if one.index in split else block for block in one.workload.blocks)
         workload = replace(one.workload, blocks=blocks)
         stages.append(Stage(index=one.index, first=first, workload=workload, receives=one.receives, sends=one.sends))
         first += len(blocks)

@@ -8,6 +8,7 @@ from hardware_models.errors import InputError
 from hardware_models.network.cluster import Cluster
 from hardware_models.profile import DeviceProfile
 from search.search_request import SPLIT_BATCH
+from search.study_key import fingerprint, study_text
 from search.trainers import Trainer
 from simulator.model_source import ModelSource
 from simulator.parallel.check_traced import COMPUTE
@@ -46,10 +47,10 @@ class TracedRequest:
     @property
     def text(self) -> str:
         """All that decides the answer; studies of the same text are one."""
-        parts = (
-            self.source.name, self.source.seq_len, self.global_batch, self.cluster, self.device.name, self.device.provenance, self.computes, self.budget_bytes, self.splits_batch
+        return study_text(
+            self.source.name, fingerprint(self.source.workload(1)), self.source.seq_len, self.global_batch, self.cluster, fingerprint(self.device), self.computes,
+            self.budget_bytes, self.splits_batch,
         )  # fmt: skip
-        return repr(parts)
 
 
 def traced_request(

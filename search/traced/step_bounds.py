@@ -12,8 +12,9 @@ gradient released all.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,12 +27,13 @@ from simulator.parallel.traced_replicas import Bucket, packing_pass, trained_in_
 from simulator.parallel.traced_shards import flat_buffers
 from simulator.parallel.traced_stage import TracedStage
 from simulator.parallel.traced_step import parameters_of, resident_bytes
-from simulator.pipeline.order_arrays import KIND_CODES, order_arrays
+from simulator.pipeline.order_arrays import KIND_CODES, OrderArrays, order_arrays
 from simulator.pipeline.play_kernels import play_cells
 from simulator.tracing.simulate_stages import StagesCase
 from simulator.tracing.stage_chain import StageLibrary
 
 Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,16 +58,43 @@ def step_bound(case: StagesCase, library: StageLibrary) -> StepBound:
 def least_seconds(case: StagesCase) -> float:
     """Seconds that the plan's step is not below."""
     step, order, prices = case.step, case.order, case.prices
-    arrays = order_arrays(order)
     times = np.array([_pass_seconds(case, stage) for stage in step.stages])
-    duration = times[arrays.stage, arrays.kind]
-    cells = arrays.first_part[arrays.first_cell]  # passes that an order overlaps run one after the other
+    passes = _passes(order_arrays(order), times, whole=[not stage.split for stage in step.stages])
     boundaries = [stage.workload.blocks[-1].output_bytes for stage in step.stages if stage.sends]
     message_s = step.link.latency_s + min(boundaries, default=0) / step.link.bytes_per_s
-    _, end, _ = play_cells(
-        cells, np.arange(len(duration) + 1), arrays.stage, arrays.kind, arrays.micro_batch, arrays.rank_of, duration, message_s
-    )
-    return max(_rank_end_s(case, rank, float(end[cells[rank + 1] - 1]), prices) for rank in range(order.num_ranks))
+    _, end, _ = play_cells(*passes, message_s)
+    ends = end[passes.first_cell[1:] - 1]
+    return max(_rank_end_s(case, rank, float(ends[rank]), prices) for rank in range(order.num_ranks))
+
+
+class _Passes(NamedTuple):
+    """An order as `play_cells` takes it, a cell for each pass."""
+
+    first_cell: Ints
+    first_part: Ints
+    stage: Ints
+    kind: Ints
+    micro_batch: Ints
+    rank_of: Ints
+    duration: Floats
+
+
+def _passes(arrays: OrderArrays, times_s: Floats, *, whole: Sequence[bool]) -> _Passes:
+    """Passes with their durations; those that an order overlaps run one after the other.
+
+    A stage whose backward pass is ``whole`` does nothing in the pass for its input's gradient, and all in the one for its weights.
+
+    Args:
+        arrays: of the order.
+        times_s: of each stage and kind of pass.
+        whole: of each stage.
+    """
+    undivided = np.array(whole)[arrays.stage]
+    kept = ~(undivided & (arrays.kind == KIND_CODES["B"]))
+    first = np.concatenate(([0], np.cumsum(kept)))[arrays.first_part[arrays.first_cell]]
+    kind = np.where(undivided & (arrays.kind == KIND_CODES["W"]), KIND_CODES["BW"], arrays.kind)[kept]
+    stage, duration = arrays.stage[kept], times_s[arrays.stage, arrays.kind][kept]
+    return _Passes(first, np.arange(len(stage) + 1), stage, kind, arrays.micro_batch[kept], arrays.rank_of, duration)
 
 
 def _pass_seconds(case: StagesCase, stage: TracedStage) -> list[float]:
@@ -95,7 +124,10 @@ def _pass_seconds(case: StagesCase, stage: TracedStage) -> list[float]:
 
 
 def _sharded_seconds(case: StagesCase, stage: TracedStage) -> tuple[float, float, tuple[float, float]]:
-    """Seconds that ZeRO 2 and 3 add to a pass through a stage: laying parameters out, packing gradients, and, on a rank that is never idle, the first gather of a forward and a backward pass."""
+    """Seconds that ZeRO 2 and 3 add to a pass through a stage: laying parameters out, packing gradients, and the first gather of a forward and a backward pass.
+
+    A rank of several may have its first parameters before the message arrives, and sends its result before it packs the last gradients: these are left out there.
+    """
     shards = case.step.shards
     if shards is None:
         return 0.0, 0.0, (0.0, 0.0)
@@ -106,13 +138,15 @@ def _sharded_seconds(case: StagesCase, stage: TracedStage) -> tuple[float, float
         flat_buffers({name: stage.parameters[name] for name in sorted(names) if stage.parameters[name].trained})
         for names in stage.parameters_of_block
     ]
-    packed_s = sum(_copied_s(unit, case.prices) for unit in trained)
+    packed_s, laid_out_s = ([_copied_s(unit, case.prices) for unit in own] for own in (trained, units))
+    alone = case.order.num_ranks == 1
+    packing_s = sum(packed_s if alone else packed_s[1:])
     if shards.keeps or not units:
-        return 0.0, packed_s, (0.0, 0.0)
-    first_s = (0.0, 0.0)
-    if case.order.num_ranks == 1:
-        first_s = (_collectives_s(case, "all_gather", units[0]), _collectives_s(case, "all_gather", units[-1]))
-    return sum(_copied_s(unit, case.prices) for unit in units), packed_s, first_s
+        return 0.0, packing_s, (0.0, 0.0)
+    if not alone:
+        return sum(laid_out_s) - max(laid_out_s[0], laid_out_s[-1]), packing_s, (0.0, 0.0)
+    first_s = (_collectives_s(case, "all_gather", units[0]), _collectives_s(case, "all_gather", units[-1]))
+    return sum(laid_out_s), packing_s, first_s
 
 
 def _copied_s(buckets: Iterable[Bucket], prices: PassPrices) -> float:

@@ -112,8 +112,7 @@ def space_of(request: TracedRequest, plans: TracedPlans) -> TracedSpace:
     Raises:
         InfeasibleError: no combination divides batch and devices.
     """
-    workload = request.source.workload(1)
-    assert plans.simulator.source is request.source
+    workload = plans.simulator.source.workload(1)
     return traced_space(request, num_blocks=len(workload.blocks), mixes_samples=workload.mixes_samples)
 
 
@@ -149,7 +148,7 @@ def _infeasible(request: TracedRequest, study: JointStudyResult) -> InfeasibleEr
 
 
 def _baselines(evaluator: TracedEvaluator) -> tuple[Baseline, ...]:
-    workload = evaluator.space.request.source.workload(1)
+    workload = evaluator.plans.simulator.source.workload(1)
     rules = experts(evaluator.space.request, num_blocks=len(workload.blocks), mixes_samples=workload.mixes_samples)
     found = (_baseline(evaluator, rule) for rule in rules)
     return tuple(one for one in found if one is not None)
