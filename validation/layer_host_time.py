@@ -1,7 +1,8 @@
 """Host time of a layer, and of an exchange with a neighbour, written as Megatron-LM v2.5 writes them: modules, autograd functions, scripted fusions, forked random states, checkpointing.
 
 Plain torch on a tiny input, so that nothing but the host is timed. Prints seconds per layer (lower quartile of the thread's own time): forward, backward, and both with
-the layer checkpointed; then of one exchange (a send and a receipt of the steady state, on a group that moves nothing). `simulator.parallel.host_python` holds what it gave.
+the layer checkpointed; then of one exchange (a send and a receipt of the steady state, on a group that moves nothing), and of what lies
+between a number read back and an attention's launch. `simulator.parallel.host_python` holds what it gave.
 
     python -m validation.layer_host_time
 
@@ -240,6 +241,30 @@ def exchange_seconds(*, repeats: int = REPEATS) -> float:
     return sorted(found[_WARM_UP:])[repeats // 4]
 
 
+class _Attends(torch.autograd.Function):
+    """Stands for a fused attention over packed samples, with as many arguments as flash-attn's."""
+
+    @staticmethod
+    def forward(context: Any, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
+        found, sums = torch.empty_like(query), torch.empty(HEADS)
+        context.save_for_backward(query, key, value, found, sums)
+        context.others = others
+        return found
+
+
+def read_back_seconds(*, repeats: int = REPEATS) -> float:
+    """Seconds of the thread between a number that the host has read back and the launch of an attention, lower quartile: three views and the function's call."""
+    queries = [torch.randn(LENGTH, BATCH, HEADS, WIDTH, requires_grad=True) for _ in range(3)]
+    places, found = torch.tensor([0, LENGTH]), []
+    for _ in range(_WARM_UP + repeats):
+        begin = time.thread_time()
+        for _ in range(LAYERS):
+            packed = (x.permute(1, 0, 2, 3).reshape(-1, HEADS, WIDTH) for x in queries)
+            _Attends.apply(*packed, places, places, LENGTH, LENGTH, 0.0, 1.0, True, (-1, -1), 0.0, None, False, False, None)  # type: ignore[no-untyped-call]
+        found.append((time.thread_time() - begin) / LAYERS)
+    return sorted(found[_WARM_UP:])[repeats // 4]
+
+
 def main() -> None:
     """Prints them."""
     torch.set_num_threads(1)
@@ -248,6 +273,7 @@ def main() -> None:
         kind = "checkpointed" if checkpointed else "plain"
         print(f"{kind}: forward {forward_s * 1e6:.0f} us, backward {backward_s * 1e6:.0f} us")  # noqa: T201 - the command's output
     print(f"exchange: {exchange_seconds() * 1e6:.0f} us")  # noqa: T201 - the command's output
+    print(f"attention after a number read back: {read_back_seconds() * 1e6:.0f} us")  # noqa: T201 - the command's output
 
 
 if __name__ == "__main__":

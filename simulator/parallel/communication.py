@@ -202,6 +202,7 @@ class Communication:
         parallel = self.plan.parallel.sequence_parallel
         gather_s = self._gathered(stream) if parallel else 0.0
         summed_s = self._scattered(stream) if parallel else self.seconds("tp", "all_reduce", stream)
+        summed_s *= 1 if parallel else self._entering_products(name)
         again_s = gather_s if parallel and gathers_again(self.plan) else 0.0
         products = self.beside.products.get(name) if self.beside else None
         if self.beside is not None and products is not None:
@@ -210,6 +211,15 @@ class Communication:
             if self.behind is None:
                 return again_s + gather_s + self.beside.overlap.scattered_s(products.column_gradients, summed_s)
         return again_s + gather_s + (summed_s if self.behind is None else self.behind.exposed_s(name, summed_s))
+
+    def _entering_products(self, name: str) -> int:
+        """Products that a half begins with, where each sums its input's gradient on its own; else 1.
+
+        **Source**: ``copy_to_tensor_model_parallel_region`` in each ``ColumnParallelLinear.forward``, two of which ``ParallelSwiGLUMLP`` begins with (Aleph-Alpha/scaling @01b9d21dba
+        src/scaling/core/nn/linear/column_parallel_linear.py, mlp.py); with sequence parallelism the norm gathers once for both (norm/rms_norm.py).
+        """
+        gated = name == "network" and self.config.activation == "swiglu"
+        return 2 if gated and self.plan.runtime.framework in AA_SCALING else 1
 
     def _embedding(self, stream: float, *, backward: bool) -> float:
         """Ranks hold rows of the table each: what they find is summed; the sum's backward pass is the identity."""

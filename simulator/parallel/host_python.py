@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
+from simulator.parallel.framework import AA_SCALING
 from simulator.parallel.recompute import MEGATRON
 
 
@@ -49,15 +50,19 @@ class HostStalls:
     """Before each forward pass, on every stage: the micro-batch is fetched, sent round the tensor parallel group, and its sizes are read back."""
     exchange_s: float = 0.0
     """Around each exchange with a neighbour that the host waits for, beyond its bytes."""
+    attention_s: float = 0.0
+    """In each forward run of fused attention, before which the host reads a number back."""
 
 
 NO_STALLS = HostStalls()
 _BATCH_S, _EXCHANGE_S = 0.51e-3, 17e-6
+_READ_BACK_S, _ATTENTION_S = 30e-6, 24e-6
 _STALLS: Mapping[str, HostStalls] = MappingProxyType(
     {
         "megatron-lm@2021": HostStalls(batch_s=_BATCH_S, exchange_s=_EXCHANGE_S),
         "megatron-core@2023": HostStalls(batch_s=_BATCH_S, exchange_s=_EXCHANGE_S),
         "megatron-core": HostStalls(exchange_s=_EXCHANGE_S),
+        **dict.fromkeys(AA_SCALING, HostStalls(attention_s=_ATTENTION_S)),
     }
 )
 """By framework. Until the end of 2023 every stage of Megatron read a batch, with copies that wait for the device (``broadcast_data``, megatron/core/tensor_parallel/data.py); later ones
@@ -66,12 +71,15 @@ device while the host posts one.
 
 **Source**: batch: 524, 520 and 522 ms for 1,024 micro-batches between synchronising timers, GPT of 40 layers on 8 GPUs in September 2021 (``batch-generator`` of a log of Megatron-LM v2.5;
 0.71 ms each in four of BERT on a DGX A100, xduan7/scalable-transformer docs/megatron_bert_345m.md). Exchange: 17 us of Python to post a send and a receipt and wait for both (``python -m validation.layer_host_time``
-on AMD EPYC Genoa, torch 2.13.0).
+on AMD EPYC Genoa, torch 2.13.0). Aleph Alpha's trainer reads the longest sequence's length back before each fused attention (``get_max_seq_length``: ``.item()``; Aleph-Alpha/scaling @01b9d21dba
+src/scaling/core/nn/attention/attention.py): a copy of few bytes takes 30 us (te42kyfo/gpu-benches README.md @1c36d509ee, cuda-memcpy), and what follows up to the kernel's launch 24 us of Python (three views and an
+autograd function of 16 arguments, same command).
 
 **Not modelled**: what NCCL takes to launch, beyond a message's latency; the return from ``synchronize``."""
 
 
 def stalls_of(framework: str, architecture: str) -> HostStalls:
     """Stalls of a framework beside devices of an architecture; the batch's were measured on such a host, those of exchanges take longer on older ones."""
-    found = _STALLS.get(framework, NO_STALLS)
-    return replace(found, exchange_s=found.exchange_s * OLDER_HOSTS.get(architecture, 1.0))
+    found, slower = _STALLS.get(framework, NO_STALLS), OLDER_HOSTS.get(architecture, 1.0)
+    read_back_s = _READ_BACK_S + found.attention_s * slower if found.attention_s else 0.0
+    return replace(found, exchange_s=found.exchange_s * slower, attention_s=read_back_s)

@@ -78,6 +78,8 @@ class StepParts:
     """Whose collectives share the links between ranks with messages (`shared_adapters`)."""
     stalls: HostStalls = NO_STALLS
     """What an idle device waits for its host."""
+    attention_runs: Sequence[tuple[int, int]] = ()
+    """Of each stage: runs of fused attention in a forward pass, and again in a backward pass; empty: none that the host waits for."""
     load_s: Sequence[float] = ()
     """Of each rank: copy of the first micro-batch, which its first pass waits for; empty: nothing is copied."""
 
@@ -217,11 +219,13 @@ class _Plan:
         )  # fmt: skip
 
     def _stalls(self, rank: int, stage: int) -> tuple[float, float]:
-        """Before forward and backward passes of a stage on a rank: an exchange where the pass takes what another rank made."""
+        """Before forward and backward passes of a stage on a rank: an exchange where the pass takes what another rank made, and what its layers wait for."""
         parts, order = self.parts, self.parts.order
 
         def exchange_s(other: int) -> float:
             apart = 0 <= other < order.num_stages and rank not in order.ranks_of_stage[other]
             return parts.stalls.exchange_s if parts.waits_for_messages and apart else 0.0
 
-        return parts.stalls.batch_s + exchange_s(stage - 1), exchange_s(stage + 1)
+        runs, again = parts.attention_runs[stage] if parts.attention_runs else (0, 0)
+        forward_s = parts.stalls.batch_s + exchange_s(stage - 1) + parts.stalls.attention_s * runs
+        return forward_s, exchange_s(stage + 1) + parts.stalls.attention_s * again

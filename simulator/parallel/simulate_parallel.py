@@ -243,7 +243,8 @@ class _Assembly:
             ],
             tied_s=tied_seconds(self.plan, self.mesh, tied), message_limit_bytes_per_s=limit,
             message_latency_s=latency_s, link_bytes_per_s=[limit] * (2 * self.order.num_ranks), weight_share=WEIGHT_SHARE,
-            waits_for_messages=waits_for_messages(self.plan), stalls=self._stalls(), offload=self._offload(), adapter_streams=crossing_streams(self.mesh),
+            waits_for_messages=waits_for_messages(self.plan), stalls=self._stalls(),
+            attention_runs=[self._attention_runs(stage, own.cost.recomputed) for stage, own in zip(self.stages, usual, strict=True)], offload=self._offload(), adapter_streams=crossing_streams(self.mesh),
             check=gradient_check(self.plan, self.mesh, self.device, [self._elements(rank) for rank in range(self.order.num_ranks)]),
             load_s=copy_seconds(self.order, self.cluster, self.workload.batch_bytes),
         )  # fmt: skip
@@ -255,6 +256,13 @@ class _Assembly:
     def _stalls(self) -> HostStalls:
         """Of the plan's framework, on a device that its host launches kernels on."""
         return stalls_of(self.plan.runtime.framework, self.device.architecture) if self.device.kind == "cuda" else NO_STALLS
+
+    def _attention_runs(self, stage: Stage, again: Sequence[int]) -> tuple[int, int]:
+        """Runs of fused attention in a forward pass, and again in a backward pass."""
+        if not self.plan.runtime.flash_attention:
+            return 0, 0
+        attends = [block.name == "attention" for block in stage.blocks]
+        return sum(attends), sum(attends[index] for index in again)
 
     def _variant_of(self) -> NDArray[np.int64]:
         """[stages, micro-batches of the order]: which of a stage's variants it is."""

@@ -304,3 +304,18 @@ def test_streams_split_inside_samples_are_copied_into_order() -> None:
         replace(plan, parallel=replace(plan.parallel, sequence_parallel=False)),
     ):
         assert waited(other, backward=False) == exposed(other, "network").tp_s
+
+
+@pytest.mark.parametrize(
+    ("framework", "activation", "sums"), [("aa-scaling", "swiglu", 2), ("aa-scaling", "gelu", 1), ("pytorch", "swiglu", 1)]
+)
+def test_gate_and_up_sum_their_input_gradients_each_where_the_trainer_does(framework: str, activation: str, sums: int) -> None:
+    config = replace(small_config(), activation=activation)  # type: ignore[arg-type]
+    plan = plan_of(tp=8, framework=framework, sequence_parallel=False)
+    assert exposed(plan, "network", backward=True, config=config).tp_s == pytest.approx(
+        sums * exposed(plan, "network", config=config).tp_s
+    )
+    split = plan_of(tp=8, framework=framework, sequence_parallel=True)
+    assert exposed(split, "network", backward=True, config=config).tp_s == pytest.approx(
+        exposed(split, "network", config=config).tp_s
+    )

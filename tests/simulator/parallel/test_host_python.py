@@ -64,3 +64,9 @@ def test_exchanges_stall_longer_on_older_hosts_and_batches_as_measured() -> None
     assert new.exchange_s == pytest.approx(17e-6)
     assert old.batch_s == new.batch_s == pytest.approx(0.51e-3)
     assert stalls_of("pytorch", "ampere") == NO_STALLS
+
+
+def test_reading_back_is_a_copy_and_python() -> None:
+    assert stalls_of("aa-scaling", "hopper").attention_s == pytest.approx(30e-6 + 24e-6)
+    assert stalls_of("aa-scaling", "ampere").attention_s == pytest.approx(30e-6 + OLDER_HOSTS["ampere"] * 24e-6)
+    assert stalls_of("megatron-core", "ampere").attention_s == 0.0

@@ -110,6 +110,13 @@ def test_an_exchange_stalls_the_pass_that_takes_the_message() -> None:
     assert step_s(stalled(one_f_one_b(2, 1), exchange_s=0.25, waits=False)) == pytest.approx(2 * BOTH_S, rel=1e-12)
 
 
+def test_each_run_of_an_attention_that_is_read_back_stalls() -> None:
+    """One rank, three micro-batches: two runs of attention in each forward pass and one again in each backward pass."""
+    stalls = HostStalls(attention_s=0.25)
+    parts = replace(parts_of(one_f_one_b(1, 3)), stalls=stalls, attention_runs=[(2, 1)])
+    assert step_s(parts) == pytest.approx(3 * (BOTH_S + 3 * 0.25), rel=1e-12)
+
+
 def test_a_stalled_host_launches_from_an_idle_device_on() -> None:
     """Launching takes 5 s forward, after half a second for the batch: host and device wait for each other at each forward pass."""
     parts = with_host(stalled(one_f_one_b(1, 3), batch_s=0.5), launched(5.0, 4.0))
