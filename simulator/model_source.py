@@ -39,6 +39,8 @@ class ModelSource:
     seq_len: int | None = None
     precision: str = "fp32"
     """The mode in which a traced model runs (`simulator.plan.Precision.mode`)."""
+    compiled: bool = False
+    """Whether a traced model runs compiled, block by block."""
     _workloads: dict[int, Workload] = field(default_factory=dict, repr=False, compare=False)
     _traces: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
 
@@ -71,7 +73,7 @@ class ModelSource:
         """The `simulator.tracing.trace.Traced` of a micro-batch, traced once."""
         key = micro_batch or 0
         if key not in self._traces:
-            self._traces[key] = self.definition.traced(micro_batch, self.precision)
+            self._traces[key] = self.definition.traced(micro_batch, self.precision, compiled=self.compiled)
         return self._traces[key]
 
     def workload(self, micro_batch: int) -> Workload:
@@ -103,16 +105,26 @@ class ModelSource:
                 plan, heads=config.heads, kv_heads=config.num_kv_heads, layers=config.layers, experts=experts,
                 seq_len=self.seq_len or min(config.max_positions, DEFAULT_SEQ_LEN),
             )  # fmt: skip
-        check_single_device(plan, compute=TRACED_PRECISIONS if self.config is None else SIMULATED_PRECISIONS)
+        is_traced = self.config is None
+        check_single_device(plan, compute=TRACED_PRECISIONS if is_traced else SIMULATED_PRECISIONS, compiled=is_traced)
         return resolve_batch(plan, batch=self.global_batch, seq_len=self.seq_len)
 
     def with_plan_batch(self, plan: Plan) -> ModelSource:
-        """This model at the batch, sequence length and precision that a plan asks for."""
+        """This model at the batch, sequence length and precision that a plan asks for, compiled or not."""
         batch, seq_len = plan.batch.global_batch or self.batch, plan.batch.seq_len or self.seq_len
         return (
             self
-            if (batch, seq_len, plan.precision.mode) == (self.batch, self.seq_len, self.precision)
-            else replace(self, batch=batch, seq_len=seq_len, precision=plan.precision.mode, _workloads={}, _traces={})
+            if (batch, seq_len, plan.precision.mode, plan.runtime.compile)
+            == (self.batch, self.seq_len, self.precision, self.compiled)
+            else replace(
+                self,
+                batch=batch,
+                seq_len=seq_len,
+                precision=plan.precision.mode,
+                compiled=plan.runtime.compile,
+                _workloads={},
+                _traces={},
+            )
         )
 
 

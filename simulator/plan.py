@@ -162,7 +162,7 @@ def check_gpus(plan: Plan, num_gpus: int) -> None:
 
 
 def check_single_device(
-    plan: Plan, *, compute: Collection[str] = ("fp32",), optimizers: Collection[str] = ("adamw", "sgd")
+    plan: Plan, *, compute: Collection[str] = ("fp32",), optimizers: Collection[str] = ("adamw", "sgd"), compiled: bool = False
 ) -> None:
     """Refuses what cannot be simulated yet, so that no key is accepted and then ignored.
 
@@ -170,6 +170,7 @@ def check_single_device(
         plan: the plan to simulate on one device.
         compute: number formats that the device's profile prices.
         optimizers: optimizers that the device's profile prices.
+        compiled: whether blocks can be compiled.
 
     Raises:
         InputError: names the first key that is not simulated.
@@ -184,7 +185,8 @@ def check_single_device(
     limits["precision.grads"] = (plan.precision.grads, (plan.precision.master,))
     limits["precision.optimizer"] = (plan.precision.optimizer, tuple(optimizers))
     limits["runtime.framework"] = (plan.runtime.framework, ("pytorch",))
-    limits["runtime.compile"] = (plan.runtime.compile, (False,))
+    limits["runtime.compile"] = (plan.runtime.compile, (False, True) if compiled else (False,))
+    _check_compiled_single(plan)
     limits["runtime.cuda_graphs"] = (plan.runtime.cuda_graphs, (False,))
     for key, (value, simulated) in limits.items():
         if value not in simulated:
@@ -194,6 +196,22 @@ def check_single_device(
         raise plan_refusal(
             "pipeline.schedule", plan.pipeline.schedule, "orders from files are not simulated yet", "name a schedule"
         )
+
+
+def _check_compiled_single(plan: Plan) -> None:
+    """Refuses what compiled blocks on one device do not do."""
+    if not plan.runtime.compile:
+        return
+    memory = plan.memory
+    parts: list[tuple[str, Memory | MemoryBlock]] = [("memory", memory)]
+    parts += [(f"memory.block[{position}]", block) for position, block in enumerate(memory.block)]
+    for prefix, one in parts:
+        if one.recompute == "selective":
+            rule = "a compiled block keeps what its partition chooses: products, and as little else as can be"
+            raise plan_refusal(f"{prefix}.recompute", "selective", rule, 'take "none", which is that, or "full"')
+        if one.activation_offload:
+            rule = "what a compiled block keeps stays on the device"
+            raise plan_refusal(f"{prefix}.activation_offload", one.activation_offload, rule, "leave it at 0")
 
 
 def _check_offload_single(memory: Memory) -> None:

@@ -145,7 +145,11 @@ def _replay(
 ) -> Replay:  # fmt: skip
     progress(f"building {source.name}")
     session = ReplaySession(
-        source.definition, device=on, optimizer=cases[0].plan.precision.optimizer, precision=source.precision
+        source.definition,
+        device=on,
+        optimizer=cases[0].plan.precision.optimizer,
+        precision=source.precision,
+        compiled=source.compiled,
     )
     predictions = [_predict(session, case, device) for case in cases]
     for case, prediction in zip(cases, predictions, strict=True):

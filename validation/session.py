@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -17,10 +18,10 @@ from simulator.sequence import Operation
 from simulator.timeline import Timeline
 from simulator.tracing.compute_mode import LOSS_SCALED
 from simulator.tracing.eight_bit_linear import check_eight_bit
-from simulator.tracing.trace import Traced, trace
+from simulator.tracing.trace import Traced, compiling, trace
 from simulator.tracing.traced_model import TracedModel, batch_size, micro_batches
 from validation.hand_made import HandMadeRun
-from validation.measure import PeakMemory, peak_memory, synchronize
+from validation.measure import PeakMemory, allocator_peak, peak_memory, synchronize
 from validation.optimizer import FusedOptimizer
 from validation.step_runs import PlainRun, ScheduledRun, StepOrder, StepRun
 
@@ -53,6 +54,7 @@ class ReplaySession:
         device: ``cpu`` or ``cuda``.
         optimizer: ``adamw`` or ``sgd``.
         precision: of `simulator.tracing.compute_mode.PRECISIONS`.
+        compiled: whether scheduled steps run compiled blocks; the plain step is eager.
         seed: of the weights and of every step's random numbers.
     """
 
@@ -63,6 +65,7 @@ class ReplaySession:
         device: str = "cpu",
         optimizer: str = "adamw",
         precision: str = "fp32",
+        compiled: bool = False,
         seed: int = DEFAULT_SEED,
     ) -> None:
         self.device = torch.device(device)
@@ -75,7 +78,9 @@ class ReplaySession:
         self.module = module.to(self.device)
         self.batch = {key: value.to(self.device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()}
         self.optimizer = FusedOptimizer(self.module.parameters(), name=optimizer, learning_rate=0.0)
+        self._compiled = compiled
         self._traces: dict[int, Traced] = {}
+        self._running: dict[int, Traced] = {}
         self._runs: list[StepRun] = []
         if precision in LOSS_SCALED:
             self.optimizer.loss_scale = FIRST_LOSS_SCALE
@@ -98,13 +103,25 @@ class ReplaySession:
         """The module's blocks at a micro-batch."""
         if micro_batch not in self._traces:
             self._traces[micro_batch] = trace(
-                self.module, micro_batches(self.batch, micro_batch)[0], name=self.name, precision=self.precision
+                self.module,
+                micro_batches(self.batch, micro_batch)[0],
+                name=self.name,
+                precision=self.precision,
+                compiled=self._compiled,
             )
         return self._traces[micro_batch]
 
+    def _running_blocks(self, micro_batch: int) -> Traced:
+        """The blocks that steps run: those that were traced, compiled once for all steps where they are (on their first call)."""
+        if micro_batch not in self._running:
+            traced = self.traced(micro_batch)
+            chain = compiling().compiled_chain(traced.chain, traced.workload.blocks) if self._compiled else traced.chain
+            self._running[micro_batch] = replace(traced, chain=chain)
+        return self._running[micro_batch]
+
     def scheduled(self, operations: Sequence[Operation], micro_batch: int, shares: HostShares | None = None) -> ScheduledRun:
         """The blocks under a sequence, with fractions of bytes on the host."""
-        traced = self.traced(micro_batch)
+        traced = self._running_blocks(micro_batch)
         pieces = micro_batches(self.batch, micro_batch)
         host = None
         if shares is not None:
@@ -163,7 +180,10 @@ class ReplaySession:
             run()
             states = [tensor for optimizer in run.optimizers() for tensor in optimizer.state_tensors]
             resident = [*self.module.parameters(), *self.module.buffers(), *states, *_tensors(self.batch).values()]
-            found = peak_memory(run, resident, device=self.device)
+            counts = (
+                allocator_peak if self._compiled and self.device.type == "cpu" else partial(peak_memory, device=self.device)
+            )
+            found = counts(run, resident)
         return replace(found, host_bytes=run.host_bytes)
 
     def timeline(self, run: ScheduledRun) -> Timeline:

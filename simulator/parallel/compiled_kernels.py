@@ -10,7 +10,7 @@ from simulator.workload import Block, BlockOption, MemoryEvent, Pass, Workload
 
 _FUSES = frozenset({"pointwise", "normalization", "softmax", "reduction", "copy"})
 """Classes that inductor generates code for; products, attention and embeddings are calls of libraries."""
-_LIBRARY_OPS = frozenset({"sort", "topk", "histc"})
+LIBRARY_OPS = frozenset({"sort", "topk", "histc"})
 """Memory-bound operators that stay calls of their own: inductor falls back to torch's for sorting, selecting and counting."""
 _EAGER_BLOCKS = frozenset({"embedding", "head"})
 """Blocks outside the layers."""
@@ -37,7 +37,7 @@ def compiled_workload(workload: Workload) -> Workload:
     return replace(workload, blocks=tuple(made[id(block)] for block in workload.blocks))
 
 
-def compiled_pass(run: Pass) -> Pass:
+def compiled_pass(run: Pass, *, library: frozenset[str] = LIBRARY_OPS) -> Pass:
     """The pass with each maximal run of memory-bound kernels as one.
 
     **Model**: a run ends behind a reduction, at a library's kernel, and on both sides of a kernel that makes a parameter's gradient (it reduces over the other axis).
@@ -45,8 +45,9 @@ def compiled_pass(run: Pass) -> Pass:
 
     Args:
         run: kernels and memory events of an eager pass.
+        library: memory-bound operators that stay calls of their own.
     """
-    groups = _groups(run)
+    groups = _groups(run, library)
     fused = [_registers(run, first, end) for first, end in groups]
     gone = {place for kept in fused for place in kept.events}
     memory = [
@@ -78,13 +79,13 @@ def _compiled_option(option: BlockOption) -> BlockOption:
     )  # fmt: skip
 
 
-def _groups(run: Pass) -> list[tuple[int, int]]:
+def _groups(run: Pass, library: frozenset[str]) -> list[tuple[int, int]]:
     """First and last + 1 kernel of each kernel of the compiled pass."""
     alone = {event.kernel for event in run.memory if event.buffer in _MADE and event.delta_bytes > 0}
     groups: list[tuple[int, int]] = []
     opened = False
     for n, kernel in enumerate(run.kernels):
-        fuses = n not in alone and kernel.kernel_class in _FUSES and kernel.op not in _LIBRARY_OPS
+        fuses = n not in alone and kernel.kernel_class in _FUSES and kernel.op not in library
         if fuses and opened:
             groups[-1] = (groups[-1][0], n + 1)
         else:

@@ -118,18 +118,22 @@ class Setting:
         return self.chain.blocks[self.index]
 
 
-def record_block(setting: Setting) -> Block:
+def record_block(setting: Setting, *, selective: bool = True) -> Block:
     """The `Block` at a place of the chain, recorded under every option.
+
+    Args:
+        setting: the block at its place.
+        selective: whether the option of that name is asked for.
 
     Returns:
         ``options[0]`` keeps what autograd keeps. ``selective`` is there only where it keeps less and can use what it keeps.
     """
     everything, changes_products = _record_option(setting, "all")
     options: tuple[BlockOption, ...] = (everything,)
-    if not changes_products:
-        selective, _ = _record_option(setting, "selective")
-        if selective.saved_internal_bytes < everything.saved_internal_bytes:
-            options = (everything, selective)
+    if selective and not changes_products:
+        products, _ = _record_option(setting, "selective")
+        if products.saved_internal_bytes < everything.saved_internal_bytes:
+            options = (everything, products)
     discard, output_bytes = _record_discard(setting)
     captured = setting.chain.capture
     own = [name for name in setting.block.names("p") if name not in setting.shared]
@@ -222,7 +226,7 @@ class RecordedRun:
             micro_batch, x = self._prepare(accumulate=accumulate)
             with self.recorder:
                 self.recorder.phase = Phase.FORWARD
-                y, tape = micro_batch.save(block, x, option, lambda tensor: self.packed.append(self.recorder.serial(tensor)))
+                y, *tapes = micro_batch.save(block, x, option, lambda tensor: self.packed.append(self.recorder.serial(tensor)))
                 self._name_outputs(micro_batch, y)
                 self.recorder.phase = Phase.LET_GO
                 grad = _like(y)
@@ -230,7 +234,7 @@ class RecordedRun:
                 self.kept = self.recorder.alive
                 self.recorder.add((grad,))
                 self.recorder.phase = Phase.BACKWARD
-                grad_input = micro_batch.backward(tape, grad)
+                grad_input = micro_batch.backward(tapes.pop(), grad)  # the pass is over when what it went through is gone
                 self._name_gradients(micro_batch, grad, grad_input)
                 self.recorder.phase = Phase.END
 

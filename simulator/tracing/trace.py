@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -32,7 +35,7 @@ class Traced:
 
 def trace(
     module: torch.nn.Module, example_inputs: Mapping[str, Any], *, loss: LossFunction = loss_of, name: str = "model",
-    precision: str = "fp32",
+    precision: str = "fp32", compiled: bool = False,
 ) -> Traced:  # fmt: skip
     """The workload of one micro-batch of the size of ``example_inputs``.
 
@@ -42,35 +45,48 @@ def trace(
         loss: the scalar to differentiate, from the module's output.
         name: the model's name in reports.
         precision: of `simulator.tracing.compute_mode.PRECISIONS`.
+        compiled: describe the blocks as ``torch.compile`` runs them; the chain is the eager one all the same (`compiled_block.compiled_chain`).
 
     Raises:
-        InputError: the module cannot be traced (operator and line are named).
+        InputError: the module cannot be traced (operator and line are named), or not be compiled.
     """
-    return trace_chain(cut(capture(module, example_inputs, loss=loss, name=name, precision=precision)), name, {})
+    chain = cut(capture(module, example_inputs, loss=loss, name=name, precision=precision))
+    return trace_chain(chain, name, {}, compiled=compiled)
 
 
-def trace_chain(chain: Chain, name: str, recorded: dict[Any, Block]) -> Traced:
+@cache
+def compiling() -> ModuleType:
+    """`simulator.tracing.compiled_block`, which loads torch's compiler: twice the time that torch itself takes, and only where something is compiled."""
+    return importlib.import_module("simulator.tracing.compiled_block")
+
+
+def trace_chain(chain: Chain, name: str, recorded: dict[Any, Block], *, compiled: bool = False) -> Traced:
     """The workload of a chain that is cut already.
 
     Args:
         chain: of a module, or of one pipeline stage of it.
         name: the model's name in reports.
         recorded: blocks of other chains of the same module, which are not recorded again; this chain's are added.
+        compiled: as in `trace`.
     """
     users = Counter(parameter for block in chain.blocks for parameter in block.names("p"))
     shared = frozenset(parameter for parameter, count in users.items() if count > 1)
-    blocks = _record_chain(chain, shared, recorded)
+    blocks = _record_chain(chain, shared, recorded, compiled=compiled)
     return Traced(workload=_workload(chain, blocks, shared, name), chain=chain, shared=shared)
 
 
-def _record_chain(chain: Chain, shared: frozenset[str], recorded: dict[Any, Block]) -> tuple[Block, ...]:
+def _record_chain(chain: Chain, shared: frozenset[str], recorded: dict[Any, Block], *, compiled: bool) -> tuple[Block, ...]:
     """Blocks in order; those with the same graph and shapes are recorded once and are one object."""
     blocks: list[Block] = []
+    running = compiling().partitioned_chain(chain) if compiled else chain
     for index in range(len(chain.blocks)):
         fresh = _fresh(chain, index, shared)
         key = _fingerprint(chain, index, shared, fresh)
         if key not in recorded:
-            recorded[key] = record_block(Setting(chain=chain, index=index, shared=shared, fresh_shared=fresh))
+            setting = Setting(chain=running, index=index, shared=shared, fresh_shared=fresh)
+            recorded[key] = (
+                compiling().compiled_block(record_block(setting, selective=False)) if compiled else record_block(setting)
+            )
         blocks.append(recorded[key])
     return tuple(blocks)
 

@@ -31,14 +31,15 @@ class TracedModel:
     name: str
     factory: Factory
 
-    def traced(self, micro_batch: int | None = None, precision: str = "fp32") -> Traced:
-        """The workload and the chain of a micro-batch of so many samples; None: the whole batch of the example.
+    def traced(self, micro_batch: int | None = None, precision: str = "fp32", *, compiled: bool = False) -> Traced:
+        """The workload and the chain of a micro-batch of so many samples (None: the whole batch of the example), eager or compiled.
 
         Raises:
             InputError: the factory or the trace fails, or the example holds fewer samples.
         """
         (module, inputs), _ = build_fake(partial(self.build_in, precision))
-        return trace(module, first_samples(inputs, micro_batch, name=self.name), name=self.name, precision=precision)
+        first = first_samples(inputs, micro_batch, name=self.name)
+        return trace(module, first, name=self.name, precision=precision, compiled=compiled)
 
     def build_in(self, precision: str) -> tuple[torch.nn.Module, dict[str, Any]]:
         """The module and its inputs as a precision stores them, from torch's current generator.

@@ -101,8 +101,8 @@ def test_a_plan_that_the_model_or_one_device_cannot_do_is_refused(tmp_path: Path
         source.resolve(Plan(parallel=Parallel(tp=3)))
     with pytest.raises(InputError, match=r"parallel.tp = 2: not simulated yet on a single device; leave it at 1"):
         source.resolve(Plan(parallel=Parallel(tp=2)))
-    with pytest.raises(InputError, match=r"precision.compute = 'fp8': not simulated yet on a single device; leave it at fp32"):
-        model_source(OURS).resolve(Plan(precision=Precision(compute="fp8")))
+    with pytest.raises(InputError, match=r"precision.compute = 'fp4': not simulated yet on a single device; leave it at fp32"):
+        model_source(OURS).resolve(Plan(precision=Precision(compute="fp4")))
 
 
 def test_a_model_at_a_plans_batch(tmp_path: Path) -> None:
