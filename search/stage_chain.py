@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -100,3 +100,21 @@ class StageTable:
             first = -choice
             kept += int(slots_for(self._chain.boundary_bytes[first], self.slot_bytes)) if first < stages else 0
         return (*forward, *backward)
+
+
+def kept_bytes(problem: ChainProblem, operations: Sequence[Operation]) -> int:
+    """Bytes that a micro-batch keeps between its passes: what graphs saved, and inputs of checkpoints and graphs that no graph below has saved already; boundary 0 always.
+
+    Args:
+        problem: the stage's chain.
+        operations: its sequence; the forward half ends where the last block has run for the first time.
+    """
+    last = problem.num_stages - 1
+    turn = next(place for place, one in enumerate(operations) if one.block == last) + 1
+    saved = {
+        one.block: problem.saved_bytes[one.block][problem.option_names[one.block].index(one.option)]
+        for one in operations[:turn]
+        if one.kind == "F_all"
+    }
+    pinned = {one.block for one in operations[:turn] if one.kind != "F_e" and one.block - 1 not in saved} | {0}
+    return sum(saved.values()) + sum(problem.boundary_bytes[block] for block in pinned)

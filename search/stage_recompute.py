@@ -3,217 +3,247 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
+from math import inf
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hardware_models.errors import InfeasibleError
 from hardware_models.network.cluster import Cluster
 from hardware_models.profile import DeviceProfile
 from hardware_models.units import format_bytes
-from search.chain_of_workload import chain_of_workload
+from search.chain_kernels import Ints
 from search.chain_problem import ChainProblem
-from search.stage_chain import StageTable
-from simulator.lower import PassPrices
+from search.chain_schedules import evaluate
+from search.rank_moments import moments_of
+from search.spread_kernels import Ways, spread_ways
+from search.stage_chain import StageTable, kept_bytes
+from search.stage_choices import Choice, StageChoices
+from search.stage_runs import StageSequence
 from simulator.model_source import ModelSource
-from simulator.parallel.simulate_parallel import StageSetting, stage_setting
+from simulator.parallel.simulate_parallel import OpenStep
 from simulator.parallel.simulate_source import ParallelCase, parallel_case, simulate_source
 from simulator.parallel.simulation import ParallelSimulation
-from simulator.parallel.stages import Stage, StageCost, stage_cost
-from simulator.pipeline.action import Order, actions_of
+from simulator.pipeline.action import Order
 from simulator.plan import Plan
 from simulator.plan_sections import plan_refusal
-from simulator.sequence import Operation, checkpoint_blocks, keep_all
-from simulator.workload import Block, BlockOption, Pass
+from simulator.sequence import Operation
 
-MOST_COMBINATIONS = 40_000
-"""Combinations of sequences of the unlike stages of one rank that are looked at; beyond, each stage's list is thinned evenly."""
 MOST_ATTEMPTS = 4
 """Times that the budget is lowered by what the allocator reserves beyond it."""
-FEW_BLOCKS = 24
-"""Blocks of a stage up to which each number of checkpointed blocks is an expert's choice."""
-_GRADIENTS = frozenset({"gradient", "shared_gradient"})
+MOST_CORRECTIONS = 3
+"""Times that a rank is solved, its room corrected by what the chain problem over- or understates."""
+NUM_SHARES = 24
+"""Budgets for what a stage keeps where several share a rank."""
+_LEAST_CORRECTION_BYTES = 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Choice:
-    """One way for a stage to run, with its exact cost."""
+class _Rank:
+    """The stages of a pipeline rank, which share its memory."""
 
-    operations: tuple[Operation, ...]
-    cost: StageCost
+    def __init__(self, choices: StageChoices, order: Order, rank: int) -> None:
+        self.choices, self.parts = choices, order.microbatch_parts
+        self.stages = [choices.setting.stages[stage] for stage in order.stages_of_rank[rank]]
+        self.moments = moments_of(order, rank, weight_share=choices.setting.weight_share)
 
-    @property
-    def seconds(self) -> float:
-        """Of a micro-batch, forward and backward."""
-        return self.cost.forward.total_s + self.cost.backward.total_s
+    def fastest(self, room_bytes: float) -> tuple[list[Choice], float]:
+        """The fastest way of each stage that was found, and its peak; beyond the room where nothing fits: then the leanest."""
+        plain = [self.choices.plain(stage) for stage in self.stages]
+        peak = self.peak_bytes(plain)
+        if peak <= room_bytes:
+            return plain, peak
+        found = [self._solved(room_bytes)]
+        if found[0] is None or any(self.choices.unlike(stage) for stage in self.stages):
+            found.append(self._from_tables(room_bytes))
+        lean = [self._lean(place) for place in range(len(self.stages))] if found == [None, None] else []
+        best = min((own for own in found if own is not None), key=_seconds, default=lean)
+        return best, self.peak_bytes(best)
 
+    def peak_bytes(self, chosen: Sequence[Choice]) -> float:
+        """Most bytes of activations, exactly."""
+        kept = np.array([[one.cost.forward.net_bytes for one in chosen]], np.float64)
+        forward = np.array([[one.cost.forward.rise_bytes for one in chosen]], np.float64)
+        backward = np.array([[one.cost.backward.rise_bytes for one in chosen]], np.float64)
+        return float(self.moments.peak_bytes(kept, forward / self.parts, backward / self.parts)[0])
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Moments:
-    """What a rank holds whenever it begins a pass: rows of ``held`` are micro-batches per stage of the rank, those of running backward passes included."""
+    def _solved(self, room_bytes: float) -> list[Choice] | None:
+        """The fastest sequences of `StageRuns` that fit exactly; what the solver takes them to need is corrected by what they do need."""
+        best, limit = None, room_bytes
+        for _ in range(MOST_CORRECTIONS):
+            found = self._under(limit)
+            if found is None:
+                break
+            chosen, peak = self._exact(found)
+            if peak <= room_bytes and (best is None or _seconds(chosen) < _seconds(best)):
+                best = chosen
+            corrected = room_bytes + self._said_bytes(found) - peak
+            if abs(corrected - limit) < _LEAST_CORRECTION_BYTES:
+                break
+            limit = corrected
+        return best
 
-    held: NDArray[np.float64]
-    """Shape (moments, stages of the rank)."""
-    running: NDArray[np.int64]
-    """Which of the rank's stages; shape (moments,)."""
-    backward: NDArray[np.bool_]
+    def _exact(self, found: Sequence[StageSequence | None]) -> tuple[list[Choice], float]:
+        chosen = [
+            self.choices.choice(stage, own.operations if own else ()) for stage, own in zip(self.stages, found, strict=True)
+        ]
+        return chosen, self.peak_bytes(chosen)
 
-    def peak_bytes(
-        self, kept: NDArray[np.float64], forward: NDArray[np.float64], backward: NDArray[np.float64]
-    ) -> NDArray[np.float64]:
-        """Most bytes of activations; shape (choices,).
+    def _said_bytes(self, found: Sequence[StageSequence | None]) -> float:
+        """The peak by the solver's account."""
+        kept, forward, backward = np.array([self._sizes(place, own) for place, own in enumerate(found)], np.float64).T[:, None]
+        return float(self.moments.peak_bytes(kept, forward / self.parts, backward / self.parts)[0])
 
-        Args:
-            kept: by a micro-batch from forward to backward; shape (choices, stages of the rank).
-            forward: most that the forward pass adds; same shape.
-            backward: most that the backward pass adds.
-        """
-        rises = np.where(self.backward[:, None], backward.T[self.running], forward.T[self.running])
-        peaks: NDArray[np.float64] = (self.held @ kept.T + rises).max(axis=0)
-        return peaks
+    def _sizes(self, place: int, found: StageSequence | None) -> tuple[float, float, float]:
+        """Bytes that a sequence keeps, and that its passes add."""
+        if found is None:
+            return 0.0, 0.0, 0.0
+        kept = found.kept_bytes + self._lasting_bytes(place)
+        return kept, found.peak_bytes, found.peak_bytes - kept
 
+    def _lasting_bytes(self, place: int) -> int:
+        """Held by each micro-batch from its first pass to its last, whatever runs again."""
+        return self.choices.runs(self.stages[place]).problem.resident_bytes[0]
 
-def moments_of(order: Order, rank: int, *, weight_share: float) -> Moments:
-    """The moments of a rank at which its memory may be highest, each once.
+    def _others(self, places: Sequence[int]) -> float:
+        """Micro-batches of some stages in flight beside the running one, which counts as one part of a micro-batch; in parts."""
+        held = self.moments.held[:, list(places)].sum(axis=1)
+        own = np.isin(self.moments.running, list(places)) & self.moments.backward
+        return float(max(0.0, (held * self.parts - own).max()))
 
-    Args:
-        order: of the pipeline.
-        rank: of it.
-        weight_share: part of what a micro-batch keeps that stays from its input gradient to its weight gradient.
-    """
-    stages = order.stages_of_rank[rank]
-    place = {stage: n for n, stage in enumerate(stages)}
-    part, held = 1.0 / order.microbatch_parts, [0.0] * len(stages)
-    seen: dict[tuple[bool, int, tuple[float, ...]], None] = {}
-    change = {"F": 1.0, "BW": -1.0, "B": weight_share - 1.0, "W": -weight_share}
-    for action in actions_of(order.ranks[rank]):
-        own = place[action.stage]
-        if action.kind != "W":
-            seen.setdefault((action.kind != "F", own, tuple(round(one, 9) for one in held)))
-        held[own] += change[action.kind] * part
-    rows = list(seen)
-    return Moments(
-        held=np.array([row[2] for row in rows], np.float64), running=np.array([row[1] for row in rows], np.int64),
-        backward=np.array([row[0] for row in rows], np.bool_),
-    )  # fmt: skip
+    def _filled(self) -> list[int]:
+        """Places of stages that have blocks."""
+        return [place for place, stage in enumerate(self.stages) if stage.blocks]
 
-
-KnownChoices = dict[tuple[object, ...], tuple[Choice, ...]]
-"""Ways to run a stage, by what they depend on."""
-
-
-class StageChoices:
-    """Ways for the stages of a plan to run; like stages share them.
-
-    Args:
-        setting: stages, prices and what lives through the step.
-        device: prices kernels.
-        known: what plans of the same blocks and prices have found, and find here; None: nothing.
-    """
-
-    def __init__(self, setting: StageSetting, device: DeviceProfile, known: KnownChoices | None = None) -> None:
-        self.setting, self.device = setting, device
-        self._known: KnownChoices = {} if known is None else known
-
-    def key(self, stage: Stage) -> tuple[object, ...]:
-        """Like stages have equal ones."""
-        return (*(id(block) for block in stage.blocks), stage.receives, stage.sends)
-
-    def of(self, stage: Stage, limit_bytes: int, in_flight: float) -> tuple[Choice, ...]:
-        """What experts would set and the solver's answers for a share of the memory, none as slow and as large as another.
-
-        Args:
-            stage: of the plan.
-            limit_bytes: for its activations.
-            in_flight: most micro-batches that it holds at once.
-        """
-        key = (*self.key(stage), limit_bytes, in_flight)
+    def _lean(self, place: int) -> Choice:
+        stage = self.stages[place]
         if not stage.blocks:
-            return (Choice(operations=(), cost=stage_cost(stage, (), self.setting.prices)),)
-        if key not in self._known:
-            problem = stage_problem(stage, self.setting.prices, self.device)
-            found = dict.fromkeys((*_experts(stage), *StageTable(problem, limit_bytes).sequences(in_flight)))
-            made = [Choice(operations=one, cost=stage_cost(stage, one, self.setting.prices)) for one in found]
-            self._known[key] = tuple(_undominated(made))
-        return self._known[key]
+            return self.choices.plain(stage)
+        return self.choices.choice(stage, self.choices.runs(stage).leanest(self._others([place])).operations)
+
+    def _under(self, limit_bytes: float) -> list[StageSequence | None] | None:
+        """The fastest sequences by the solver's account; None where nothing fits by it."""
+        filled = self._filled()
+        if len(filled) > 1:
+            return self._spread(self._lists(limit_bytes), limit_bytes)
+        others, parts = self._others(filled), self.parts
+        room = parts * limit_bytes - others * self._lasting_bytes(filled[0])
+        found = self.choices.runs(self.stages[filled[0]]).fastest(room, others)
+        return None if found is None else [found if place == filled[0] else None for place in range(len(self.stages))]
+
+    def _kinds(self) -> dict[tuple[object, ...], list[int]]:
+        """Places of stages with blocks, like ones together."""
+        kinds: dict[tuple[object, ...], list[int]] = {}
+        for place in self._filled():
+            kinds.setdefault(self.choices.kind(self.stages[place]), []).append(place)
+        return kinds
+
+    def _lists(self, limit_bytes: float) -> dict[int, list[StageSequence]]:
+        """Sequences of each stage under evenly spread budgets for what it keeps, fastest first.
+
+        **Model**: the running stage may take what an equal share of the memory leaves it, or all of it that its own micro-batches leave; which of them go together is decided next.
+        """
+        lists: dict[int, list[StageSequence]] = {}
+        most = self.moments.held.max(axis=0)
+        for places in self._kinds().values():
+            runs, lasting = self.choices.runs(self.stages[places[0]]), self._lasting_bytes(places[0])
+            together, alone = self._others(places), max(self._others([place]) for place in places)
+            share = limit_bytes * float(most[places].sum() / most.sum())
+            limits = [
+                (self.parts * own - others * lasting, others) for own, others in ((share, together), (limit_bytes, alone))
+            ]
+            least, whole = runs.leanest(together), runs.fastest(inf, together)
+            assert whole is not None, "without a limit everything fits"
+            budgets = np.linspace(least.kept_bytes, whole.kept_bytes, NUM_SHARES)
+            asked = [(limit, others, budget) for limit, others in limits for budget in budgets]
+            found = runs.under(*zip(*asked, strict=True))
+            ways = _undominated([least, *(one for one in found if one is not None)])
+            lists.update(dict.fromkeys(places, ways))
+        return lists
+
+    def _spread(self, lists: dict[int, list[StageSequence]], limit_bytes: float) -> list[StageSequence | None] | None:
+        """Of each stage the way that it takes beside the others: from the fastest down, and from the fastest that all like stages can take."""
+        most = max(len(ways) for ways in lists.values())
+        table = np.zeros((4, len(self.stages), most))
+        num = np.ones(len(self.stages), np.int64)
+        for place, own in lists.items():
+            num[place] = len(own)
+            table[0, place, : len(own)] = [way.seconds for way in own]
+            table[1:, place, : len(own)] = np.array([self._sizes(place, way) for way in own]).T
+        ways = Ways(num, table[0], table[1], table[2] / self.parts, table[3] / self.parts)
+        best, best_s = None, inf
+        for start in self._starts(num):
+            fits, chosen = spread_ways(ways, start, self.moments.held, self.moments.running, self.moments.backward, limit_bytes)
+            seconds = float(ways.seconds[np.arange(len(num)), chosen].sum())
+            if fits and seconds < best_s:
+                best, best_s = chosen, seconds
+        if best is None:
+            return None
+        return [lists[place][best[place]] if place in lists else None for place in range(len(self.stages))]
+
+    def _starts(self, num: Ints) -> Iterator[Ints]:
+        """Ways to begin with: the fastest of all; the same share of its list for each stage."""
+        yield np.zeros(len(num), np.int64)
+        for part in np.linspace(0.0, 1.0, NUM_SHARES)[1:]:
+            yield np.round(part * (num - 1)).astype(np.int64)
+
+    def _from_tables(self, room_bytes: float) -> list[Choice] | None:
+        """The fastest sequences of `StageTable`; None where these do not fit either."""
+        filled = self._filled()
+        least = np.array([self._least_sizes(place) for place in range(len(self.stages))], np.float64).T[:, None]
+        if self.moments.peak_bytes(least[0], least[1] / self.parts, least[2] / self.parts)[0] > room_bytes:
+            return None
+        lists: dict[int, list[StageSequence]] = {}
+        most = self.moments.held.max(axis=0)
+        for places in self._kinds().values():
+            runs, others = self.choices.runs(self.stages[places[0]]), self._others(places)
+            share = self.parts * room_bytes * float(most[places].sum() / most[filled].sum())
+            table = StageTable(runs.problem, int(share - others * self._lasting_bytes(places[0])))
+            ways = [_measured(runs.problem, one) for one in table.sequences(others + 1.0)]
+            if not ways:
+                return None
+            lists.update(dict.fromkeys(places, _undominated(ways)))
+        found = self._spread(lists, room_bytes)
+        if found is None:
+            return None
+        chosen, peak = self._exact(found)
+        return chosen if peak <= room_bytes else None
+
+    def _least_sizes(self, place: int) -> tuple[float, float, float]:
+        """Sizes that no sequence of a stage is below: it keeps what it received, and rises by the least that its chain can do with."""
+        if not self.stages[place].blocks:
+            return 0.0, 0.0, 0.0
+        runs = self.choices.runs(self.stages[place])
+        kept = runs.problem.boundary_bytes[0] + self._lasting_bytes(place)
+        return kept, 0.0, runs.least_peak_bytes - kept
 
 
-def stage_problem(stage: Stage, prices: PassPrices, device: DeviceProfile) -> ChainProblem:
-    """The chain of a stage, gradients of parameters (which have buffers of their own) left out."""
-    spared = {id(block): _without_gradients(block) for block in stage.blocks}
-    workload = replace(stage.workload, blocks=tuple(spared[id(block)] for block in stage.blocks), gradient_bytes=0)
-    problem = chain_of_workload(workload, device, first_micro_batch=False, pass_seconds=prices.seconds)
-    gradients = (*problem.boundary_gradient_bytes[:-1], stage.blocks[-1].output_bytes if stage.sends else 0)
-    received = stage.blocks[0].input_bytes if stage.receives else 0
-    return replace(problem, boundary_bytes=(received, *problem.boundary_bytes[1:]), boundary_gradient_bytes=gradients)
+def _seconds(chosen: Sequence[Choice]) -> float:
+    return sum(one.seconds for one in chosen)
 
 
-def _without_gradients(block: Block) -> Block:
-    def stripped(run: Pass) -> Pass:
-        return replace(run, memory=tuple(event for event in run.memory if event.buffer not in _GRADIENTS))
-
-    def option(one: BlockOption) -> BlockOption:
-        return replace(one, backward=stripped(one.backward), backward_accumulate=stripped(one.backward_accumulate))
-
-    return replace(block, options=tuple(option(one) for one in block.options))
+def _measured(problem: ChainProblem, operations: tuple[Operation, ...]) -> StageSequence:
+    seconds, peak = evaluate(problem, operations)
+    return StageSequence(operations=operations, seconds=seconds, kept_bytes=kept_bytes(problem, operations), peak_bytes=peak)
 
 
-def _experts(stage: Stage) -> Iterator[tuple[Operation, ...]]:
-    """Keep all; keep what ``selective`` keeps; checkpoint each of the first n blocks (every second n of many)."""
-    count = len(stage.blocks)
-    everything = [block.options[0].name for block in stage.blocks]
-    yield keep_all(count)
-    yield checkpoint_blocks(count, (), [block.options[-1].name for block in stage.blocks])
-    for last in range(1, count + 1) if count <= FEW_BLOCKS else (*range(2, count, 2), count):
-        yield checkpoint_blocks(count, range(last), everything)
-
-
-def _undominated(choices: Sequence[Choice]) -> list[Choice]:
-    """Choices that no other equals or beats in time, bytes kept and both peaks; fastest first."""
-
-    def sizes(choice: Choice) -> tuple[float, ...]:
-        return (choice.seconds, choice.cost.forward.net_bytes, choice.cost.forward.rise_bytes, choice.cost.backward.rise_bytes)
-
-    kept: list[Choice] = []
-    for choice in sorted(choices, key=sizes):
-        if not any(all(a <= b for a, b in zip(sizes(other), sizes(choice), strict=True)) for other in kept):
-            kept.append(choice)
+def _undominated(ways: Sequence[StageSequence]) -> list[StageSequence]:
+    """Sequences that no other equals or beats in time, bytes kept and peak; fastest first."""
+    kept: list[StageSequence] = []
+    for way in sorted(ways, key=lambda one: (one.seconds, one.kept_bytes, one.peak_bytes)):
+        if not any(other.kept_bytes <= way.kept_bytes and other.peak_bytes <= way.peak_bytes for other in kept):
+            kept.append(way)
     return kept
 
 
-def optimal_sequence(case: ParallelCase, *, spare_bytes: int = 0) -> tuple[Operation, ...]:
-    """What ``recompute = "optimal"`` stands for: of each stage the fastest sequence under its rank's memory, blocks counted over the whole model.
+def best_operations(
+    choices: StageChoices, order: Order, static: Sequence[int], *, budget_bytes: int
+) -> tuple[tuple[Operation, ...], ...]:
+    """Of each stage the fastest sequence under its rank's memory, blocks counted from the stage's first.
 
-    **Model**: a rank's activations may take what the budget (else the device's memory less the context) leaves beside what lives through the step. They are what its
-    stages hold at each moment of the order, plus what the running pass adds (`Moments`). Sequences come from `StageTable` and from experts; their costs are exact
-    (`stage_cost`). Of all combinations on a rank that fit, the one with the least time is taken.
-
-    Args:
-        case: of a plan whose ``memory.recompute`` is ``optimal``.
-        spare_bytes: left free on each rank.
-
-    Raises:
-        InfeasibleError: nothing fits on some rank; says what would.
-        InputError: the plan also offloads activations or weights: how much to recompute then is another problem.
-    """
-    memory, order, device = case.plan.memory, case.order, case.device
-    if memory.activation_offload or memory.weight_offload:
-        rule = 'with recompute = "optimal" no activations or weights are offloaded yet'
-        key = "memory.activation_offload" if memory.activation_offload else "memory.weight_offload"
-        raise plan_refusal(
-            key, memory.activation_offload or memory.weight_offload, rule, "leave it at 0, or take another recompute"
-        )
-    setting = stage_setting(case.config, case.plan, case.cluster, device, order, seq_len=case.seq_len)
-    budget = min(memory.budget_bytes or device.memory_bytes, device.memory_bytes - device.context_bytes)
-    static = [sum(resident) for resident in setting.resident_bytes]
-    return best_sequences(StageChoices(setting, device), order, static, budget_bytes=budget - spare_bytes)
-
-
-def best_sequences(choices: StageChoices, order: Order, static: Sequence[int], *, budget_bytes: int) -> tuple[Operation, ...]:
-    """Of each stage the fastest sequence under its rank's memory (`optimal_sequence`), blocks counted over the whole model.
+    **Model**: a rank's activations may take what the budget leaves beside what lives through the step. They are what its stages hold at each moment of the order, plus what the running
+    pass adds (`Moments`). Where nothing need run again, nothing does; else a rank's only stage has the fastest sequence of `StageRuns`, and stages that share a rank each take one of many
+    (`spread_ways`). Where blocks differ too much for that, and where only running blocks more than once again fits, `StageTable` is asked. Costs that decide whether it fits are exact
+    (`stage_cost`); time counts the collectives of what runs again.
 
     Args:
         choices: of the stages.
@@ -225,65 +255,67 @@ def best_sequences(choices: StageChoices, order: Order, static: Sequence[int], *
         InfeasibleError: nothing fits on some rank; says what would.
     """
     chosen: dict[int, Choice] = {}
-    for rank, alive in enumerate(static):
-        for stage, choice in _best_of_rank(choices, order, rank, room=budget_bytes - alive, static=alive):
+    for number, alive in enumerate(static):
+        rank = _Rank(choices, order, number)
+        found, peak = rank.fastest(budget_bytes - alive)
+        if peak > budget_bytes - alive:
+            needed = alive + int(np.ceil(peak))
+            raise InfeasibleError(
+                limit=f"pipeline rank {number} holds no schedule in {budget_bytes} bytes ({format_bytes(budget_bytes)}), {format_bytes(alive)} of which live through the step",
+                smallest_change=f"the least budget that fits there is {needed} bytes ({format_bytes(needed)})", needed_bytes=needed,
+            )  # fmt: skip
+        for stage, choice in zip(rank.stages, found, strict=True):
             known = chosen.setdefault(stage.index, choice)
             if choice.cost.forward.net_bytes < known.cost.forward.net_bytes:  # a stage on two ranks: what both can hold
                 chosen[stage.index] = choice
+    return tuple(chosen[stage.index].operations for stage in choices.setting.stages)
+
+
+def best_sequence(choices: StageChoices, order: Order, static: Sequence[int], *, budget_bytes: int) -> tuple[Operation, ...]:
+    """`best_operations` as one sequence, blocks counted over the whole model."""
+    found = best_operations(choices, order, static, budget_bytes=budget_bytes)
     return tuple(
         operation._replace(block=operation.block + stage.first)
-        for stage in choices.setting.stages
-        for operation in (chosen[stage.index].operations if stage.blocks else ())
+        for stage, own in zip(choices.setting.stages, found, strict=True)
+        for operation in own
     )
 
 
-def _best_of_rank(choices: StageChoices, order: Order, rank: int, *, room: int, static: int) -> list[tuple[Stage, Choice]]:
-    setting = choices.setting
-    stages = [setting.stages[stage] for stage in order.stages_of_rank[rank]]
-    moments = moments_of(order, rank, weight_share=setting.weight_share)
-    most = np.maximum(1.0 / order.microbatch_parts, moments.held.max(axis=0))
-    kinds = list(dict.fromkeys(choices.key(stage) for stage in stages))
-    kind_of = np.array([kinds.index(choices.key(stage)) for stage in stages])
-    lists = []
-    for kind in range(len(kinds)):
-        own = int(np.argmax(kind_of == kind))
-        limit = max(0, int(room * most[kind_of == kind].sum() / most.sum()))
-        lists.append(choices.of(stages[own], limit, float(most[kind_of == kind].sum())))
-    thinned = _thinned(lists)
-    table = np.array(list(product(*(range(len(own)) for own in thinned))), np.int64)
+def open_step(case: ParallelCase) -> OpenStep:
+    """The step of a plan whose ``memory.recompute`` is ``optimal``, its sequences still to be found.
 
-    def values(read: int) -> NDArray[np.float64]:
-        columns = [np.array([_numbers(choice)[read] for choice in own]) for own in thinned]
-        return np.stack([columns[kind][table[:, kind]] for kind in kind_of], axis=1)
-
-    peaks = moments.peak_bytes(values(1), values(2) / order.microbatch_parts, values(3) / order.microbatch_parts)
-    seconds = values(0).sum(axis=1)
-    fitting = np.flatnonzero(peaks <= room)
-    if not len(fitting):
-        needed = static + int(np.ceil(peaks.min()))
-        raise InfeasibleError(
-            limit=f"pipeline rank {rank} holds no schedule in {room + static} bytes ({format_bytes(room + static)}), {format_bytes(static)} of which live through the step",
-            smallest_change=f"the least budget that fits there is {needed} bytes ({format_bytes(needed)})", needed_bytes=needed,
-        )  # fmt: skip
-    best = fitting[np.lexsort((peaks[fitting], seconds[fitting]))[0]]
-    return [(stage, thinned[kind][table[best, kind]]) for stage, kind in zip(stages, kind_of.tolist(), strict=True)]
-
-
-def _numbers(choice: Choice) -> tuple[float, float, float, float]:
-    cost = choice.cost
-    return (choice.seconds, cost.forward.net_bytes, cost.forward.rise_bytes, cost.backward.rise_bytes)
-
-
-def _thinned(lists: Sequence[tuple[Choice, ...]]) -> list[tuple[Choice, ...]]:
-    """Lists short enough for all combinations, first and last entries kept."""
-    most = max(2, int(MOST_COMBINATIONS ** (1.0 / len(lists))))
-    return [
-        tuple(
-            own[place]
-            for place in dict.fromkeys(np.linspace(0, len(own) - 1, min(most, len(own))).round().astype(int).tolist())
+    Raises:
+        InputError: the plan also offloads activations or weights: how much to recompute then is another problem.
+    """
+    memory = case.plan.memory
+    if memory.activation_offload or memory.weight_offload:
+        rule = 'with recompute = "optimal" no activations or weights are offloaded yet'
+        key = "memory.activation_offload" if memory.activation_offload else "memory.weight_offload"
+        raise plan_refusal(
+            key, memory.activation_offload or memory.weight_offload, rule, "leave it at 0, or take another recompute"
         )
-        for own in lists
-    ]
+    return OpenStep(case.config, case.plan, case.cluster, case.device, case.order, seq_len=case.seq_len)
+
+
+def optimal_sequence(case: ParallelCase) -> tuple[Operation, ...]:
+    """What ``recompute = "optimal"`` stands for in a case, blocks counted over the whole model: `best_sequence` in the plan's budget, else in what the device has beside the context.
+
+    Raises:
+        InfeasibleError: nothing fits on some rank; says what would.
+        InputError: as `open_step`.
+    """
+    step = open_step(case)
+    return best_sequence(StageChoices(step, case.device), case.order, _static(step), budget_bytes=_budget_bytes(case))
+
+
+def _static(step: OpenStep) -> list[int]:
+    """Per rank, bytes that live through the step."""
+    return [sum(resident) for resident in step.resident_bytes]
+
+
+def _budget_bytes(case: ParallelCase) -> int:
+    device, budget = case.device, case.plan.memory.budget_bytes
+    return min(budget or device.memory_bytes, device.memory_bytes - device.context_bytes)
 
 
 def simulate_on_cluster(
@@ -297,12 +329,12 @@ def simulate_on_cluster(
     """
     if plan.memory.recompute != "optimal":
         return simulate_source(source, plan, cluster, gpus=gpus, folder=folder, engine=engine, reserved=reserved, device=device)
-    case, spare = parallel_case(source, plan, cluster, gpus=gpus, folder=folder, device=device), 0
+    case = parallel_case(source, plan, cluster, gpus=gpus, folder=folder, device=device)
+    step, spare = open_step(case), 0
+    choices, static = StageChoices(step, case.device), _static(step)
     for _ in range(MOST_ATTEMPTS):
-        sequence = optimal_sequence(case, spare_bytes=spare)
-        result = simulate_source(
-            source, plan, cluster, gpus=gpus, folder=folder, engine=engine, reserved=reserved, device=device, sequence=sequence
-        )
+        operations = best_operations(choices, case.order, static, budget_bytes=_budget_bytes(case) - spare)
+        result = step.simulate(operations, engine=engine, reserved=reserved)
         beyond = max(result.peak_reserved_bytes) + case.device.context_bytes - case.device.memory_bytes
         if beyond <= 0:
             break

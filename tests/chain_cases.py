@@ -90,3 +90,33 @@ def long_chain(stages: int, options: int, seed: int) -> ChainProblem:
             tuple(size + output[i] + output[i + 1] + 100_000 for size in row) for i, row in enumerate(saved)
         ),
     )
+
+
+def layered_chain(seed: int, *, layers: int | None = None, options: int = 2) -> tuple[ChainProblem, tuple[int, ...]]:
+    """A stage of like layers of two blocks each, an embedding before them or a head behind them or neither, and where its runs may begin.
+
+    A second option keeps a third and costs a few percent of a forward pass.
+    """
+    draw = random.Random(seed)  # noqa: S311  # not for secrets
+    count = layers or draw.randint(2, 6)
+    size = draw.randint(5, 60) * 10**6
+    front, back = draw.random() < 0.5, draw.random() < 0.5
+    forward, graph = (draw.uniform(1, 3), draw.uniform(1, 3)), (draw.randint(2, 20) * size, draw.randint(2, 20) * size)
+    rise = (draw.randint(0, 3) * size, draw.randint(0, 3) * size)
+    names = ("all", "selective")[:options]
+    rows: list[tuple[float, tuple[int, ...], int]] = []
+    for _ in range(count):
+        rows += [(forward[n], tuple(size + graph[n] // (1 + 2 * option) for option in range(options)), rise[n]) for n in (0, 1)]
+    if front:
+        rows.insert(0, (0.1, (size,) * options, 0))
+    if back:
+        rows.append((2.0, (draw.randint(2, 20) * size,) * options, size))
+    stages = len(rows)
+    return ChainProblem(
+        discard_s=tuple(row[0] for row in rows), discard_peak_bytes=tuple(size + row[2] for row in rows),
+        boundary_bytes=(0 if front else size, *((size,) * (stages - 1)), 0 if back else size), boundary_gradient_bytes=(*((size,) * stages), 0),
+        resident_bytes=(0,) * stages, option_names=(names,) * stages, forward_s=tuple((row[0],) * options for row in rows),
+        backward_s=tuple(tuple(row[0] * (2 + 0.05 * option) for option in range(options)) for row in rows), saved_bytes=tuple(row[1] for row in rows),
+        forward_peak_bytes=tuple(tuple(own + row[2] for own in row[1]) for row in rows),
+        backward_peak_bytes=tuple(tuple(row[1][0] + 2 * size + row[2] for _ in row[1]) for row in rows),
+    ), (0, 1) if front else (0,)  # fmt: skip

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from search.stage_recompute import MOST_ATTEMPTS, KnownChoices, StageChoices, best_sequences
+from search.stage_choices import StageChoices
+from search.stage_recompute import MOST_ATTEMPTS, best_sequence
+from simulator.lower import PassPrices
 from simulator.parallel.default_cut import in_flight
-from simulator.parallel.simulate_parallel import WEIGHT_SHARE, StageSetting
+from simulator.parallel.simulate_parallel import WEIGHT_SHARE
 from simulator.parallel.simulate_traced import StagesOnCluster
-from simulator.parallel.stages import Stage
+from simulator.parallel.stages import Stage, StageCost, stage_cost
 from simulator.parallel.traced_step import parameters_of, resident_bytes
 from simulator.pipeline.action import actions_of
 from simulator.plan import Plan
@@ -25,12 +27,28 @@ _GATHERED_BLOCKS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TracedSetting:
+    """The stages of a plan as `search.stage_recompute` asks for them."""
+
+    stages: tuple[Stage, ...]
+    prices: PassPrices
+    weight_share: float = WEIGHT_SHARE
+
+    def cost(self, stage: Stage, operations: Sequence[Operation]) -> StageCost:
+        """What a micro-batch costs on a stage."""
+        key = ("cost", *map(id, stage.blocks), stage.receives, stage.sends, tuple(operations))
+        return self.prices.once(key, lambda: stage_cost(stage, operations, self.prices))
+
+    def again_s(self, stage: Stage) -> tuple[float, ...]:
+        """No block waits for collectives when it runs again."""
+        return (0.0,) * len(stage.blocks)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TracedPlans:
     """Simulates plans of one traced model on one cluster; what they share is made once."""
 
     simulator: StageSimulator
-    _known: dict[int, KnownChoices] = field(default_factory=dict)
-    """By the library of the blocks."""
 
     def simulate(
         self, plan: Plan, *, gpus: int | None = None, folder: Path | None = None, engine: str = "compiled"
@@ -73,11 +91,8 @@ class TracedPlans:
             InfeasibleError: nothing fits on some rank; says what would.
         """
         library = self.simulator.library(plain.plan)
-        setting = StageSetting(
-            stages=stages_of(plain, library), prices=plain.prices, resident_bytes=tuple(resident_bytes(plain.step)), weight_share=WEIGHT_SHARE
-        )  # fmt: skip
-        choices = StageChoices(setting, plain.device, self._known.setdefault(id(library), {}))
-        return best_sequences(choices, plain.order, lived_bytes(plain), budget_bytes=budget_bytes(plain) - spare_bytes)
+        choices = StageChoices(TracedSetting(stages=stages_of(plain, library), prices=plain.prices), plain.device)
+        return best_sequence(choices, plain.order, lived_bytes(plain), budget_bytes=budget_bytes(plain) - spare_bytes)
 
 
 def budget_bytes(case: StagesCase) -> int:

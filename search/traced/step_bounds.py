@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from search.stage_recompute import moments_of
+from search.rank_moments import moments_of
 from search.traced.plans import stages_of
 from simulator.lower import PassPrices, optimizer_elements_pass
 from simulator.parallel.stages import stage_cost
@@ -215,7 +215,7 @@ def least_bytes(case: StagesCase, library: StageLibrary) -> int:
     ]
     for rank, resident in enumerate(resident_bytes(case.step)):
         own = order.stages_of_rank[rank]
-        moments = order.once(f"moments {rank}", lambda rank=rank: moments_of(order, rank, weight_share=0.0))  # type: ignore[misc]
+        moments = moments_of(order, rank, weight_share=0.0)
         sizes = np.array([
             [float(getattr(part, name)) for part in (costs[stage].forward, costs[stage].backward)]
             for stage in own for name in ("net_bytes", "rise_bytes")

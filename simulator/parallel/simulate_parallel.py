@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from copy import copy as copied
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -13,7 +14,6 @@ from hardware_models.caching_allocator import AllocatorPeaks
 from hardware_models.network.cluster import Cluster
 from hardware_models.profile import DeviceProfile
 from hardware_models.units import DTYPE_BYTES
-from simulator.lower import PassPrices
 from simulator.parallel.allocations import rank_peaks, rank_resident, stage_tensors
 from simulator.parallel.batch_copy import copy_seconds
 from simulator.parallel.communication import Behind, Beside, Communication
@@ -38,7 +38,7 @@ from simulator.parallel.priced_model import PricedModel, priced_model
 from simulator.parallel.recompute import stage_sequences
 from simulator.parallel.shared_adapters import crossing_streams
 from simulator.parallel.simulation import ParallelSimulation
-from simulator.parallel.stages import ChunkCost, Stage, chunk_costs, stages_of
+from simulator.parallel.stages import ChunkCost, Stage, StageCost, chunk_costs, stages_of
 from simulator.parallel.torch_buffers import pipeline_bytes, stream_pool_bytes, with_pool
 from simulator.parallel.variants import stage_variants
 from simulator.parallel.wire_format import WireFormat
@@ -92,28 +92,36 @@ def step_parts(
     return _Assembly(config, plan, cluster, device, order, seq_len).parts()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageSetting:
-    """What decides how much each stage should recompute."""
+class OpenStep:
+    """A step whose ``memory.recompute`` is still to be found: what sequences of its stages cost, and the step that they make; arguments and errors as in `simulate_parallel`."""
 
-    stages: tuple[Stage, ...]
-    """Blocks with every option that a sequence may name."""
-    prices: PassPrices
-    resident_bytes: tuple[tuple[int, ...], ...]
-    """Per pipeline rank and `MemoryClass`: alive through the step."""
-    weight_share: float
+    weight_share = WEIGHT_SHARE
     """Part of a micro-batch's activations that only the weights' gradient needs."""
 
+    def __init__(
+        self, config: TransformerConfig, plan: Plan, cluster: Cluster, device: DeviceProfile, order: Order, *, seq_len: int
+    ) -> None:  # fmt: skip
+        self._made = _Assembly(config, plan, cluster, device, order, seq_len, is_open=True)
+        self.stages, self.prices = self._made.stages, self._made.prices
+        self.resident_bytes = tuple(self._made.resident_bytes())
+        """Per pipeline rank and `MemoryClass`: alive through the step."""
 
-def stage_setting(
-    config: TransformerConfig, plan: Plan, cluster: Cluster, device: DeviceProfile, order: Order, *, seq_len: int
-) -> StageSetting:  # fmt: skip
-    """The stages of a plan whose ``memory.recompute`` is to be found; arguments and errors as in `simulate_parallel`."""
-    open_plan = replace(plan, memory=replace(plan.memory, recompute="selective"))
-    made = _Assembly(config, open_plan, cluster, device, order, seq_len)
-    return StageSetting(
-        stages=made.stages, prices=made.prices, resident_bytes=tuple(made.resident_bytes()), weight_share=WEIGHT_SHARE
-    )
+    def cost(self, stage: Stage, operations: Sequence[Operation]) -> StageCost:
+        """What a micro-batch costs on a stage."""
+        return self._made.model.stage_cost(stage, operations)
+
+    def again_s(self, stage: Stage) -> tuple[float, ...]:
+        """Of each block of a stage: seconds of the collectives that it waits for when it runs forward once more."""
+        attention_s, communication = self._made.model.attention_s(), self._made.communication
+        blocks = {id(block): block for block in stage.blocks}
+        known = {key: communication.block(block, attention_s, again=True).total_s for key, block in blocks.items()}
+        return tuple(known[id(block)] for block in stage.blocks)
+
+    def simulate(self, operations: Sequence[Sequence[Operation]], *, engine: str, reserved: bool) -> ParallelSimulation:
+        """The step whose stages run their blocks so, indices counted from each stage's first block."""
+        made = copied(self._made)
+        made.operations = [tuple(own) for own in operations]
+        return made.simulate(engine, reserved=reserved)
 
 
 class _Assembly:
@@ -128,6 +136,8 @@ class _Assembly:
         order: Order,
         seq_len: int,
         sequence: Sequence[Operation] | None = None,
+        *,
+        is_open: bool = False,
     ) -> None:
         self.config, self.plan, self.cluster, self.device, self.order, self.seq_len = (
             config,
@@ -143,7 +153,7 @@ class _Assembly:
         self.price, self.prices, self.workload = self.model.price, self.model.prices, self.model.workload
         cut = partition_of(self.workload, plan, self.prices, order, device, dtype=self.dtype)
         self.stages: tuple[Stage, ...] = stages_of(self.workload, plan, cut)
-        self.variants = [stage_variants(plan, stage) for stage in self.stages] if sequence is None else []
+        self.variants = [stage_variants(plan, stage) for stage in self.stages] if sequence is None and not is_open else []
         """How micro-batches run each stage; empty where a sequence says it for all."""
         self.operations = (
             [own.operations[0] for own in self.variants] if sequence is None

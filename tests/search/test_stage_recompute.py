@@ -9,7 +9,8 @@ import pytest
 
 from hardware_models.errors import InfeasibleError, InputError
 from hardware_models.network.cluster_file import load_cluster
-from search.stage_recompute import moments_of, optimal_sequence, simulate_on_cluster
+from search.rank_moments import moments_of
+from search.stage_recompute import optimal_sequence, simulate_on_cluster
 from simulator.model_source import ModelSource
 from simulator.parallel.orders import order_of
 from simulator.parallel.simulate_source import parallel_case, simulate_source
