@@ -135,13 +135,12 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def write_rows(rows: Sequence[dict[str, str]], path: Path) -> None:
-    """Writes the file, settings in the order of `SETTINGS`."""
-    order = [setting.name for setting in SETTINGS]
+def write_rows(rows: Sequence[dict[str, str]], path: Path, *, columns: Sequence[str], settings: Sequence[str]) -> None:
+    """Writes the file, in the order of the settings' names."""
     with whole_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(sorted(rows, key=lambda row: order.index(row["setting"])))
+        writer.writerows(sorted(rows, key=lambda row: settings.index(row["setting"])))
 
 
 @click.command(help=__doc__)
@@ -162,7 +161,8 @@ def main(out: Path, names: tuple[str, ...]) -> None:
             made.append(row)
             told = f"{row['step_time_s']} s, overhead {float(row['overhead']):.1%}" if row["fits"] == "yes" else "does not fit"
             stderr.print(f"{setting.name}: {row['techniques']}: {told}", highlight=False)
-        write_rows([*(row for row in read_rows(out) if row["setting"] != setting.name), *made], out)
+        kept = [row for row in read_rows(out) if row["setting"] != setting.name]
+        write_rows([*kept, *made], out, columns=COLUMNS, settings=known)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ def test_more_techniques_are_never_worse() -> None:
 
 def test_rows_are_written_in_the_order_of_the_settings_and_read_back(tmp_path: Path) -> None:
     rows = [dict.fromkeys(COLUMNS, "1") | {"setting": setting.name} for setting in reversed(SETTINGS)]
-    write_rows(rows, tmp_path / "rows.csv")
+    write_rows(rows, tmp_path / "rows.csv", columns=COLUMNS, settings=[setting.name for setting in SETTINGS])
     assert read_rows(tmp_path / "rows.csv") == rows[::-1]
     assert read_rows(tmp_path / "none.csv") == []
 
