@@ -50,6 +50,15 @@ class BatchOutcome:
     refused: Mapping[str, int]
     """Plans that the simulator refuses, by reason."""
 
+    def joined(self, later: BatchOutcome) -> BatchOutcome:
+        """Of both; the later one was held against the best of this one."""
+        best = self if later.value is None else later
+        return BatchOutcome(
+            value=best.value, point=best.point, attributes=best.attributes, open_bound=min(self.open_bound, later.open_bound),
+            num_simulated=self.num_simulated + later.num_simulated, refused=together([self.refused, later.refused]),
+            least_bytes=min(self.least_bytes or later.least_bytes, later.least_bytes or self.least_bytes),
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
@@ -118,26 +127,30 @@ def value_of(trial: FrozenTrial) -> float:
 
 
 class BatchesBestBoundFirst(BaseSampler):
-    """Proposes the first batch that nobody has tried or is trying; a deterministic sampler.
+    """Proposes the batch with the least bound that nobody has tried or is trying; a deterministic sampler.
 
     Args:
-        bounds: of all points, ascending.
+        bounds: of all points.
         known: value of a plan that is known already.
     """
 
     def __init__(self, bounds: NDArray[np.float64], known: float = NOTHING) -> None:
-        self.bounds, self.known = bounds, known
+        self.known = known
         self.num_batches = max(1, -(-len(bounds) // BATCH_POINTS))
         self.distribution = IntDistribution(0, self.num_batches - 1)
+        self._least = (
+            np.minimum.reduceat(bounds, np.arange(0, len(bounds), BATCH_POINTS)) if len(bounds) else np.array([NOTHING])
+        )
+        self._order = np.argsort(self._least, kind="stable").tolist()
 
     def first_bound(self, batch: int) -> float:
-        """Least bound of a batch; infinite beyond the last one."""
-        return float(self.bounds[batch * BATCH_POINTS]) if batch < self.num_batches and len(self.bounds) else NOTHING
+        """Least bound of a batch."""
+        return float(self._least[batch])
 
     def next_batch(self, look: Look, *, retake: bool = False) -> int | None:
-        """The first batch that is not finished; without ``retake`` one that nobody works on."""
+        """The batch with the least bound that is not finished; without ``retake`` one that nobody works on."""
         taken = look.looked_at if retake else look.looked_at | look.at_work
-        return next((batch for batch in range(self.num_batches) if batch not in taken), None)
+        return next((batch for batch in self._order if batch not in taken), None)
 
     def useful(self, batch: int | None, look: Look) -> bool:
         """Whether a batch could hold something better than the best value so far."""
@@ -181,7 +194,7 @@ def run_batches(
     A worker that is killed loses its running batch, which another worker takes again once nothing else is left.
 
     Args:
-        bounds: of all points, ascending.
+        bounds: of all points, in an order that all workers of a storage share.
         evaluate: the outcome of a stretch of the points, given the best value so far and the moment (`time.monotonic`) at which it must come to an end.
         request: text of everything that decides the answer; studies of one request in a storage are one.
         known: value of a plan that is known already, an expert's; points that cannot beat it are not simulated.

@@ -50,13 +50,17 @@ def bounded_space(
         most_s: above which no bound is looked for: the time of a plan that is known. None: half an hour and a day.
     """
     known, points, request = tables or LayerTables(space.request, device), space.points, space.request
-    splits, split_of = _different(points, _SPLIT_COLUMNS)
+    splits, split_of = groups_of(points, _SPLIT_COLUMNS)
     sharded = ShardedSeconds(known)
-    table_of, entry_of, message_s = np.empty(len(splits), np.int64), np.full(len(splits), -1, np.int64), np.empty(len(splits))
+    table_of, entry_of, message_s = (
+        np.empty(len(splits), np.int64),
+        np.full((len(splits), 2), -1, np.int64),
+        np.empty(len(splits)),
+    )
     places: dict[int, int] = {}
     found: list[LayerTable] = []
     rows: list[Floats] = []
-    row_of: dict[tuple[int, CommGroup], int] = {}
+    row_of: dict[tuple[int, tuple[CommGroup, ...]], int] = {}
     gathers = bool((points.zero_stage == PARAMETERS_SHARDED).any())
     for place, index in enumerate(splits.tolist()):
         plan = space.plan(index)
@@ -66,25 +70,28 @@ def bounded_space(
             places[id(table)] = len(found)
             found.append(table)
         table_of[place] = places[id(table)]
-        if gathers and plan.parallel.dp * plan.parallel.cp > 1:
-            key = (id(table), split.replicas)
+        for ways in (1, 2)[: min(2, plan.parallel.pp)] if gathers and plan.parallel.dp * plan.parallel.cp > 1 else ():
+            groups = tuple(
+                split.mesh.gradient_group(distance) for distance in ([0] if ways == 1 else range(1, plan.parallel.pp))
+            )
+            key = (id(table), groups)
             if key not in row_of:
                 row_of[key] = len(rows)
-                rows.append(sharded.sums(plan, split).total_s)
-            entry_of[place] = row_of[key]
-    heldings, held_of = _different(points, _HELD_COLUMNS)
+                rows.append((sharded.sums(plan, split) if ways == 1 else sharded.least(plan, split)).total_s)
+            entry_of[place, ways - 1] = row_of[key]
+    heldings, held_of = groups_of(points, _HELD_COLUMNS)
     held = [held_bytes(request.trainer, space.plan(index), request.cluster) for index in heldings.tolist()]
     sizes = np.array([[getattr(one, field.name) for field in fields(one)] for one in held])
     size_of = np.unique(sizes, axis=0, return_inverse=True)[1].ravel()
-    shapes, shape_of = _different(points, ("schedule", "pp", "virtual_stages"))
+    shapes, shape_of = groups_of(points, ("schedule", "pp", "virtual_stages"))
     kinds = np.array(
         [
             PipelineShape(schedule=space.schedules[points.schedule[n]], num_ranks=int(points.pp[n]), chunks=int(points.virtual_stages[n]), num_microbatches=1).kind
             for n in shapes.tolist()
         ], dtype=np.int64,
     )[shape_of]  # fmt: skip
-    once = np.array([name not in TWO_WAYS for name in space.schedules])[points.schedule]
-    entry = np.where((points.zero_stage == PARAMETERS_SHARDED) & once, entry_of[split_of], -1)
+    twice = np.array([name in TWO_WAYS for name in space.schedules])[points.schedule].astype(np.int64)
+    entry = np.where(points.zero_stage == PARAMETERS_SHARDED, entry_of[split_of, twice], -1)
     columns = (
         table_of[split_of],
         entry + 1,
@@ -112,8 +119,8 @@ def _numbered(values: Floats) -> Ints:
     return np.unique(values, return_inverse=True)[1].ravel().astype(np.int64)
 
 
-def _different(points: Points, names: tuple[str, ...]) -> tuple[Ints, Ints]:
-    """First row of each different combination of columns, and which combination each row has."""
+def groups_of(points: Points, names: tuple[str, ...]) -> tuple[Ints, Ints]:
+    """First row of each different combination of columns of points, and which combination each row has."""
     return _groups([getattr(points, name) for name in names])
 
 

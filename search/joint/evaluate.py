@@ -24,6 +24,7 @@ from search.stage_recompute import simulate_on_cluster
 from search.trainers import violations
 from simulator.model_source import ModelSource
 from simulator.parallel.memory import static_memory
+from simulator.parallel.rank_times import TIMED_SCHEDULES
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.pipeline.action import Order
 from simulator.plan import Memory, Plan
@@ -101,13 +102,14 @@ class Evaluator:
         self.space, self.source, self.device = space, source, device
         self.tables = LayerTables(space.request, device)
         self.bounds = StepBounds(self.tables, source)
+        self._refined: dict[int, RefinedPoint] = {}
 
     def simulate(self, plan: Plan, *, reserved: bool = True) -> ParallelSimulation:
         """A plan's prediction on the request's devices."""
         cluster = self.space.request.cluster
         return simulate_on_cluster(self.source, plan, cluster, gpus=cluster.num_gpus, reserved=reserved, device=self.device)
 
-    def _below(self, plan: Plan, best: float) -> ParallelSimulation:
+    def below(self, plan: Plan, best: float) -> ParallelSimulation:
         """A plan's prediction, with what the allocator reserves where it would be the best and fits by live bytes; that may ask ``optimal`` for other, slower sequences.
 
         Raises:
@@ -131,17 +133,48 @@ class Evaluator:
         """
         return self.simulated(self.refined(index, incumbent), incumbent, end=end)
 
+    def bound_s(self, plan: Plan) -> float:
+        """Seconds that any plan of the request is not below; infinite where it does not fit or the simulator refuses it."""
+        plain = replace(plan, memory=Memory(zero_stage=plan.memory.zero_stage, budget_bytes=plan.memory.budget_bytes))
+        try:
+            return self.bounds.bounds(plain, self.bounds.order(plain), [plan.memory], NOTHING)[0].seconds
+        except InputError:
+            return NOTHING
+
+    def alone_s(self, index: int) -> float:
+        """Seconds that no plan of a point is below by its passes alone; 0 where its order is made for times that are not known yet."""
+        plain = self.space.plan(index)
+        if plain.pipeline.schedule in TIMED_SCHEDULES:
+            return 0.0
+        try:
+            order = self.bounds.order(plain)
+        except InputError:
+            return NOTHING  # the simulator refuses the point by name
+        return self.bounds.alone(plain, order)
+
+    def _ways(self, plain: Plan) -> list[Memory]:
+        """What may be recomputed and what may live on the host."""
+        return [
+            one for one in memory_variants(self.space.request.trainer, plain) if not self._illegal(replace(plain, memory=one))
+        ]
+
     def refined(self, index: int, incumbent: float) -> RefinedPoint:
-        """A point with the bounds of its own plans (`search.joint.step_bounds`); arguments as in `point`."""
+        """A point with the bounds of its own plans (`search.joint.step_bounds`); arguments as in `point`. Made once for each point that is below the incumbent."""
+        if index not in self._refined:
+            found = self._refine(index, incumbent)
+            if found.least_s >= incumbent:
+                return found
+            self._refined[index] = found
+        return self._refined[index]
+
+    def _refine(self, index: int, incumbent: float) -> RefinedPoint:
         plain, refused = self.space.plan(index), Counter[str]()
         try:
             order = self.bounds.order(plain)
         except InputError as error:
             refused[reason_of(error)] += 1  # a point that the simulator refuses by name
             return RefinedPoint(index=index, plain=plain, order=None, ways=(), refused=refused)
-        ways = [
-            one for one in memory_variants(self.space.request.trainer, plain) if not self._illegal(replace(plain, memory=one))
-        ]
+        ways = self._ways(plain)
         bounds = self.bounds.bounds(plain, order, ways, incumbent)
         found = sorted(zip(bounds, ways, strict=True), key=lambda way: way[0].seconds)
         return RefinedPoint(index=index, plain=plain, order=order, ways=tuple(found), refused=refused)
@@ -162,7 +195,7 @@ class Evaluator:
             if plain is not None and plain.least_s(plan, cut) >= best:
                 continue
             try:
-                result = self._below(plan, best)
+                result = self.below(plan, best)
             except InfeasibleError as error:
                 least = _least(least, error.needed_bytes)
                 continue
@@ -211,7 +244,7 @@ class Evaluator:
 
         Args:
             indices: of the points.
-            bounds: of each; ascending.
+            bounds: of each.
             incumbent: best value so far.
             end: moment (`time.monotonic`) at which no other plan is begun.
         """
@@ -220,10 +253,10 @@ class Evaluator:
         points: list[RefinedPoint] = []
         for index, bound in zip(indices, bounds, strict=True):
             if bound >= best:
-                break
+                continue
             if time.monotonic() > end:
-                open_bound = bound
-                break
+                open_bound = min(open_bound, bound)
+                continue
             points.append(self.refined(index, best))
         for point in sorted(points, key=lambda one: one.least_s):
             value = self.simulated(point, best, end=end)

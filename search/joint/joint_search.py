@@ -15,11 +15,12 @@ from hardware_models.errors import InfeasibleError, InputError
 from hardware_models.profile import DeviceProfile
 from hardware_models.units import format_bytes
 from search.gap import CERTIFIED_GAP, relative_gap
-from search.joint.batch_study import NOTHING, BatchOutcome, JointStudyResult, Progress, run_batches
-from search.joint.bounded_space import BoundedSpace, bounded_space
+from search.joint.batch_study import NOTHING, BatchOutcome, JointStudyResult, Progress, run_batches, value_of
+from search.joint.bounded_space import BoundedSpace, Floats, bounded_space
 from search.joint.evaluate import Evaluator
 from search.joint.experts import Expert, experts
 from search.joint.explain import Contribution, contributions
+from search.joint.frontier import Frontier
 from search.joint.least_memory import least_memory
 from search.joint.sampled_study import Judge, SampledRun, run_sampled
 from search.joint.space import JointRequest, joint_space
@@ -31,10 +32,6 @@ from simulator.parallel.simulation import ParallelSimulation
 from simulator.plan import Plan
 from simulator.plan_file import plan_from_dict, plan_to_dict
 
-FEW_POINTS = 1000
-"""Points up to which none are probed."""
-PROBED_POINTS = 96
-"""That are looked at before the study begins."""
 LEAST_MEMORY_S = 20.0
 """That a search with a time limit looks for the least memory that would do, where nothing fits."""
 
@@ -118,6 +115,8 @@ class _Prepared:
 
     evaluator: Evaluator
     bounded: BoundedSpace
+    bound_s: Floats
+    """Of all points, raised where that pays."""
     request: str
     known_s: float
     """Time of the best baseline that fits; infinite where none does."""
@@ -134,7 +133,7 @@ class _Prepared:
                 storage=storage, time_limit_s=time_limit_s, on_progress=on_progress,
             )  # fmt: skip
         order = self.bounded.in_order()
-        bounds = self.bounded.bound_s[order]
+        bounds = self.bound_s[order]
 
         def evaluate(rows: range, incumbent: float, end: float) -> BatchOutcome:
             stretch = slice(rows.start, rows.stop)
@@ -180,11 +179,16 @@ def joint_search(
     known_s = known.step_time_s if known else NOTHING
     bounded = bounded_space(space, device, evaluator.tables, most_s=known.step_time_s if known else None)
     end = NOTHING if time_limit_s is None else time.monotonic() + max(0.0, time_limit_s - (time.perf_counter() - started))
-    probed = _probe(evaluator, bounded, known_s, end) if sampled is None else None
+    frontier = Frontier(bounded, evaluator, known_s)
+    probed = frontier.dive(end) if sampled is None else None
     prepared = _Prepared(
-        evaluator=evaluator, bounded=bounded, request=_text(request, device),
-        known_s=probed.value if probed is not None and probed.value is not None else known_s, sampled=sampled,
-    )  # fmt: skip
+        evaluator=evaluator,
+        bounded=bounded,
+        bound_s=frontier.bound_s,
+        request=_text(request, device),
+        known_s=frontier.known_s,
+        sampled=sampled,
+    )
     limit_s = None if time_limit_s is None else max(0.0, time_limit_s - (time.perf_counter() - started))
     study = _together(prepared, workers, storage, limit_s, on_progress)
     plan = _best_plan(study, probed, known)
@@ -197,18 +201,9 @@ def joint_search(
     )  # fmt: skip
 
 
-def _probe(evaluator: Evaluator, bounded: BoundedSpace, known_s: float, end: float) -> BatchOutcome | None:
-    """What a few points come to, evenly spread over those that could beat the known plan: the study then begins with a good plan, and looks at fewer points. None: there are few."""
-    order = bounded.in_order()
-    order = order[bounded.bound_s[order] < known_s]
-    if len(order) < FEW_POINTS:
-        return None
-    chosen = order[:: len(order) // PROBED_POINTS]
-    return evaluator.batch(chosen.tolist(), bounded.bound_s[chosen].tolist(), known_s, end=end)
-
-
 def _best_plan(study: JointStudyResult, probed: BatchOutcome | None, known: Baseline | None) -> Plan | None:
-    if study.best is not None:
+    begun_s = NOTHING if probed is None or probed.value is None else probed.value
+    if study.best is not None and value_of(study.best) <= begun_s:
         return plan_from_dict(study.best.user_attrs["plan"])
     if probed is not None and probed.value is not None:
         return plan_from_dict(probed.attributes["plan"])
@@ -258,18 +253,24 @@ def _infeasible(evaluator: Evaluator, study: JointStudyResult, *, limited: bool)
 
 def _baseline(evaluator: Evaluator, expert: Expert) -> Baseline | None:
     """The fastest plan of a rule that fits; None where the simulator refuses all of its plans."""
+    found: Baseline | None = None
+    for least_s, plan in sorted(((evaluator.bound_s(plan), plan) for plan in expert.plans), key=lambda one: one[0]):
+        if found is not None and least_s >= found.step_time_s:
+            break
+        with suppress(InputError, InfeasibleError):
+            result = evaluator.below(plan, found.step_time_s if found else NOTHING)
+            if result.fits and (found is None or result.step_time_s < found.step_time_s):
+                found = _as_baseline(expert, plan, result, fits=True)
+    return found or _beyond(evaluator, expert)
+
+
+def _beyond(evaluator: Evaluator, expert: Expert) -> Baseline | None:
+    """The fastest plan of a rule of which none fits."""
     tried: list[tuple[Plan, ParallelSimulation]] = []
     for plan in expert.plans:
         with suppress(InputError, InfeasibleError):
             tried.append((plan, evaluator.simulate(plan, reserved=False)))
-    tried.sort(key=lambda one: (not one[1].fits, one[1].step_time_s))
-    for plan, live in tried:
-        if not live.fits:
-            break
-        with suppress(InfeasibleError):  # what the allocator reserves is asked of few: it takes far longer than the rest
-            result = evaluator.simulate(plan)
-            if result.fits:
-                return _as_baseline(expert, plan, result, fits=True)
+    tried.sort(key=lambda one: one[1].step_time_s)
     return _as_baseline(expert, *tried[0], fits=False) if tried else None
 
 

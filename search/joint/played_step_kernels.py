@@ -54,6 +54,12 @@ class StageSeconds(NamedTuple):
     first_back: Floats
     reduce: Floats
     """Gradients, all buckets, behind the last pass that makes them."""
+    leave: Floats
+    """Activations on their way to the host, of a forward pass."""
+    come: Floats
+    """The same on their way back, of the backward pass that takes them."""
+    fetch: Floats
+    """Parameters from the host, of a forward or a backward pass."""
 
 
 class Slowdown(NamedTuple):
@@ -105,7 +111,8 @@ def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; par
     """When each rank begins its first pass, and when it has run all and its gradients are reduced; infinite where the order is stuck. Shape (ranks,) each.
 
     **Model**: a pass begins when the rank is free and its input is there; one that gathers parameters also when the first of them have come, and it ends no sooner than the last ones have. Traffic of data
-    parallelism goes one after the other on a rank; beside compute both are slower, beside what else a pass waits for and while the rank is idle it is as fast as alone.
+    parallelism goes one after the other on a rank; beside compute both are slower, beside what else a pass waits for and while the rank is idle it is as fast as alone. Copies to the host go one
+    after the other, and so do copies from there: a forward pass begins when all have left but those of the last one, and a pass ends when its own have come, which leave the host when the pass before it has begun.
 
     Args:
         passes: of the order.
@@ -120,6 +127,7 @@ def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; par
     done, free, begun = passes.first[:-1].copy(), np.zeros(ranks), np.zeros(ranks)
     clock, asked, came, wanted = np.zeros(ranks), np.zeros(ranks), np.zeros(ranks), np.zeros(ranks)
     # traffic of a rank in seconds alone: asked for, done by the time of the rank's clock, gathered for the passes so far
+    left, left_before, arrived, last_begin = np.zeros(ranks), np.zeros(ranks), np.zeros(ranks), np.zeros(ranks)
     there, back = np.full((stages, batches), _NOT_YET), np.full((stages, batches), _NOT_YET)
     if not every:
         for rank in range(ranks):
@@ -137,6 +145,8 @@ def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; par
                 if source == _NOT_YET:
                     break
                 begin = max(free[rank], source + (message_s if other else 0.0))
+                if kind == FORWARD:
+                    begin = max(begin, left_before[rank])
                 compute, waited = _durations(seconds, stage, kind)
                 target = 0.0
                 if (every and kind != WEIGHT_GRADIENT) or (not every and passes.opens[n] and seconds.gather[stage] > 0.0):
@@ -153,6 +163,18 @@ def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; par
                 clock[rank] = begin
                 if n == passes.first[rank]:
                     begun[rank] = begin
+                if kind == FORWARD and seconds.leave[stage] > 0.0:
+                    left_before[rank] = left[rank]
+                    left[rank] = max(left[rank], begin) + seconds.leave[stage]
+                copied = (
+                    0.0 if kind == WEIGHT_GRADIENT else seconds.fetch[stage] + (seconds.come[stage] if kind != FORWARD else 0.0)
+                )
+                if copied > 0.0:
+                    gone = (
+                        there[stage, batch] if kind != FORWARD and seconds.fetch[stage] == 0.0 else 0.0
+                    )  # before it has left nothing comes back
+                    arrived[rank] = max(arrived[rank], last_begin[rank], gone) + copied
+                last_begin[rank] = begin
                 closes = passes.closes[n] and kind != FORWARD
                 reduced = seconds.reduce[stage] if closes or (every and kind >= WEIGHT_GRADIENT) else 0.0
                 parts = seconds.chunks[stage] if closes and kind == FULL_BACKWARD else 1
@@ -161,7 +183,10 @@ def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; par
                     clock[rank] += took
                     came[rank] += beside
                     asked[rank] += reduced / parts
-                made = clock[rank] + waited  # what another rank gets does not wait for parameters
+                if copied > 0.0 and arrived[rank] > clock[rank]:
+                    came[rank] = min(asked[rank], came[rank] + arrived[rank] - clock[rank])
+                    clock[rank] = arrived[rank]
+                made = clock[rank] + waited  # what another rank gets does not wait for gathered parameters
                 end = max(made, clock[rank] + target - came[rank])
                 came[rank] = min(asked[rank], came[rank] + end - clock[rank])
                 clock[rank] = end

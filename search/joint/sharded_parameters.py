@@ -47,31 +47,37 @@ class ShardedSeconds:
         self._known: dict[tuple[CommGroup, float, str], tuple[float, float]] = {}
         self._sums: dict[tuple[int, CommGroup], Sharded] = {}
 
-    def sums(self, plan: Plan, split: Split) -> Sharded:
+    def sums(self, plan: Plan, split: Split, distance: int = 0) -> Sharded:
         """Of a micro-batch; routed experts, which fewer ranks share, are left out.
 
         Args:
             plan: any of the split, without recompute.
             split: the plan's.
+            distance: of two pipeline ranks that hold the same stage, in orders of two directions.
         """
-        group, table, compute = split.replicas, split.table, plan.precision.compute
+        group, table, compute = split.mesh.gradient_group(distance), split.table, plan.precision.compute
         if (id(table), group) not in self._sums:
             elements, kind = np.unique(np.diff(table.dense_elements), return_inverse=True)
             for own in elements.tolist():
                 if (group, own, compute) not in self._known:
-                    self._known[group, own, compute] = self._priced(plan, split.mesh, own) if own else (0.0, 0.0)
+                    self._known[group, own, compute] = self._priced(plan, split.mesh, own, distance) if own else (0.0, 0.0)
             each = np.array([self._known[group, own, compute] for own in elements.tolist()])[kind.ravel()]
             sums = np.concatenate([np.zeros((1, 2)), np.cumsum(each, axis=0)])
             self._sums[id(table), group] = Sharded(gather_s=sums[:, 0].copy(), reduce_s=sums[:, 1].copy())
         return self._sums[id(table), group]
 
-    def _priced(self, plan: Plan, mesh: Mesh, elements: float) -> tuple[float, float]:
+    def least(self, plan: Plan, split: Split) -> Sharded:
+        """Of a micro-batch in an order of two directions, whose stages are on ranks near and far: those of the distance that takes least."""
+        found = (self.sums(plan, split, distance) for distance in range(1, plan.parallel.pp))
+        return min(found, key=lambda one: float(one.total_s[-1]))
+
+    def _priced(self, plan: Plan, mesh: Mesh, elements: float, distance: int) -> tuple[float, float]:
         dtype, sharded = (
             STORED_AS[plan.precision.compute],
             replace(plan, memory=replace(plan.memory, zero_stage=3)),
         )
         wire = WireFormat(comm=plan.precision.comm, price=self.tables.model(plan).price)
         replicas = Replicas(
-            sharded, self.tables.communication(plan, mesh), wire, distance=0, width=DTYPE_BYTES[dtype], parts=0.0
+            sharded, self.tables.communication(plan, mesh), wire, distance=distance, width=DTYPE_BYTES[dtype], parts=0.0
         )
         return replicas.gather_s(elements), replicas.reduce_s(elements)

@@ -4,24 +4,38 @@
 (`played_step_kernels`). Each rank holds what its order says at each moment (those at which it holds most): bytes beyond its room must be made again, which takes the least time that the layers allow
 (`LayerTable`), or travel to the host and back within the step. For several stages a rank, what is made again counts on the rank as a whole.
 
+What goes to the host leaves behind forward passes, which wait for all but the last of it, and comes back before backward passes end (`played_step_kernels`).
+
 **Not counted**: slow-down of compute beside messages and copies, links that are shared, what ZeRO 3 hides of its first gathers, the host's launches, what a running pass adds to what it keeps. All of these only add.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import pairwise
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from hardware_models.units import DTYPE_BYTES
 from search.joint.bounds import limits_of
 from search.joint.layer_tables import LayerTable, LayerTables, Split
-from search.joint.played_step_kernels import Passes, Slowdown, StageSeconds, play_step
+from search.joint.memory_variants import memory_variants
+from search.joint.played_stages import (
+    Copies,
+    Floats,
+    Held,
+    HostRates,
+    Stages,
+    Sync,
+    held_of,
+    no_sync,
+    passes_of,
+    stage_seconds,
+    stages_of_cut,
+    sync_of,
+)
+from search.joint.played_step_kernels import Slowdown, play_step
 from search.joint.sharded_parameters import ShardedSeconds
 from simulator.model_source import ModelSource
 from simulator.parallel.default_cut import partition_of
@@ -31,17 +45,14 @@ from simulator.parallel.memory import static_memory
 from simulator.parallel.messages import waits_for_messages
 from simulator.parallel.offload import host_path
 from simulator.parallel.offload_plan import host_update
-from simulator.parallel.order_blocks import order_blocks
 from simulator.parallel.orders import order_of
 from simulator.parallel.rank_times import TIMED_SCHEDULES
-from simulator.parallel.simulate_parallel import WEIGHT_SHARE
 from simulator.parallel.simulate_source import parallel_case
 from simulator.parallel.wire_format import WireFormat
 from simulator.pipeline.action import Order
 from simulator.plan import Memory, Plan
 from simulator.precision import STORED_AS
 
-Floats = NDArray[np.float64]
 NOT_POSSIBLE = float("inf")
 """Seconds of a plan that does not fit."""
 
@@ -53,44 +64,6 @@ class Bound(NamedTuple):
     """That it is not below; infinite where it does not fit."""
     needed_bytes: int
     """That it needs at least on its fullest rank, where it does not fit; else 0."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Stages:
-    """A plan's stages; each of shape (stages,)."""
-
-    cut: tuple[int, ...]
-    forward_s: Floats
-    backward_s: Floats
-    weight_s: Floats
-    compute_s: Floats
-    """Of both passes, without collectives."""
-    back_compute_s: Floats
-    """Of the full backward pass, without collectives."""
-    edges: NDArray[np.int64]
-    """First piece of each, and the number of pieces; shape (stages + 1,)."""
-    elements: Floats
-    dense: Floats
-    kept_bytes: Floats
-    cheap_bytes: Floats
-    moved: Floats
-    """Parameters that may live on the host."""
-    largest: Floats
-    """Parameters of the largest piece."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Held:
-    """What the ranks of an order hold, in micro-batches of each stage."""
-
-    moments: Floats
-    """When ranks hold most; shape (moments, stages)."""
-    rank: NDArray[np.int64]
-    """Of each moment."""
-    owns: Floats
-    """1 where a rank holds a stage; shape (ranks, stages)."""
-    passes: Floats
-    """Micro-batches that a rank runs through a stage; same shape."""
 
 
 class StepBounds:
@@ -108,14 +81,19 @@ class StepBounds:
         factors = overlap_of(self.device, self.request.cluster)
         self._slowdown = Slowdown(compute=factors.compute_under_collectives, traffic=factors.collectives_under_compute)
         self._host_bytes_per_s = path.dram_bytes_per_s
-        self._down, self._up = path.to_host_bytes_per_s, path.to_device_bytes_per_s
+        self._rates = HostRates(
+            down=path.to_host_bytes_per_s, up=path.to_device_bytes_per_s, both=min(path.both_bytes_per_s, path.dram_bytes_per_s)
+        )
         self._alive: dict[int, object] = {}
         """Orders and models whose identity stands for them below."""
-        self._cuts: dict[Hashable, _Stages] = {}
-        self._syncs: dict[Hashable, _Sync] = {}
+        self._cuts: dict[Hashable, Stages] = {}
+        self._known_stages: dict[tuple[int, tuple[int, ...]], Stages] = {}
+        self._syncs: dict[Hashable, Sync] = {}
         self._stage_syncs: dict[Hashable, GradientSync] = {}
         self.sharded = ShardedSeconds(tables)
         self._plays: dict[Hashable, tuple[Floats, Floats]] = {}
+        self._alone: dict[Hashable, float] = {}
+        self._ways: dict[Hashable, list[tuple[Hashable, Memory]]] = {}
 
     def order(self, plan: Plan) -> Order:
         """The order of a plan's pipeline.
@@ -153,6 +131,40 @@ class StepBounds:
             return [Bound(min(least.values()), 0)] * len(plans)
         return [self._bound(one, order, split, best_s) for one in plans]
 
+    def alone(self, plan: Plan, order: Order) -> float:
+        """Seconds that none of a point's plans is below, by its passes in their order alone: no data parallelism, no memory; arguments as for `bounds`."""
+        self._alive[id(order)] = order
+        split, ways = self.tables.split(plan), self._ways_to_cut(plan)
+        message_s = split.message_s(1.0 / order.microbatch_parts)
+        whole = (id(order), id(split.table), message_s, tuple(held for held, _ in ways))
+        if whole not in self._alone:
+            least = NOT_POSSIBLE
+            for _, memory in ways:
+                stages = self._stages(replace(plan, memory=memory), order, split.table)
+                key = (id(order), id(stages), message_s)
+                if key not in self._plays:
+                    seconds = stage_seconds(
+                        stages, no_sync(order.num_stages), 1.0 / order.microbatch_parts, 0.0, None, self._rates
+                    )
+                    self._plays[key] = play_step(
+                        passes_of(order), seconds, message_s, waits_for_messages(plan), False, self._slowdown
+                    )
+                least = min(least, float(self._plays[key][1].max()))
+            self._alone[whole] = least
+        return self._alone[whole]
+
+    def _ways_to_cut(self, plan: Plan) -> list[tuple[Hashable, Memory]]:
+        """Ways to save memory that may come to different cuts into stages, by what decides these."""
+        own = plan.parallel
+        key = (plan.memory.zero_stage, own.dp, own.cp, own.pp > 1, own.ep, plan.precision)
+        if key not in self._ways:
+            found: dict[Hashable, Memory] = {}
+            for memory in memory_variants(self.request.trainer, plan):
+                each = static_memory(1.0, 0.0, replace(plan, memory=memory), dtype=STORED_AS[plan.precision.compute])
+                found.setdefault((each.parameters + each.gradients + each.states, memory.recompute == "full"), memory)
+            self._ways[key] = list(found.items())
+        return self._ways[key]
+
     def cut(self, plan: Plan, order: Order) -> tuple[int, ...]:
         """Layers of each stage of a plan."""
         return self._stages(plan, order, self.tables.table(_plain(plan))).cut
@@ -165,26 +177,28 @@ class StepBounds:
         again, needed = self._again(plan, order, split.table, stages)
         if needed:
             return Bound(NOT_POSSIBLE, needed)
-        if again.any():
-            found = max(found, self._played(plan, order, split, stages, again))
         if plan.memory.activation_offload or plan.memory.weight_offload:
             found = max(found, self._copied(plan, order, stages))
+        if found < best_s and (again.any() or plan.memory.activation_offload or plan.memory.weight_offload):
+            found = max(found, self._played(plan, order, split, stages, again, self._copies(plan, order, stages)))
         return Bound(found, 0)
 
-    def _stages(self, plan: Plan, order: Order, table: LayerTable) -> _Stages:
+    def _stages(self, plan: Plan, order: Order, table: LayerTable) -> Stages:
         cut_as = plan if plan.memory.recompute != "optimal" else _plain(plan)
         model, dtype = self.tables.model(cut_as), STORED_AS[plan.precision.compute]
         each = static_memory(1.0, 0.0, plan, dtype=dtype)
         key = (id(table), id(model), id(order), each)
         if key not in self._cuts:
             cut = partition_of(model.workload, cut_as, model.prices, order, self.device, dtype=dtype)
-            self._cuts[key] = _stages_of(table, cut)
+            if (id(table), cut) not in self._known_stages:
+                self._known_stages[id(table), cut] = stages_of_cut(table, cut)
+            self._cuts[key] = self._known_stages[id(table), cut]
             self._alive[id(model)] = model
         return self._cuts[key]
 
-    def _again(self, plan: Plan, order: Order, table: LayerTable, stages: _Stages) -> tuple[Floats, int]:
+    def _again(self, plan: Plan, order: Order, table: LayerTable, stages: Stages) -> tuple[Floats, int]:
         """Least seconds a micro-batch that each rank makes again; or what the fullest rank needs, where that is more than it can have."""
-        held, stays = _held(order), 1.0 - float(plan.memory.activation_offload)
+        held, stays = held_of(order), 1.0 - float(plan.memory.activation_offload)
         static = self._static_bytes(plan, order, stages, held)
         room, kept = self.limits.room_bytes - static, held.moments @ (stays * stages.kept_bytes)
         needs = kept - room[held.rank]
@@ -199,7 +213,7 @@ class StepBounds:
         np.maximum.at(found, held.rank, again)
         return found, 0
 
-    def _static_bytes(self, plan: Plan, order: Order, stages: _Stages, held: _Held) -> Floats:
+    def _static_bytes(self, plan: Plan, order: Order, stages: Stages, held: Held) -> Floats:
         """Of each rank; linear in its parameters."""
         dtype, copies = STORED_AS[plan.precision.compute], float(order.weight_versions)
         dense, routed = (static_memory(*sizes, plan, dtype=dtype, copies=copies) for sizes in ((1.0, 0.0), (0.0, 1.0)))
@@ -210,30 +224,39 @@ class StepBounds:
             found += DTYPE_BYTES[dtype] * (held.owns * stages.largest).max(axis=1)
         return found
 
-    def _copied(self, plan: Plan, order: Order, stages: _Stages) -> float:
-        """Least seconds of a rank's copies from and to its host."""
-        memory, width, held = plan.memory, DTYPE_BYTES[STORED_AS[plan.precision.compute]], _held(order)
+    def _copies(self, plan: Plan, order: Order, stages: Stages) -> Copies:
+        """Seconds of a pass's copies to and from the host."""
+        memory, width = plan.memory, DTYPE_BYTES[STORED_AS[plan.precision.compute]]
         shards = plan.parallel.shard_ranks if memory.zero_stage >= PARAMETERS_SHARDED else 1
-        kept = float(memory.activation_offload) * (held.passes @ stages.kept_bytes)
-        fetched = float(memory.weight_offload) * 2.0 * width / shards * (held.passes @ stages.moved)
-        return float(_ALMOST * max((kept / self._down).max(), ((kept + fetched) / self._up).max()))
+        part = _ALMOST * float(memory.activation_offload) / order.microbatch_parts * (memory.recompute == "none")
+        fetched = _ALMOST * float(memory.weight_offload) * width / shards
+        return Copies(kept_bytes=part * stages.kept_bytes, fetched_bytes=fetched * stages.moved)
 
-    def _played(self, plan: Plan, order: Order, split: Split, stages: _Stages, again: Floats) -> float:
-        alone, held = order.num_stages == order.num_ranks and order.weight_copies == 1.0, _held(order)
+    def _copied(self, plan: Plan, order: Order, stages: Stages) -> float:
+        """Least seconds of a rank's copies, all of them together."""
+        copies, held = self._copies(plan, order, stages), held_of(order)
+        kept = held.passes @ copies.kept_bytes * order.microbatch_parts
+        fetched = 2.0 * (held.passes @ copies.fetched_bytes)
+        rates = self._rates
+        ways = (kept / rates.down, (kept + fetched) / rates.up, (2.0 * kept + fetched) / rates.both)
+        return float(max(seconds.max() for seconds in ways))
+
+    def _played(
+        self, plan: Plan, order: Order, split: Split, stages: Stages, again: Floats, copies: Copies | None = None
+    ) -> float:
+        alone, held = order.num_stages == order.num_ranks and order.weight_copies == 1.0, held_of(order)
         share = 1.0 / order.microbatch_parts
         message_s = split.message_s(share)
         sync = self._sync(plan, order, split, stages)
-        key = (id(order), id(stages), id(sync), message_s, again.tobytes() if alone else b"")
+        away = (plan.memory.activation_offload, plan.memory.weight_offload) if copies else ()
+        key = (id(order), id(stages), id(sync), message_s, again.tobytes() if alone else b"", away)
         if key not in self._plays:
             extra = again[[ranks[0] for ranks in order.ranks_of_stage]] if alone else 0.0
-            early = sync.reduce_s * sync.reduce_early
-            seconds = StageSeconds(
-                forward=share * stages.forward_s, forward_compute=share * (stages.compute_s - stages.back_compute_s),
-                backward=share * (stages.backward_s + extra), backward_compute=share * (stages.back_compute_s + extra), weight=share * stages.weight_s,
-                chunks=sync.chunks, gather=sync.gather_s * sync.gather_early, first=sync.first_s, first_back=sync.first_back_s, reduce=early,
-            )  # fmt: skip
+            seconds = stage_seconds(stages, sync, share, extra, copies, self._rates)
             sharded = plan.memory.zero_stage >= PARAMETERS_SHARDED
-            self._plays[key] = play_step(_passes(order), seconds, message_s, waits_for_messages(plan), sharded, self._slowdown)
+            self._plays[key] = play_step(
+                passes_of(order), seconds, message_s, waits_for_messages(plan), sharded, self._slowdown
+            )
         begin, end = self._plays[key]
         busy = held.passes @ (stages.forward_s + stages.backward_s)
         if not alone:
@@ -249,30 +272,36 @@ class StepBounds:
         host = host_update(plan, [1.0], width=DTYPE_BYTES[dtype]).moved_bytes / self._host_bytes_per_s
         return self.limits.update_s * states + host
 
-    def _sync(self, plan: Plan, order: Order, split: Split, stages: _Stages) -> _Sync:
+    def _sync(self, plan: Plan, order: Order, split: Split, stages: Stages) -> Sync:
         """What data parallelism does for each stage."""
         group, stage = split.replicas, plan.memory.zero_stage
         key = (id(stages), id(order), group, stage, bool(plan.memory.optimizer_offload))
         if key not in self._syncs:
             if stage >= PARAMETERS_SHARDED:
-                found = self._gathered(plan, split, stages, once=order.weight_copies == 1.0)
+                found = self._gathered(plan, split, stages, order)
             else:
                 asked = [
                     (int(own), ranks[-1] - ranks[0]) for own, ranks in zip(stages.dense, order.ranks_of_stage, strict=True)
                 ]
                 known = {one: self._stage_sync(plan, split, *one) for one in dict.fromkeys(asked)}
-                found = _sync_of([known[one] for one in asked])
+                found = sync_of([known[one] for one in asked])
             self._syncs[key] = found
         return self._syncs[key]
 
-    def _gathered(self, plan: Plan, split: Split, stages: _Stages, *, once: bool) -> _Sync:
-        """Under ZeRO 3: a pass waits for its first unit at least; nothing is counted where each stage is on two ranks, whose groups lie otherwise."""
-        sums, edges = self.sharded.sums(_plain(plan), split), stages.edges
-        each, whole = np.diff(sums.gather_s), plan.runtime.framework != "deepspeed"  # whose units are less than a piece
-        count, yes = len(stages.dense), np.ones(len(stages.dense), np.bool_)
-        return _Sync(
-            chunks=np.full(count, MOST_CHUNKS, np.int64), gather_s=once * np.diff(sums.gather_s[edges]), reduce_s=once * np.diff(sums.reduce_s[edges]),
-            gather_early=yes, reduce_early=yes, first_s=once * whole * each[edges[:-1]], first_back_s=once * whole * each[edges[1:] - 1],
+    def _gathered(self, plan: Plan, split: Split, stages: Stages, order: Order) -> Sync:
+        """Under ZeRO 3: a pass waits for its first unit at least."""
+        plain, edges, count = _plain(plan), stages.edges, order.num_stages
+        apart = np.array([ranks[-1] - ranks[0] for ranks in order.ranks_of_stage])
+        gather_s, reduce_s, first_s, first_back_s = np.zeros((4, count))
+        for distance in np.unique(apart).tolist():
+            sums, own = self.sharded.sums(plain, split, distance), apart == distance
+            each = np.diff(sums.gather_s)
+            gather_s[own], reduce_s[own] = np.diff(sums.gather_s[edges])[own], np.diff(sums.reduce_s[edges])[own]
+            first_s[own], first_back_s[own] = each[edges[:-1]][own], each[edges[1:] - 1][own]
+        whole, yes = plan.runtime.framework != "deepspeed", np.ones(count, np.bool_)  # whose units are less than a piece
+        return Sync(
+            chunks=np.full(count, MOST_CHUNKS, np.int64), gather_s=gather_s, reduce_s=reduce_s, gather_early=yes, reduce_early=yes, first_s=whole * first_s,
+            first_back_s=whole * first_back_s,
         )  # fmt: skip
 
     def _stage_sync(self, plan: Plan, split: Split, elements: int, distance: int) -> GradientSync:
@@ -298,31 +327,6 @@ class StepBounds:
         return self._stage_syncs[key]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Sync:
-    """Data parallelism of all stages; each of shape (stages,)."""
-
-    chunks: NDArray[np.int64]
-    gather_s: Floats
-    reduce_s: Floats
-    gather_early: NDArray[np.bool_]
-    """Parameters are gathered beside the first passes."""
-    reduce_early: NDArray[np.bool_]
-    """Gradients go beside the last ones."""
-    first_s: Floats
-    """Of the gathers, what a forward pass waits for."""
-    first_back_s: Floats
-
-
-def _sync_of(syncs: Sequence[GradientSync]) -> _Sync:
-    chunks = np.array([one.chunks for one in syncs], np.int64)
-    gather_s = np.array([one.gather_s for one in syncs])
-    return _Sync(
-        chunks=chunks, gather_s=gather_s, reduce_s=np.array([one.reduce_s for one in syncs]), gather_early=np.array([one.gather_overlaps for one in syncs]),
-        reduce_early=np.array([one.reduce_overlaps for one in syncs]), first_s=gather_s / chunks, first_back_s=np.zeros(len(syncs)),
-    )  # fmt: skip
-
-
 _ALMOST = 1.0 - 1e-6
 """Copies of rounded bytes may be a little less than what is asked for."""
 
@@ -330,58 +334,3 @@ _ALMOST = 1.0 - 1e-6
 def _plain(plan: Plan) -> Plan:
     """The plan without recompute."""
     return replace(plan, memory=replace(plan.memory, recompute="none"))
-
-
-def _stages_of(table: LayerTable, cut: tuple[int, ...]) -> _Stages:
-    """Sums over the pieces of each stage: the embedding is on the first one, the head on the last."""
-    edges = np.concatenate([[0], 1 + np.cumsum(cut)])
-    edges[-1] += 1
-    pieces = np.diff(table.dense_elements)
-
-    def sums(values: Floats) -> Floats:
-        return np.diff(values[edges])
-
-    return _Stages(
-        cut=cut, forward_s=sums(table.forward_s), backward_s=sums(table.backward_s), weight_s=sums(table.weight_s), compute_s=sums(table.compute_s), back_compute_s=sums(table.back_compute_s), edges=edges,
-        elements=sums(table.elements), dense=sums(table.dense_elements), kept_bytes=sums(table.kept_bytes), cheap_bytes=sums(table.cheap_bytes), moved=sums(table.moved_elements),
-        largest=np.array([pieces[first:end].max(initial=0.0) for first, end in pairwise(edges.tolist())]),
-    )  # fmt: skip
-
-
-def _held(order: Order) -> _Held:
-    """Made once an order."""
-    return order.once("held", partial(_made_held, order))
-
-
-def _made_held(order: Order) -> _Held:
-    passes = _passes(order)
-    part, moments, ranks = 1.0 / order.microbatch_parts, [], []
-    owns, ran = np.zeros((2, order.num_ranks, order.num_stages))
-    change = part * np.array([1.0, WEIGHT_SHARE - 1.0, -WEIGHT_SHARE, -1.0])[passes.kind]
-    for rank in range(order.num_ranks):
-        own = slice(int(passes.first[rank]), int(passes.first[rank + 1]))
-        stage, kind, alive = passes.stage[own], passes.kind[own], np.cumsum(change[own])
-        owns[rank, stage] = 1.0
-        ran[rank] = part * np.bincount(stage[kind == 0], minlength=order.num_stages)
-        highest = np.flatnonzero((kind == 0) & (alive >= alive[kind == 0].max() - 1e-9))
-        for place in dict.fromkeys((int(highest[0]), int(highest[-1]))):
-            moments.append(np.bincount(stage[: place + 1], weights=change[own][: place + 1], minlength=order.num_stages))
-            ranks.append(rank)
-    return _Held(moments=np.array(moments), rank=np.array(ranks, np.int64), owns=owns, passes=ran)
-
-
-def _passes(order: Order) -> Passes:
-    return order.once("passes to play", partial(_made_passes, order))
-
-
-def _made_passes(order: Order) -> Passes:
-    blocks = order_blocks(order)
-    own = blocks.stage >= 0
-    rank_of = np.full((order.num_stages, order.num_microbatches), -1, np.int64)
-    forward = own & (blocks.kind == 0)
-    rank_of[blocks.stage[forward], blocks.micro_batch[forward]] = blocks.rank[forward]
-    ranks = np.arange(order.num_ranks + 1)
-    return Passes(
-        first=blocks.first_block - 2 * ranks, stage=blocks.stage[own], kind=blocks.kind[own], micro_batch=blocks.micro_batch[own],
-        sends=(blocks.receiver >= 0)[own] & (blocks.receiver != blocks.rank)[own], opens=blocks.first[own], closes=blocks.last[own], rank_of=rank_of,
-    )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from hardware_models.network.cluster import Cluster, CommGroup
@@ -11,7 +12,7 @@ from simulator.plan import Plan
 from simulator.plan_sections import plan_refusal
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Mesh:
     """The axes of a plan on a cluster, innermost first: rank = sum of coordinate times stride.
 
@@ -32,7 +33,7 @@ class Mesh:
 
     def degree(self, axis: str) -> int:
         """Ranks of a group of an axis."""
-        return self.ep if axis == "ep" else dict(self.degrees)[axis]
+        return self.ep if axis == "ep" else self._degree_of[axis]
 
     def stride(self, axis: str) -> int:
         """Distance of neighbours along an axis, in ranks."""
@@ -40,8 +41,7 @@ class Mesh:
             offsets = self.replicas()
             step = len(offsets) // self.ep if self.ep_outermost else 1
             return offsets[step] if self.ep > 1 else offsets[1] if len(offsets) > 1 else 1
-        order = [name for name, _ in self.degrees]
-        return prod(degree for _, degree in self.degrees[: order.index(axis)])
+        return self._stride_of[axis]
 
     def group(self, axis: str) -> CommGroup:
         """A group of an axis, and how many such groups share a node."""
@@ -52,13 +52,25 @@ class Mesh:
 
     def replicas(self) -> tuple[int, ...]:
         """Ranks, ascending from 0, that hold the same dense parameters: those of the dp and cp axes together."""
-        return tuple(
-            sorted(
-                data * self.stride("dp") + context * self.stride("cp")
-                for data in range(self.degree("dp"))
-                for context in range(self.degree("cp"))
-            )
-        )
+        return self._replicas
+
+    @cached_property
+    def _degree_of(self) -> dict[str, int]:
+        return dict(self.degrees)
+
+    @cached_property
+    def _stride_of(self) -> dict[str, int]:
+        return {name: prod(degree for _, degree in self.degrees[:place]) for place, (name, _) in enumerate(self.degrees)}
+
+    @cached_property
+    def _replicas(self) -> tuple[int, ...]:
+        data, context = self.stride("dp"), self.stride("cp")
+        return tuple(sorted(data * i + context * j for i in range(self.degree("dp")) for j in range(self.degree("cp"))))
+
+    @cached_property
+    def _gradient_groups(self) -> dict[int, CommGroup]:
+        """By distance; a mesh serves many plans, and each asks for every stage."""
+        return {}
 
     def gradient_group(self, distance: int = 0) -> CommGroup:
         """Ranks that hold the same dense parameters.
@@ -66,7 +78,9 @@ class Mesh:
         Args:
             distance: of two pipeline ranks that hold the same stage, in orders of two directions.
         """
-        return self._placed(self._across(self.replicas(), distance))
+        if distance not in self._gradient_groups:
+            self._gradient_groups[distance] = self._placed(self._across(self.replicas(), distance))
+        return self._gradient_groups[distance]
 
     def expert_group(self, distance: int = 0) -> CommGroup:
         """Ranks that hold the same experts; ``distance`` as in `gradient_group`."""

@@ -47,7 +47,7 @@ def _from_file(request: OrderRequest) -> Order:
     return order
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def _generated(request: OrderRequest) -> Order:
     """An order that can run: generators are pure, and plans that a search compares ask for few orders."""
     return _from_file(request)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simulator.parallel.framework import AA_SCALING
-from simulator.parallel.partition_kernels import OVER, SLOWEST, SQUARES, Spans, least_cuts
+from simulator.parallel.partition_kernels import OVER, SLOWEST, SQUARES, Spans, least_cuts, worst_stage
 
 EVEN = ("megatron-lm@2021", "megatron-core", "megatron-core@2023", "deepspeed@2021", "deepspeed")
 """Frameworks that cut layers evenly, whatever the ends cost.
@@ -68,7 +68,7 @@ def ends_as_layers(num_layers: int, num_stages: int, *, back: int = 1) -> tuple[
     return tuple(counts) if min(counts) > 0 else None
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=16384)
 def best_partition(problem: PartitionProblem, num_stages: int) -> tuple[int, ...]:
     """Layers per stage.
 
@@ -84,8 +84,12 @@ def best_partition(problem: PartitionProblem, num_stages: int) -> tuple[int, ...
         num_stages: pp * virtual_stages, at most the layers.
     """
     spans = _spans(problem, num_stages)
-    _, least_over = least_cuts(spans, num_stages, OVER, np.inf, np.inf)
-    _, slowest = least_cuts(spans, num_stages, SLOWEST, least_over, np.inf)
+    count = len(problem.layer_s)
+    even = np.arange(num_stages + 1, dtype=np.int64) * count // num_stages
+    over, even_s = worst_stage(spans, even)  # no best cut is worse than this one: most others need not be looked at
+    least_over = least_cuts(spans, num_stages, OVER, over, np.inf)[1] if over > 0.0 else 0.0
+    most_s = even_s if over <= least_over else np.inf
+    _, slowest = least_cuts(spans, num_stages, SLOWEST, least_over, most_s)
     cuts, _ = least_cuts(spans, num_stages, SQUARES, least_over, slowest * (1 + 1e-12))
     return tuple(int(end - first) for first, end in pairwise(cuts))
 

@@ -54,6 +54,17 @@ def _over(spans: Spans, stage: int, stages: int, first: int, end: int) -> float:
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
+def worst_stage(spans: Spans, cuts: Ints) -> tuple[float, float]:
+    """Bytes beyond its room of the stage that exceeds it most, and seconds of the slowest one, of a cut."""
+    stages = len(cuts) - 1
+    over = slowest = 0.0
+    for stage in range(stages):
+        over = max(over, _over(spans, stage, stages, cuts[stage], cuts[stage + 1]))
+        slowest = max(slowest, _seconds(spans, stage, stages, cuts[stage], cuts[stage + 1]))
+    return over, slowest
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def least_cuts(spans: Spans, stages: int, aim: int, most_over: float, most_s: float) -> tuple[Ints, float]:
     """First layer of each stage, and the number of layers; and what they come to.
 
@@ -72,20 +83,27 @@ def least_cuts(spans: Spans, stages: int, aim: int, most_over: float, most_s: fl
     best[0, 0] = 0.0
     for stage in range(stages):
         for end in range(stage + 1, count - (stages - 1 - stage) + 1):
-            for first in range(stage, end):
-                known = best[stage, first]
-                if known == np.inf:
-                    continue
+            least = np.inf
+            for first in range(
+                end - 1, stage - 1, -1
+            ):  # what a stage takes and holds only grows: no longer one is looked at than could be best
                 if aim == OVER:
-                    joined = max(known, _over(spans, stage, stages, first, end))
+                    own = _over(spans, stage, stages, first, end)
+                    if own > most_over:
+                        break
+                    joined = max(best[stage, first], own)
                 else:
                     seconds = _seconds(spans, stage, stages, first, end)
                     if seconds > most_s or _over(spans, stage, stages, first, end) > most_over:
-                        continue
-                    joined = max(known, seconds) if aim == SLOWEST else known + seconds * seconds
-                if joined < best[stage + 1, end]:
-                    best[stage + 1, end] = joined
+                        break
+                    own = seconds if aim == SLOWEST else seconds * seconds
+                    joined = max(best[stage, first], own) if aim == SLOWEST else best[stage, first] + own
+                if own > least or (aim == OVER and least == 0.0):  # which of the cuts that all fit is asked of the other aims
+                    break
+                if joined <= least and joined < np.inf:
+                    least = joined
                     before[stage + 1, end] = first
+            best[stage + 1, end] = least
     cuts = np.empty(stages + 1, np.int64)
     cuts[stages] = count
     for stage in range(stages, 0, -1):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from simulator.pipeline.action import ActionKind, Order, actions_of
+from simulator.pipeline.action import ActionKind, Order, Overlap
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -40,19 +41,27 @@ class OrderArrays(NamedTuple):
 
 
 def order_arrays(order: Order) -> OrderArrays:
-    """The arrays of an order whose stages and micro-batches lie within its counts, made once an order."""
+    """The arrays of an order, made once an order."""
     return order.once("arrays", lambda: _made(order))
 
 
 def _made(order: Order) -> OrderArrays:
     first_cell = np.cumsum([0, *map(len, order.ranks)])
-    first_part = np.cumsum([0, *(len(cell.parts) for cells in order.ranks for cell in cells)])
-    actions = [action for cells in order.ranks for action in actions_of(cells)]
-    stage = np.array([action[0] for action in actions], dtype=np.int64)
-    kind = np.array([KIND_CODES[action[1]] for action in actions], dtype=np.int64)
-    micro_batch = np.array([action[2] for action in actions], dtype=np.int64)
+    cells = list(chain.from_iterable(order.ranks))
+    joined = any(isinstance(cell, Overlap) for cell in cells)
+    first_part = np.cumsum([0, *(len(cell.parts) for cell in cells)]) if joined else np.arange(len(cells) + 1)
+    actions = [part for cell in cells for part in cell.parts] if joined else cells
+    stages, kinds, batches = zip(*actions, strict=True) if actions else ((), (), ())
+    stage, micro_batch = np.array(stages, dtype=np.int64), np.array(batches, dtype=np.int64)
+    kind = np.array([KIND_CODES[one] for one in kinds], dtype=np.int64)
     rank_of = np.full((order.num_stages, order.num_microbatches), -1, dtype=np.int64)
     arrays = OrderArrays(first_cell, first_part, stage, kind, micro_batch, rank_of)
-    forward = kind == KIND_CODES["F"]
+    forward = (
+        (kind == KIND_CODES["F"])
+        & (stage >= 0)
+        & (stage < order.num_stages)
+        & (micro_batch >= 0)
+        & (micro_batch < order.num_microbatches)
+    )
     rank_of[stage[forward], micro_batch[forward]] = arrays.rank_of_part[forward]
     return arrays

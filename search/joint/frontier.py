@@ -1,0 +1,128 @@
+"""The points that may still hold the best plan, under bounds that are raised where it pays: of the whole space at once, by playing an order, by plan."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+
+from search.joint.batch_study import NOTHING, BatchOutcome
+from search.joint.bounded_space import BoundedSpace, Floats, Ints, groups_of
+from search.joint.evaluate import Evaluator
+
+STEP = 256
+"""Points whose bounds are raised together."""
+DIVE = 24
+"""Points that are simulated before the study begins: those with the least bounds of their plans come near the best plan, and all others are then held against that."""
+_PLAYED_COLUMNS = (
+    "tp",
+    "cp",
+    "pp",
+    "dp",
+    "ep",
+    "micro_batch",
+    "placement",
+    "cp_method",
+    "compute",
+    "schedule",
+    "virtual_stages",
+    "zero_stage",
+)
+_PRICED, _PLAYED, _REFINED = range(3)
+"""How far a point's bound has been raised."""
+
+
+class Frontier:
+    """Bounds of all points, the cheap ones first: a point's bound is raised by the next dearer method only while it is among the least.
+
+    1. `bounded_space`: all points at once, for every cut and order of a kind.
+    2. `StepBounds.alone`: passes of the point's own cuts in its own order; points that differ in ZeRO stage and placement share it.
+    3. `StepBounds.bounds`: each of the point's plans with its traffic and memory.
+
+    Args:
+        bounded: the space with its first bounds.
+        evaluator: plays and simulates.
+        known_s: of a plan that is known; points that cannot beat it are not looked at.
+    """
+
+    def __init__(self, bounded: BoundedSpace, evaluator: Evaluator, known_s: float) -> None:
+        self.space, self.evaluator, self.known_s = bounded.space, evaluator, known_s
+        self.bound_s: Floats = bounded.bound_s.copy()
+        self._raised = np.zeros(len(self.bound_s), np.int8)
+
+    def dive(self, end: float) -> BatchOutcome | None:
+        """Simulates the points with the least bounds, up to `DIVE` of them, and raises the bounds of all points that could beat the best of them.
+
+        Args:
+            end: moment (`time.monotonic`) at which no other bound is raised.
+        """
+        found: BatchOutcome | None = None
+        looked_at = 0
+        while time.monotonic() < end:
+            least = np.argpartition(self.bound_s, min(STEP, len(self.bound_s) - 1))[:STEP]
+            least = least[self.bound_s[least] < self.known_s]
+            if not len(least):
+                break
+            first = int(least[np.argmin(self.bound_s[least])])
+            if self._raised[first] < _REFINED:
+                self._raise(least[self._raised[least] == self._raised[first]], end)
+            elif looked_at < DIVE:
+                outcome = self.evaluator.batch([first], [float(self.bound_s[first])], self.known_s, end=end)
+                found = outcome if found is None else found.joined(outcome)
+                looked_at += 1
+                self._looked_at(first, outcome)
+            else:
+                break
+        if looked_at == DIVE:
+            self._raise_all(end)
+        return found
+
+    def _looked_at(self, point: int, outcome: BatchOutcome) -> None:
+        """A point that holds nothing better need not be looked at again; the one with the best plan so far stays, for the study to find it."""
+        if outcome.value is not None:
+            self.known_s = outcome.value
+        if outcome.open_bound == NOTHING:
+            self.bound_s[point] = max(self.bound_s[point], min(self.known_s, NOTHING))
+
+    def _raise_all(self, end: float) -> None:
+        """Raises the bounds of all points that could beat the best plan so far, as far as they can be."""
+        for stage in (_PRICED, _PLAYED):
+            rows = np.flatnonzero((self.bound_s < self.known_s) & (self._raised == stage))
+            rows = rows[np.argsort(self.bound_s[rows], kind="stable")]
+            for place in range(0, len(rows), STEP):
+                self._raise(rows[place : place + STEP], end)
+
+    def _raise(self, rows: Ints, end: float) -> None:
+        """Raises bounds of points that have been raised equally far."""
+        if self._raised[rows[0]] == _PRICED:
+            self._play(rows)
+            return
+        for point in rows.tolist():
+            if time.monotonic() > end:
+                return
+            refined = self.evaluator.refined(point, self.known_s)
+            self.bound_s[point] = max(self.bound_s[point], refined.least_s)
+            self._raised[point] = _REFINED
+
+    def _play(self, rows: Ints) -> None:
+        """Points that differ in what does not change their passes are played once."""
+        first, group_of = groups_of(
+            self.space.points.take(rows),
+            (
+                "tp",
+                "cp",
+                "pp",
+                "dp",
+                "ep",
+                "micro_batch",
+                "placement",
+                "cp_method",
+                "compute",
+                "schedule",
+                "virtual_stages",
+                "zero_stage",
+            ),
+        )
+        seconds = np.array([self.evaluator.alone_s(int(rows[one])) for one in first.tolist()])
+        self.bound_s[rows] = np.maximum(self.bound_s[rows], seconds[group_of])
+        self._raised[rows] = _PLAYED
