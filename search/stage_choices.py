@@ -70,6 +70,7 @@ class StageChoices:
 
     def __init__(self, setting: StageSetting, device: DeviceProfile) -> None:
         self.setting, self.device = setting, device
+        self._runs: dict[int, StageRuns] = {}
 
     def kind(self, stage: Stage) -> tuple[object, ...]:
         """Like stages have equal ones."""
@@ -91,11 +92,13 @@ class StageChoices:
 
     def runs(self, stage: Stage) -> StageRuns:
         """The solver of a stage that has blocks."""
-        again_s = self.setting.again_s(stage)
-        key = ("stage runs", self.kind(stage), again_s)
-        return self.setting.prices.once(key, lambda: self._runs(stage, again_s))
+        if stage.index not in self._runs:
+            again_s = self.setting.again_s(stage)
+            key = ("stage runs", self.kind(stage), again_s)
+            self._runs[stage.index] = self.setting.prices.once(key, lambda: self._solver(stage, again_s))
+        return self._runs[stage.index]
 
-    def _runs(self, stage: Stage, again_s: Sequence[float]) -> StageRuns:
+    def _solver(self, stage: Stage, again_s: Sequence[float]) -> StageRuns:
         problem = stage_problem(stage, self.setting.prices, self.device)
         discard_s = tuple(own + more for own, more in zip(problem.discard_s, again_s, strict=True))
         seen: set[tuple[int, ...]] = set()

@@ -21,7 +21,7 @@ from search.stage_chain import StageTable, kept_bytes
 from search.stage_choices import Choice, StageChoices
 from search.stage_runs import StageSequence
 from simulator.model_source import ModelSource
-from simulator.parallel.simulate_parallel import OpenStep
+from simulator.parallel.open_step import OpenStep
 from simulator.parallel.simulate_source import ParallelCase, parallel_case, simulate_source
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.pipeline.action import Order
@@ -155,8 +155,7 @@ class _Rank:
             assert whole is not None, "without a limit everything fits"
             budgets = np.linspace(least.kept_bytes, whole.kept_bytes, NUM_SHARES)
             asked = [(limit, others, budget) for limit, others in limits for budget in budgets]
-            found = runs.under(*zip(*asked, strict=True))
-            ways = _undominated([least, *(one for one in found if one is not None)])
+            ways = _undominated([least, *runs.under(*zip(*asked, strict=True))])
             lists.update(dict.fromkeys(places, ways))
         return lists
 

@@ -92,26 +92,20 @@ class StageRuns:
             others: of these, beside the running one.
             most_kept: by one micro-batch.
         """
-        return self.under([limit_bytes], [others], [most_kept])[0]
+        return min(self.under([limit_bytes], [others], [most_kept]), key=lambda one: one.seconds, default=None)
 
-    def under(
-        self, limits_bytes: Sequence[float], others: Sequence[float], most_kept: Sequence[float]
-    ) -> tuple[StageSequence | None, ...]:
-        """`fastest` for several limits at once."""
+    def under(self, limits_bytes: Sequence[float], others: Sequence[float], most_kept: Sequence[float]) -> list[StageSequence]:
+        """The distinct sequences that are the `fastest` under each of several limits, blocks inside runs one way or another."""
         limits, beside = np.array(limits_bytes, np.float64), np.array(others, np.float64)
-        joins = [
-            fastest_joins(self._fronts, self._runs, beginnings, limits, beside, np.array(most_kept, np.float64))
-            for beginnings in self._beginnings
-        ]
-        found: list[StageSequence | None] = []
-        for place in range(len(limits)):
-            ways = [
-                self._sequence(number, own, place, float(limits[place] - beside[place] * own.kept_bytes[place]))
-                for number, own in enumerate(joins)
-                if isfinite(own.seconds[place])
-            ]
-            found.append(min(ways, key=lambda one: one.seconds, default=None))
-        return tuple(found)
+        found: dict[tuple[float, ...], StageSequence] = {}
+        for number, beginnings in enumerate(self._beginnings):
+            joins = fastest_joins(self._fronts, self._runs, beginnings, limits, beside, np.array(most_kept, np.float64))
+            rooms = limits - beside * joins.kept_bytes if number else np.full(len(limits), inf)  # the fastest are so anyway
+            keys = zip(joins.beginning, joins.excess, joins.behind, joins.runs, joins.point, rooms, strict=True)
+            for place, key in enumerate(keys):
+                if isfinite(joins.seconds[place]) and (number, *key) not in found:
+                    found[number, *key] = self._sequence(number, joins, place, float(rooms[place]))
+        return list(found.values())
 
     def leanest(self, others: float) -> StageSequence:
         """The sequence of least others * K + P."""

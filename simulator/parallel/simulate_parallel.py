@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from copy import copy as copied
 from dataclasses import replace
 from itertools import chain
 
@@ -38,7 +37,7 @@ from simulator.parallel.priced_model import PricedModel, priced_model
 from simulator.parallel.recompute import stage_sequences
 from simulator.parallel.shared_adapters import crossing_streams
 from simulator.parallel.simulation import ParallelSimulation
-from simulator.parallel.stages import ChunkCost, Stage, StageCost, chunk_costs, stages_of
+from simulator.parallel.stages import ChunkCost, Stage, chunk_costs, stages_of
 from simulator.parallel.torch_buffers import pipeline_bytes, stream_pool_bytes, with_pool
 from simulator.parallel.variants import stage_variants
 from simulator.parallel.wire_format import WireFormat
@@ -82,49 +81,17 @@ def simulate_parallel(
     Raises:
         InputError: a degree, stage or dtype that breaks a rule.
     """
-    return _Assembly(config, plan, cluster, device, order, seq_len, sequence).simulate(engine, reserved=reserved)
+    return Assembly(config, plan, cluster, device, order, seq_len, sequence).simulate(engine, reserved=reserved)
 
 
 def step_parts(
     config: TransformerConfig, plan: Plan, cluster: Cluster, device: DeviceProfile, order: Order, *, seq_len: int
 ) -> StepParts:  # fmt: skip
     """What the step consists of, priced, before it is lowered; arguments and errors as in `simulate_parallel`."""
-    return _Assembly(config, plan, cluster, device, order, seq_len).parts()
+    return Assembly(config, plan, cluster, device, order, seq_len).parts()
 
 
-class OpenStep:
-    """A step whose ``memory.recompute`` is still to be found: what sequences of its stages cost, and the step that they make; arguments and errors as in `simulate_parallel`."""
-
-    weight_share = WEIGHT_SHARE
-    """Part of a micro-batch's activations that only the weights' gradient needs."""
-
-    def __init__(
-        self, config: TransformerConfig, plan: Plan, cluster: Cluster, device: DeviceProfile, order: Order, *, seq_len: int
-    ) -> None:  # fmt: skip
-        self._made = _Assembly(config, plan, cluster, device, order, seq_len, is_open=True)
-        self.stages, self.prices = self._made.stages, self._made.prices
-        self.resident_bytes = tuple(self._made.resident_bytes())
-        """Per pipeline rank and `MemoryClass`: alive through the step."""
-
-    def cost(self, stage: Stage, operations: Sequence[Operation]) -> StageCost:
-        """What a micro-batch costs on a stage."""
-        return self._made.model.stage_cost(stage, operations)
-
-    def again_s(self, stage: Stage) -> tuple[float, ...]:
-        """Of each block of a stage: seconds of the collectives that it waits for when it runs forward once more."""
-        attention_s, communication = self._made.model.attention_s(), self._made.communication
-        blocks = {id(block): block for block in stage.blocks}
-        known = {key: communication.block(block, attention_s, again=True).total_s for key, block in blocks.items()}
-        return tuple(known[id(block)] for block in stage.blocks)
-
-    def simulate(self, operations: Sequence[Sequence[Operation]], *, engine: str, reserved: bool) -> ParallelSimulation:
-        """The step whose stages run their blocks so, indices counted from each stage's first block."""
-        made = copied(self._made)
-        made.operations = [tuple(own) for own in operations]
-        return made.simulate(engine, reserved=reserved)
-
-
-class _Assembly:
+class Assembly:
     """What `simulate_parallel` puts together."""
 
     def __init__(
@@ -162,6 +129,7 @@ class _Assembly:
         self.chunks: tuple[tuple[ChunkCost, ...], ...] = (
             self._chunks() if plan.memory.activation_offload or plan.memory.weight_offload else ((),) * len(self.stages)
         )
+        self._syncs: dict[tuple[StageLoad, int], GradientSync] = {}
         self.communication = Communication(
             plan,
             self.mesh,
@@ -219,6 +187,7 @@ class _Assembly:
         ).workload
 
     def parts(self) -> StepParts:
+        """What the step consists of, priced."""
         operations = self.operations
         attention_s = self.model.attention_s()
 
@@ -287,6 +256,7 @@ class _Assembly:
         return offload_of(self.plan, self.cluster, self.order, self.chunks, elements, width=DTYPE_BYTES[self.dtype])
 
     def simulate(self, engine: str, *, reserved: bool) -> ParallelSimulation:
+        """The step."""
         parts = self.parts()
         program = lower_step(parts, self.resident_bytes(), slowdown_of(overlap_of(self.device, self.cluster)))
         host_bytes = parts.offload.resident_bytes if parts.offload else ()
@@ -355,8 +325,13 @@ class _Assembly:
             elements=self._stage_elements(stage), expert_elements=expert_elements(stage, self.config, plan.parallel), units=units,
             forward_s=forward_s, backward_s=backward_s, lists=list_seconds(plan.runtime.framework, self.device),
         )  # fmt: skip
-        wire = WireFormat(comm=plan.precision.comm, price=self.price)
-        return gradient_sync(plan, self.communication, load, wire, distance=holders[-1] - holders[0], dtype=self.dtype)
+        distance = holders[-1] - holders[0]
+        if (load, distance) not in self._syncs:  # of like stages
+            wire = WireFormat(comm=plan.precision.comm, price=self.price)
+            self._syncs[load, distance] = gradient_sync(
+                plan, self.communication, load, wire, distance=distance, dtype=self.dtype
+            )
+        return self._syncs[load, distance]
 
     def _units(self, stage: Stage) -> tuple[Unit, ...]:
         """What ZeRO 3 gathers at once."""
