@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 
 from hardware_models.errors import InputError
@@ -64,8 +65,7 @@ def _plans(request: TracedRequest, rule: _Rule, num_blocks: int, *, whole_only: 
         for size in (share,) if whole_only else sorted({share, *(one for one in MICRO_BATCHES if share % one == 0)}):
             zero = rule.zero_stage if dp > 1 else 0
             schedule = "gpipe" if rule.stages else ALONE
-            point = TracedPoint(pp, dp, schedule, 1, size, zero, PLACEMENTS[0], request.computes[0])
-            try:
-                yield plan_of(request, point, recompute=rule.recompute, partition=cut)
-            except InputError:
-                continue
+            for compute in request.computes:
+                point = TracedPoint(pp, dp, schedule, 1, size, zero, PLACEMENTS[0], compute)
+                with suppress(InputError):
+                    yield plan_of(request, point, recompute=rule.recompute, partition=cut)

@@ -7,13 +7,16 @@ collectives follow one another.
 **Memory**: what lives through the step, and the activations of micro-batches in flight with the rise of the running pass (`search.stage_recompute.Moments`), as if a pass for the input's
 gradient released all.
 
-**Not counted**: slow-down under overlap, messages that wait for one another or are kept until they are waited for, gradients in the middle of a step.
+A rank that is never idle is later by what exchanges beside its compute cost it: both slow each other.
+
+**Not counted**: slow-down by messages, messages that wait for one another or are kept until they are waited for, gradients in the middle of a step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -26,9 +29,10 @@ from simulator.parallel.stages import stage_cost
 from simulator.parallel.traced_replicas import Bucket, packing_pass, trained_in_order
 from simulator.parallel.traced_shards import flat_buffers
 from simulator.parallel.traced_stage import TracedStage
-from simulator.parallel.traced_step import parameters_of, resident_bytes
+from simulator.parallel.traced_step import TracedStep, parameters_of, resident_bytes
 from simulator.pipeline.order_arrays import KIND_CODES, OrderArrays, order_arrays
 from simulator.pipeline.play_kernels import play_cells
+from simulator.program import Stream
 from simulator.tracing.simulate_stages import StagesCase
 from simulator.tracing.stage_chain import StageLibrary
 
@@ -57,14 +61,17 @@ def step_bound(case: StagesCase, library: StageLibrary) -> StepBound:
 
 def least_seconds(case: StagesCase) -> float:
     """Seconds that the plan's step is not below."""
-    step, order, prices = case.step, case.order, case.prices
+    step, order = case.step, case.order
     times = np.array([_pass_seconds(case, stage) for stage in step.stages])
     passes = _passes(order_arrays(order), times, whole=[not stage.split for stage in step.stages])
     boundaries = [stage.workload.blocks[-1].output_bytes for stage in step.stages if stage.sends]
     message_s = step.link.latency_s + min(boundaries, default=0) / step.link.bytes_per_s
-    _, end, _ = play_cells(*passes, message_s)
-    ends = end[passes.first_cell[1:] - 1]
-    return max(_rank_end_s(case, rank, float(ends[rank]), prices) for rank in range(order.num_ranks))
+    start, end, _ = play_cells(*passes, message_s)
+    found_s = 0.0
+    for rank, (first, last) in enumerate(pairwise(passes.first_cell.tolist())):
+        busy_s = float(start[first]) + float(passes.duration[first:last].sum())
+        found_s = max(found_s, _rank_end_s(case, rank, float(end[last - 1]), busy_s))
+    return found_s
 
 
 class _Passes(NamedTuple):
@@ -157,14 +164,21 @@ def _collectives_s(case: StagesCase, name: str, buckets: Iterable[Bucket]) -> fl
     return sum(case.step.collective_s(name, float(bucket.size_bytes), case.plan.parallel.dp) for bucket in buckets)
 
 
-def _rank_end_s(case: StagesCase, rank: int, computed_s: float, prices: PassPrices) -> float:
-    """When a rank has updated its parameters, at least, if its passes are over at ``computed_s``."""
-    step, replicas = case.step, case.step.replicas
+def _rank_end_s(case: StagesCase, rank: int, computed_s: float, busy_s: float) -> float:
+    """When a rank has updated its parameters, at least.
+
+    Args:
+        case: of the plan.
+        rank: of the pipeline.
+        computed_s: when its passes are over.
+        busy_s: the same if it were never idle between them.
+    """
+    step, replicas, prices = case.step, case.step.replicas, case.prices
     trained = [(held.elements, held.size_bytes) for held in parameters_of(step, rank).values() if held.trained]
     if step.shards is not None:
-        part = step.shards.part
+        part, traffic_s = step.shards.part, _sharded_traffic_s(case, rank)
         trained = [(part(elements), part(size)) for elements, size in trained]
-        return max(computed_s, _sharded_traffic_s(case, rank)) + _update_s(case, trained)
+        return max(computed_s, traffic_s, busy_s + _beside(step) * traffic_s) + _update_s(case, trained)
     if replicas is None:
         return computed_s + _update_s(case, trained)
     buckets = replicas.buckets[rank]
@@ -179,7 +193,14 @@ def _rank_end_s(case: StagesCase, rank: int, computed_s: float, prices: PassPric
         trained = [(replicas.part_elements(bucket), replicas.part_bytes(bucket)) for bucket in buckets]
     gathered_s = sum(replicas.gather_s(bucket, step.collective_s) for bucket in buckets) if replicas.splits else 0.0
     packed_s = _copied_s(buckets, prices) if len(step.order.stages_of_rank[rank]) == 1 else 0.0
-    return max(computed_s + packed_s + sum(behind), sum(summed)) + _update_s(case, trained) + gathered_s
+    ends_s = max(computed_s + packed_s + sum(behind), busy_s + packed_s + _beside(step) * sum(summed))
+    return ends_s + _update_s(case, trained) + gathered_s
+
+
+def _beside(step: TracedStep) -> float:
+    """Seconds by which a rank that is never idle is later for each second of its replicas' exchanges: they run beside its compute, which both slow, or alone."""
+    compute, exchange = step.slowdown[Stream.COMPUTE, Stream.DP], step.slowdown[Stream.DP, Stream.COMPUTE]
+    return float(min(1.0, exchange * (1.0 - 1.0 / compute)))
 
 
 def _sharded_traffic_s(case: StagesCase, rank: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from hardware_models.kernel import Kernel
 from simulator.parallel.traced_stage import Holding, TracedStage
@@ -20,6 +21,8 @@ BUCKET_BYTES = 25 * 2**20
 """
 ALIGNED_ELEMENTS = 16
 """Where parameters live in one tensor each begins at a multiple of so many elements: kernels read them as they read a tensor of its own."""
+MOST_PASSES = 1 << 14
+"""Passes that are kept: a search compares plans that pack some thousands of different buckets."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,8 +155,9 @@ def _rounded(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
+@lru_cache(maxsize=MOST_PASSES)
 def packing_pass(bucket: Bucket) -> Pass:
-    """Gradients copied into a bucket, a kernel each."""
+    """Gradients copied into a bucket, a kernel each; the same pass for the same bucket, so that it is priced once."""
     width = bucket.size_bytes // bucket.elements
     kernels = tuple(
         Kernel(

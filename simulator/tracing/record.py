@@ -323,8 +323,12 @@ class RecordedRun:
     def _prepare(self, *, accumulate: bool) -> tuple[MicroBatch, torch.Tensor | None]:
         """A micro-batch on fakes around the block, all that is alive before it known to the recorder."""
         chain, block, shared = self.setting.chain, self.setting.block, self.setting.shared
+        first = next(iter(chain.capture.parameters), "")  # tells the device
+        used = {first, *block.names("p")}  # a model has hundreds of others
         parameters = {
-            name: value.detach().requires_grad_(value.requires_grad) for name, value in chain.capture.parameters.items()
+            name: value.detach().requires_grad_(value.requires_grad)
+            for name, value in chain.capture.parameters.items()
+            if name in used
         }
         micro_batch = MicroBatch(
             parameters=parameters, buffers=chain.capture.buffers, inputs=chain.capture.inputs, shared=shared, precision=chain.capture.precision,

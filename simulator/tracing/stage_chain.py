@@ -41,7 +41,8 @@ class StageLibrary:
 
     def split(self, first: int, end: int) -> tuple[SplitBackward, ...]:
         """Backward passes in two of such a stage's blocks."""
-        return self.once(("split", first, end), lambda: split_passes(self.stretch(first, end)))
+        made: dict[int, SplitBackward] = self.once("halves", dict)
+        return self.once(("split", first, end), lambda: split_passes(self.stretch(first, end), made))
 
 
 def stage_traces(whole: Traced, partition: Sequence[int], *, library: StageLibrary | None = None) -> tuple[Traced, ...]:
@@ -62,9 +63,14 @@ def stage_traces(whole: Traced, partition: Sequence[int], *, library: StageLibra
     return tuple(known.stretch(first, end) for first, end in pairwise((0, *accumulate(partition))))
 
 
-def split_passes(traced: Traced) -> tuple[SplitBackward, ...]:
-    """Backward passes in two of a stage's blocks; the stage is not the model's first."""
-    made: dict[int, SplitBackward] = {}
+def split_passes(traced: Traced, known: dict[int, SplitBackward] | None = None) -> tuple[SplitBackward, ...]:
+    """Backward passes in two of a stage's blocks; the stage is not the model's first.
+
+    Args:
+        traced: the stage.
+        known: what is known of blocks of the same module, by their ids; more is added. None: nothing is.
+    """
+    made: dict[int, SplitBackward] = {} if known is None else known
     found = []
     for index, block in enumerate(traced.workload.blocks):
         if id(block) not in made:
