@@ -92,7 +92,7 @@ class ShardedRank:
     **Model**: a block's parameters come in one buffer, from which a kernel on the compute stream lays them out; in a pass they are gathered while the block before
     computes, one block ahead and no sooner than the one before that has computed; the first of a pass begins when the rank does. Under ZeRO 3 they go when the pass leaves the block (a block that runs again and
     then backward keeps them in between), under ZeRO 2 when it has gone backward. Each backward pass makes whole gradients, a kernel packs them, and a rank keeps the
-    sum of its part; parts of later micro-batches are added to it.
+    sum of its part; parts of later micro-batches are added to it. Both go when the next block packs its own, which waits for the exchange.
 
     **Source**: Zhao et al. 2023 (arXiv 2304.11277), section 3; torch 2.13, torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py (``split_with_sizes_copy``, ``chunk_cat``) and
     _fsdp_param_group.py (when a unit waits, gathers and reshards); a backend's collectives of one group run one after the other.
@@ -135,6 +135,8 @@ class ShardedRank:
         self._before: tuple[int, ...] = ()
         """What computed last but for copies."""
         self._rings: list[int] = []
+        self._sent: list[tuple[int, int]] = []
+        """Exchanges of the block that was scattered last, each with the bytes that go when it has been waited for: what it sends, and a part that is added to an earlier one."""
         self.gradient_bytes = 0
         """What packing and scattering add to the gradients that the passes made."""
 
@@ -223,18 +225,38 @@ class ShardedRank:
         first = block not in self._summed
         self._summed.add(block)
         unpacked = made
+        sent: list[tuple[int, int]] = []
         for one in self._unit(block).trained:
             seconds, part = self._prices.seconds(packing_pass(one)), self.shards.part(one.size_bytes)
-            packed: list[Change] = [(0.0, one.size_bytes, MemoryClass.GRADIENTS), (seconds, -unpacked, MemoryClass.GRADIENTS)]
-            self._last = self._writer.issue(Kind.REDUCE, self._rank, Stream.COMPUTE, seconds, label="pack", memory=packed)
-            took = self._seconds("reduce_scatter", float(one.size_bytes), self.shards.ranks)
-            left = one.size_bytes + (0 if first else part)
-            moved = ((0.0, part, MemoryClass.GRADIENTS), (took, -left, MemoryClass.GRADIENTS))
-            ring = self._writer.issue(
-                Kind.TRANSFER, self._rank, Stream.DP, took, after=(self._last,), label="reduce", memory=moved
+            after, gone = self._let_go()
+            packed: list[Change] = [
+                *gone,
+                (0.0, one.size_bytes, MemoryClass.GRADIENTS),
+                (seconds, -unpacked, MemoryClass.GRADIENTS),
+            ]
+            self._last = self._writer.issue(
+                Kind.REDUCE, self._rank, Stream.COMPUTE, seconds, after=after, label="pack", memory=packed
             )
+            took = self._seconds("reduce_scatter", float(one.size_bytes), self.shards.ranks)
+            ring = self._writer.issue(
+                Kind.TRANSFER, self._rank, Stream.DP, took, after=(self._last,), label="reduce", memory=((0.0, part, MemoryClass.GRADIENTS),)
+            )  # fmt: skip
             self._rings.append(ring)
-            if not self.shards.overlaps:
-                self._last = self._writer.issue(Kind.REDUCE, self._rank, Stream.COMPUTE, 0.0, after=(ring,), label="reduced")
+            sent.append((ring, one.size_bytes + (0 if first else part)))
             self.gradient_bytes += (part if first else 0) - unpacked
             unpacked = 0
+        self._sent = sent
+        if not self.shards.overlaps:
+            after, gone = self._let_go()
+            self._last = self._writer.issue(
+                Kind.REDUCE, self._rank, Stream.COMPUTE, 0.0, after=after, label="reduced", memory=gone
+            )
+
+    def waited(self) -> list[Change]:
+        """What goes when the optimizer has waited for the last gradients."""
+        return list(self._let_go()[1])
+
+    def _let_go(self) -> tuple[tuple[int, ...], tuple[Change, ...]]:
+        """The exchanges of the block before, which are waited for, and what goes then."""
+        sent, self._sent = self._sent, []
+        return tuple(ring for ring, _ in sent), tuple((0.0, -size, MemoryClass.GRADIENTS) for _, size in sent)

@@ -220,7 +220,7 @@ class _Assembly:
         trained = [(held.elements, held.size_bytes) for held in self.parameters(rank).values() if held.trained]
         updated = trained if exchange is None else exchange.updated(trained)
         seconds = self.prices.seconds(optimizer_elements_pass(updated, optimizer=self.step.optimizer))
-        changes = exchange.waited() if isinstance(exchange, Exchange) else []
+        changes = [] if exchange is None else exchange.waited()
         gradient_bytes = self._gradient_bytes(rank) + (0 if exchange is None else exchange.gradient_bytes)
         changes.append((seconds, -gradient_bytes, MemoryClass.GRADIENTS))
         if self.step.order.num_stages - 1 in self.step.order.stages_of_rank[rank]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hardware_models.errors import InputError
 from simulator.parallel.check_traced import check_traced
+from simulator.pipeline.action import Order, actions_of
 from simulator.plan import Plan
 from simulator.plan_sections import BLOCK_RECOMPUTES, plan_refusal
 
@@ -22,8 +23,8 @@ def check_processes(plan: Plan) -> None:
 
 
 def runs_whole_modules(plan: Plan) -> bool:
-    """Whether ranks run the module itself rather than its traced blocks: where FSDP2 or parallel styles split it."""
-    return plan.parallel.tp > 1 or plan.memory.zero_stage >= GRADIENTS_SHARDED
+    """Whether ranks run the module itself rather than its traced blocks: where parallel styles split it, or FSDP2 without a pipeline."""
+    return plan.parallel.tp > 1 or (plan.memory.zero_stage >= GRADIENTS_SHARDED and plan.parallel.pp == 1)
 
 
 def _check_whole_modules(plan: Plan) -> None:
@@ -34,8 +35,8 @@ def _check_whole_modules(plan: Plan) -> None:
     key, value = ("parallel.tp", parallel.tp) if parallel.tp > 1 else ("memory.zero_stage", memory.zero_stage)
     rule, remedy = "", ""
     if parallel.pp > 1:
-        rule = f"tensor parallelism and ZeRO 2 and 3 are replayed without a pipeline, but got pp = {parallel.pp}"
-        remedy = "take pp = 1, or tp = 1 and memory.zero_stage <= 1"
+        rule = f"tensor parallelism is replayed without a pipeline, but got pp = {parallel.pp}"
+        remedy = "take pp = 1, or tp = 1"
     elif memory.zero_stage == 1:
         rule = "ZeRO 1 is replayed of whole parameters, which tensor parallelism splits"
         remedy = "take memory.zero_stage 0, 2 or 3, or tp = 1"
@@ -44,6 +45,19 @@ def _check_whole_modules(plan: Plan) -> None:
         remedy = 'take memory.recompute = "none", "selective" or "full", and no [[memory.block]]'
     if rule:
         raise plan_refusal(key, value, rule, remedy)
+
+
+def check_order(plan: Plan, order: Order) -> None:
+    """Refuses orders that make weights' gradients in a pass of their own where replicas split parameters.
+
+    Raises:
+        InputError: names the schedule.
+    """
+    split = any(action.kind == "W" for cells in order.ranks for action in actions_of(cells))
+    if split and plan.memory.zero_stage >= GRADIENTS_SHARDED:
+        rule = "passes for weights' gradients find no weights under ZeRO 2 and 3, and some kernels of torch read them there (layer norm)"
+        remedy = "take gpipe, 1f1b or interleaved, or memory.zero_stage <= 1"
+        raise plan_refusal("pipeline.schedule", plan.pipeline.schedule, rule, remedy)
 
 
 def check_devices(plan: Plan, *, on: str, num_devices: int, processes_here: int) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from simulator.parallel.traced_replicas import replicas_of, trained_in_order
+from simulator.parallel.traced_shards import shards_of
 from simulator.pipeline.action import Order, actions_of
 from simulator.tracing.plan_stages import PlannedStage
 from validation.distributed.job import Job
 from validation.distributed.mesh import Place
 from validation.distributed.pipeline_runtime import BlockStage, Layout, PipelineStep, layout_of
 from validation.distributed.replicas import ReplicaExchange
+from validation.distributed.sharded_blocks import ShardedBlocks
 from validation.distributed.stage_run import OnBlock, RandomStates, StageRun
 from validation.optimizer import FusedOptimizer
 
@@ -54,15 +56,20 @@ class PipelineRank:
         self.buffers = {name: value.to(device, copy=True) for name, value in module.named_buffers() if name in buffer_names}
         self.micro_batches = [{name: piece[name].to(device, copy=True) for name in sorted(input_names)} for piece in pieces]
         stages = [one.stage for one in planned]
-        exchanges = replicas_of(job.plan, stages, job.order.stages_of_rank)
+        exchanges, shards = replicas_of(job.plan, stages, job.order.stages_of_rank), shards_of(job.plan, stages)
         self._early = trained_in_order(stages, own)[0].keys()
         self._exchange: ReplicaExchange | None = None
-        if exchanges is not None and replicas is not None:
+        self._sharded: ShardedBlocks | None = None
+        self._splits = exchanges is not None and exchanges.splits
+        updated: Iterable[torch.nn.Parameter] = self.parameters.values()
+        if shards is not None and replicas is not None:
+            self._sharded = ShardedBlocks(shards, {index: stages[index] for index in own}, self.parameters, replicas)
+            updated = self._sharded.parts
+        elif exchanges is not None and replicas is not None:
             self._exchange = ReplicaExchange(
                 self.parameters, exchanges.buckets[place.pp], replicas, splits=exchanges.splits, overlaps=exchanges.overlaps
             )
-        self._splits = exchanges is not None and exchanges.splits
-        updated = self._exchange.parts if self._exchange is not None and self._splits else self.parameters.values()
+            updated = self._exchange.parts if self._splits else updated
         self.optimizer = FusedOptimizer(updated, name=job.plan.precision.optimizer, learning_rate=0.0)
         self._step: Callable[[Sequence[Mapping[str, torch.Tensor]]], object]
         scale = 1.0 / (len(pieces) * job.plan.parallel.dp)
@@ -81,8 +88,9 @@ class PipelineRank:
         stage = planned.stage
         run = StageRun(
             planned.traced, self.parameters, self.buffers, stage.operations,
-            first_block=planned.first_block, receives=stage.receives, sends=stage.sends, scale=scale,
+            first_block=planned.first_block, receives=stage.receives, sends=stage.sends, scale=scale, index=stage.index,
         )  # fmt: skip
+        run.around = self._sharded
         exchange = self._exchange
         if exchange is not None:
 
@@ -112,7 +120,8 @@ class PipelineRank:
     def resident(self) -> list[torch.Tensor]:
         """Tensors alive between steps."""
         batch = [value for piece in self.micro_batches for value in piece.values()]
-        return [*self.parameters.values(), *self.buffers.values(), *self.optimizer.state_tensors, *batch]
+        held = self.parameters.values() if self._sharded is None else self._sharded.resident
+        return [*held, *self.buffers.values(), *self.optimizer.state_tensors, *batch]
 
     def watch(self, on_block: OnBlock | None) -> None:
         """Has the end of every block's runs told."""
@@ -128,11 +137,15 @@ class PipelineRank:
         """All passes; the gradients are left in ``.grad``, with ZeRO 1 in that of this rank's parts."""
         if self._exchange is not None:
             self._exchange.begin()
+        if self._sharded is not None:
+            self._sharded.begin()
         self._step(self.micro_batches)
         for name, group in sorted(self.tied.items()):
             dist.all_reduce(_flat(self.parameters[name].grad), group=group)
         if self._exchange is not None:
             self._exchange.finish()
+        if self._sharded is not None:
+            self._sharded.finish()
 
     def step(self) -> None:
         """A whole step."""
@@ -142,11 +155,15 @@ class PipelineRank:
     def update(self) -> None:
         """The optimizer's step with the gradients, which are let go."""
         self.optimizer.step()
+        if self._sharded is not None:
+            self._sharded.let_go()
         if self._exchange is not None and self._splits:
             self._exchange.gather()
 
     def take_gradients(self) -> dict[str, torch.Tensor | None]:
         """The gradients of whole parameters, which are let go here; with ZeRO 1 gathered from all replicas."""
+        if self._sharded is not None:
+            return self._sharded.take_gradients()
         if self._exchange is not None and self._splits:
             return dict.fromkeys(self.parameters) | self._exchange.take_gradients()
         found = {name: parameter.grad for name, parameter in self.parameters.items()}

@@ -22,7 +22,7 @@ from simulator.tracing.capture import build_fake
 from simulator.tracing.plan_stages import PlannedStage, plan_stages, sequence_of_file
 from simulator.tracing.trace import Traced
 from simulator.tracing.traced_model import TracedModel
-from validation.distributed.check import check_processes, runs_whole_modules
+from validation.distributed.check import check_order, check_processes, runs_whole_modules
 from validation.distributed.fully_sharded import check_sharded
 from validation.distributed.job import LinkFacts
 from validation.distributed.module_prediction import ModuleSimulation, module_step, simulate_module
@@ -50,6 +50,7 @@ class Prediction:
         check_processes(plan)
         self.plan, self.device, self.cores, self._tokens = plan, device, cores, traced.workload.tokens
         self.order: Order = order_of(plan, folder=folder)
+        check_order(plan, self.order)
         self.sequence = sequence_of_file(plan, folder)
         self.planned: tuple[PlannedStage, ...] = plan_stages(traced, plan, self.order, sequence=self.sequence)
 

@@ -11,8 +11,8 @@ from torch import nn
 
 from simulator.parallel.traced_replicas import Bucket
 
-_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 """The second names are those before torch 2.13."""
 
 
@@ -96,7 +96,7 @@ class ReplicaExchange:
         """ZeRO 1: brings updated parts to all replicas."""
         for held in self._held:
             if held.values is not None and held.part is not None:
-                _ALL_GATHER(_real(held.values), _real(held.part.detach()), group=self._group)
+                ALL_GATHER(_real(held.values), _real(held.part.detach()), group=self._group)
 
     def take_gradients(self) -> dict[str, torch.Tensor]:
         """ZeRO 1: the gradients of whole parameters, gathered from all replicas; they are let go here."""
@@ -104,7 +104,7 @@ class ReplicaExchange:
         for held in self._held:
             if held.part is not None and held.part.grad is not None:
                 whole = torch.empty(held.bucket.elements, dtype=held.part.dtype, device=held.part.device)
-                _ALL_GATHER(_real(whole), _real(held.part.grad), group=self._group)
+                ALL_GATHER(_real(whole), _real(held.part.grad), group=self._group)
                 found |= dict(self._views(held.bucket, whole))
                 held.part.grad = None
         return found
@@ -134,7 +134,7 @@ class ReplicaExchange:
         if part is None:
             work = dist.all_reduce(_real(packed), group=self._group, async_op=True)
         else:
-            work = _REDUCE_SCATTER(_real(part), _real(packed), group=self._group, async_op=True)
+            work = REDUCE_SCATTER(_real(part), _real(packed), group=self._group, async_op=True)
         self._on_their_way[bucket] = _OnItsWay(packed=packed, part=part, work=work)
 
     def _arrived(self, held: _Held) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,6 +19,21 @@ OnBlock = Callable[[Kind, int, int], None]
 """Told that a run of a block has ended: what it was, the block's number in the model, the micro-batch."""
 OnGradients = Callable[[int, int], None]
 """Told that a block, by its number in the stage, has made the gradients of its parameters for a micro-batch."""
+
+
+class Around(Protocol):
+    """Told of what a pass of a stage runs, before and after."""
+
+    def before(self, stage: int, operations: Sequence[Operation], place: int) -> None:
+        """An operation of a pass comes next."""
+
+    def after(self, stage: int, operations: Sequence[Operation], place: int) -> None:
+        """It has run."""
+
+    def made(self, stage: int, block: int) -> None:
+        """A pass for the weights has made a block's gradients."""
+
+
 RandomStates = Mapping[tuple[int, int], Any]
 """By (micro-batch, block of the model): the generator's state when the plain module comes to the block."""
 
@@ -50,19 +65,21 @@ class StageRun:
         receives: whether another stage comes before.
         sends: whether another comes after; the last stage's output is the loss.
         scale: of the loss, so that micro-batches and replicas sum to the mean.
+        index: of the stage in the pipeline, for `around`.
     """
 
     def __init__(
         self, traced: Traced, parameters: Mapping[str, torch.nn.Parameter], buffers: Mapping[str, torch.Tensor], operations: tuple[Operation, ...],
-        *, first_block: int, receives: bool, sends: bool, scale: float,
+        *, first_block: int, receives: bool, sends: bool, scale: float, index: int = 0,
     ) -> None:  # fmt: skip
-        self.traced, self.operations, self.first_block = traced, operations, first_block
+        self.traced, self.operations, self.first_block, self.index = traced, operations, first_block, index
         self.receives, self.sends, self.scale = receives, sends, scale
         self.parameters = {name: parameters[name] for name in traced.chain.capture.parameters}
         self.buffers = {name: buffers[name] for name in traced.chain.capture.buffers}
         self.random_states: RandomStates = {}
         self.on_block: OnBlock | None = None
         self.on_gradients: OnGradients | None = None
+        self.around: Around | None = None
         self._turn = backward_start(operations)
         blocks = traced.chain.blocks
         self._rerun = frozenset(blocks[index].name for index in runs_twice(operations))
@@ -122,6 +139,8 @@ class StageRun:
             del tape
             self._ended(Kind.BACKWARD, index, number)
             self._made(index, number)
+            if self.around is not None:
+                self.around.made(self.index, index)
         flight.micro_batch.finish()
 
     def abandon(self) -> None:
@@ -134,11 +153,15 @@ class StageRun:
         leaving: torch.Tensor | None = None
         for place in range(first, end):
             kind, index, option = self.operations[place]
+            if self.around is not None:
+                self.around.before(self.index, self.operations[first:end], place - first)
             if kind == "B":
                 self._backward_of(flight, index, split=split)
                 self._ended(Kind.BACKWARD, index, number)
                 if not split:
                     self._made(index, number)
+                if self.around is not None:
+                    self.around.after(self.index, self.operations[first:end], place - first)
                 continue
             y = self._forward_of(number, flight, kind, index, option)
             following = self.operations[place + 1] if place + 1 < len(self.operations) else None
@@ -151,6 +174,8 @@ class StageRun:
             del y
             self._ended(Kind.RECOMPUTE if index in flight.ran else Kind.FORWARD, index, number)
             flight.ran.add(index)
+            if self.around is not None:
+                self.around.after(self.index, self.operations[first:end], place - first)
         return leaving
 
     def _forward_of(self, number: int, flight: _Flight, kind: str, index: int, option: str) -> torch.Tensor:

@@ -156,9 +156,8 @@ def test_models_without_a_plan_are_refused() -> None:
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (Plan(parallel=Parallel(tp=2, pp=2)), "ZeRO 2 and 3 are replayed without a pipeline, but got pp = 2"),
+        (Plan(parallel=Parallel(tp=2, pp=2)), "tensor parallelism is replayed without a pipeline, but got pp = 2"),
         (Plan(parallel=Parallel(tp=2, sequence_parallel=True)), "parallel.sequence_parallel = True: not replayed"),
-        (Plan(parallel=Parallel(pp=2, dp=2), memory=Memory(zero_stage=3)), "without a pipeline, but got pp = 2"),
         (
             Plan(parallel=Parallel(pp=2), memory=Memory(zero_stage=1)),
             "memory.zero_stage = 1: ZeRO splits what replicas hold alike",

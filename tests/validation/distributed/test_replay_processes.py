@@ -16,10 +16,11 @@ from hardware_models.catalogue import load_hardware
 from hardware_models.errors import InfeasibleError, InputError, RunFailedError
 from schedlab import main
 from simulator.model_source import model_source
+from simulator.parallel.orders import order_of
 from simulator.plan import Batch, Memory, Parallel, Pipeline, Plan, Precision, Runtime
 from tests.validation.distributed.several_jobs import replay_several
 from tests.validation.distributed.test_replicas import update_on_two
-from validation.distributed.check import check_devices, check_processes
+from validation.distributed.check import check_devices, check_order, check_processes
 from validation.distributed.mesh import groups_of, place_of
 from validation.distributed.replay import ProcessesReplay, replay_processes
 
@@ -64,6 +65,16 @@ def test_a_pipeline_is_the_plain_module_and_takes_the_memory_predicted(tmp_path:
         (MODEL, plan_of("1f1b", pp=1, dp=2, memory=Memory(recompute="full", zero_stage=1))),
         (MODEL, plan_of("zb-v", 2, dp=2, memory=Memory(zero_stage=1), runtime=split)),
         (TIED, plan_of("1f1b", dp=2, memory=Memory(zero_stage=1), runtime=split)),
+        (MODEL, plan_of("interleaved", 2, dp=2, memory=Memory(zero_stage=2))),
+        (
+            MODEL,
+            plan_of(
+                "1f1b",
+                dp=2,
+                memory=Memory(zero_stage=3, recompute="full"),
+                runtime=Runtime(overlap_grad_reduce=False, overlap_param_gather=False),
+            ),
+        ),
     ]
     sources = [(model_source(model, batch=plan.batch.global_batch), plan) for model, plan in cases]
     for (_, plan), found in zip(
@@ -160,6 +171,19 @@ def test_processes_that_torchrun_starts_join(tmp_path: Path) -> None:
 def test_what_cannot_run_is_refused_by_name(plan: Plan, message: str) -> None:
     with pytest.raises(InputError, match=message):
         check_processes(plan)
+
+
+def test_a_pass_for_weights_alone_is_refused_where_parameters_are_split() -> None:
+    for zero_stage in (1, 2):
+        plan = plan_of("zb-h1", dp=2, memory=Memory(zero_stage=zero_stage))  # type: ignore[arg-type]
+        order = order_of(plan)
+        if zero_stage == 1:
+            check_order(plan, order)
+            continue
+        with pytest.raises(
+            InputError, match=r"pipeline.schedule = .zb-h1.: passes for weights' gradients find no weights under ZeRO 2 and 3"
+        ):
+            check_order(plan, order)
 
 
 def test_a_process_needs_a_gpu_of_its_own() -> None:
