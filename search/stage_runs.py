@@ -13,6 +13,7 @@ import numpy as np
 from search.chain_kernels import ChainArrays, Ints, least_memory
 from search.chain_problem import ChainProblem
 from search.chain_solver import chain_arrays
+from search.cut_kernels import cut_runs, fastest_inside, need_of_run, run_needs
 from search.run_kernels import (
     Beginnings,
     Choices,
@@ -21,12 +22,8 @@ from search.run_kernels import (
     Runs,
     block_choices,
     choice_front,
-    cut_runs,
-    fastest_inside,
     fastest_joins,
     leanest_join,
-    need_of_run,
-    run_needs,
 )
 from simulator.sequence import Operation
 

@@ -248,8 +248,7 @@ class MicroBatchLowering:
         if index == 0 and not again and self.receives:
             self._receive_input()
         self._copy_state(index, again=again)
-        for event in run.memory:
-            self._forward_event(event, offsets, index, again=again)
+        self._forward_events(run, offsets, index, again=again)
         end = float(offsets[-1])
         self._drop_state_copy(index, end, again=again)
         if index == len(self.workload.blocks) - 1 and not again and not self.sends:
@@ -303,6 +302,10 @@ class MicroBatchLowering:
         if index in self.twice and again:
             self.builder.change(end, -self.workload.blocks[index].state_bytes, MemoryClass.ACTIVATIONS)
 
+    def _forward_events(self, run: Pass, offsets: NDArray[np.float64], index: int, *, again: bool) -> None:
+        for event in run.memory:
+            self._forward_event(event, offsets, index, again=again)
+
     def _forward_event(self, event: MemoryEvent, offsets: NDArray[np.float64], index: int, *, again: bool) -> None:
         time_s = float(offsets[event.kernel])
         memory_class = MemoryClass.TRANSIENT if event.buffer == "transient" else MemoryClass.ACTIVATIONS
@@ -327,13 +330,16 @@ class MicroBatchLowering:
             self._copy_state(index, again=True)
         if index == len(self.workload.blocks) - 1:
             self._receive_gradient(index + 1)
-        for event in run.memory:
-            self._backward_event(event, float(offsets[event.kernel]), index)
+        self._backward_events(run, offsets, index)
         self._drop_state_copy(index, float(offsets[-1]), again=recomputes)
         self.builder.change(float(offsets[-1]), -self.gradient_of.pop(index + 1), MemoryClass.ACTIVATIONS)
 
     def _backward_pass(self, option: BlockOption, _index: int) -> Pass:
         return option.backward if self.first_micro_batch else option.backward_accumulate
+
+    def _backward_events(self, run: Pass, offsets: NDArray[np.float64], index: int) -> None:
+        for event in run.memory:
+            self._backward_event(event, float(offsets[event.kernel]), index)
 
     def _backward_event(self, event: MemoryEvent, time_s: float, index: int) -> None:
         if event.buffer == "saved_input":

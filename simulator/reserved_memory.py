@@ -24,6 +24,7 @@ from hardware_models.caching_allocator import (
     apply_event,
     peaks_of,
 )
+from hardware_models.compiled_allocator import has_plain_rules, replay_steps
 from simulator.optimizer_states import OPTIMIZER_STATES, STEP_COUNT_BYTES
 from simulator.program import MemoryClass
 from simulator.timeline import MemoryProfile
@@ -112,18 +113,18 @@ def repeated_peaks(
         settings: the allocator's.
         capacity_bytes: of the device.
     """
-    allocator = CachingAllocator(settings, capacity_bytes=capacity_bytes)
     static = (
         *_allocations("moved", resident.moved), *_allocations("parameter", resident.parameters),
         *(AllocationEvent(action="free", name=("moved", n)) for n in range(len(resident.moved))),
         *_allocations("master", resident.masters), *_allocations("batch", resident.batch),
     )  # fmt: skip
-    states = _allocations("state", resident.optimizer_states)
-    count = 0
+    first = (*static, *step[:at_update], *_allocations("state", resident.optimizer_states), *step[at_update:])
+    if capacity_bytes is None and has_plain_rules(settings):
+        return replay_steps(first, step, most_steps=MOST_STEPS, settings=settings)
+    allocator, count = CachingAllocator(settings, capacity_bytes=capacity_bytes), 0
     for index in range(MOST_STEPS):
         before = allocator.peak_reserved_bytes
-        events = (*static, *step[:at_update], *states, *step[at_update:]) if index == 0 else step
-        for event in events:
+        for event in first if index == 0 else step:
             if not apply_event(allocator, event):
                 return peaks_of(allocator, out_of_memory_at=count)
             count += 1

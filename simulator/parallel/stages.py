@@ -9,6 +9,7 @@ from itertools import accumulate, pairwise
 from hardware_models.kernel import Kernel
 from simulator.builder import Builder
 from simulator.lower import MicroBatchLowering, PassPrices
+from simulator.lower_sums import NOTHING, lowered_sums
 from simulator.parallel.partition import even_partition
 from simulator.plan import Plan
 from simulator.plan_sections import plan_refusal
@@ -163,12 +164,17 @@ def stage_cost(stage: Stage, operations: Sequence[Operation], prices: PassPrices
         operations: order in which the stage runs its blocks, indices counted from its first.
         prices: of passes on the device.
     """
-    builder, recomputed_first = _lowered(stage, operations, prices)
-    recomputed = tuple(operation.block for operation in operations[recomputed_first:] if operation.kind != "B")
+    turn, halves = 0, (NOTHING, NOTHING)
+    if operations:
+        turn = backward_start(operations)
+        halves = lowered_sums(stage.workload, operations, prices, turn=turn, receives=stage.receives, sends=stage.sends)
+    forward, backward = (
+        PassCost(seconds=half.seconds, rise_bytes=half.rise_bytes, net_bytes=half.net_bytes) for half in halves
+    )
+    recomputed = tuple(operation.block for operation in operations[turn:] if operation.kind != "B")
     return StageCost(
-        forward=_pass_cost(builder, 0, recomputed_first), backward=_pass_cost(builder, recomputed_first, len(builder.kinds)),
-        weight_s=sum(_weight_seconds(block, prices) for block in stage.blocks), recomputed=recomputed,
-        recomputed_flops=_recomputed_flops(stage, operations, recomputed),
+        forward=forward, backward=backward, weight_s=sum(_weight_seconds(block, prices) for block in stage.blocks), recomputed=recomputed,
+        recomputed_flops=_recomputed_flops(stage, operations, recomputed, prices),
     )  # fmt: skip
 
 
@@ -248,14 +254,21 @@ def _cuts(ahead: Sequence[int], back: Sequence[int], last: int) -> list[int]:
     return sorted(ordered(ahead) & mirrored)
 
 
-def _recomputed_flops(stage: Stage, operations: Sequence[Operation], recomputed: Sequence[int]) -> int:
+def _recomputed_flops(stage: Stage, operations: Sequence[Operation], recomputed: Sequence[int], prices: PassPrices) -> int:
+    def flops(run: Pass) -> int:
+        return prices.once(("flops", id(run)), lambda: (run, run.flops))[1]
+
     names = {operation.block: operation.option for operation in operations if operation.kind == "F_all"}
+    blocks = stage.blocks
     whole = sum(
-        (stage.blocks[block].option(names[block]).forward if block in names else stage.blocks[block].discard).flops
-        for block in recomputed
+        flops(blocks[block].option(names[block]).forward if block in names else blocks[block].discard) for block in recomputed
     )
-    taped = [(stage.blocks[operation.block], operation.option) for operation in operations if operation.kind == "F_all"]
-    return whole + sum(block.option(name).backward.flops - block.options[0].backward.flops for block, name in taped)
+    more = (
+        flops(blocks[block].option(name).backward) - flops(blocks[block].options[0].backward)
+        for kind, block, name in operations
+        if kind == "F_all"
+    )
+    return whole + sum(more)
 
 
 def backward_start(operations: Sequence[Operation]) -> int:
@@ -296,6 +309,10 @@ def _by_kind(seconds: Sequence[tuple[Kind, float]]) -> tuple[tuple[Kind, float],
 
 def _weight_seconds(block: Block, prices: PassPrices) -> float:
     """Seconds of a block's backward pass that only make parameters' gradients."""
+    return prices.once(("weight seconds", id(block)), lambda: (block, _weight_seconds_of(block, prices)))[1]
+
+
+def _weight_seconds_of(block: Block, prices: PassPrices) -> float:
     option = block.options[0]
     first, later = option.backward, option.backward_accumulate
     offsets = prices.offsets(first)
