@@ -93,7 +93,7 @@ class Sustained:
     """Rate of products inside a long step over that of a single short one timed alone.
 
     **Model**: a short product runs at the boost clock; inside a step the board reaches its power limit and lowers clock and voltage (power grows with
-    clock times voltage squared). Time of a compute-bound kernel inside a step = its time alone / ``factor``, with ``low <= factor <= high``.
+    clock times voltage squared). Time of a compute-bound kernel inside a step = its time alone / ``factor``; ``low`` to ``high`` holds four fifths of what shapes and sources say.
 
     **Not modelled**: the mix of kernels in the step (memory-bound ones let the board cool), the operands' values, the room's temperature.
 

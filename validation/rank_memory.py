@@ -14,7 +14,7 @@ from hardware_models.errors import InfeasibleError, InputError
 from hardware_models.units import GIB
 from simulator.parallel.mesh import mesh_of
 from simulator.parallel.simulation import ParallelSimulation
-from validation.discrepancy import Discrepancy, half_width, read_discrepancy
+from validation.discrepancy import Discrepancy, half_width, kind_of, read_discrepancy
 from validation.error_summary import ErrorSummary, summary_of
 from validation.express import express
 from validation.published_row import NEEDED_COLUMNS, PublishedRow, read_published
@@ -123,7 +123,8 @@ def check_rank_memory(path: Path, *, report: Report | None = None, discrepancy: 
         if isinstance(run, str):
             refused.append((name, run))
             continue
-        ranks.append(_check_of(row, name, run, half_width(spreads.memory_spread(path.stem, ""), 0.0)))
+        kind = kind_of(run.plan, run.cluster.devices_per_node)
+        ranks.append(_check_of(row, name, run, half_width(spreads.memory_spread(path.stem, kind), 0.0)))
     return RankMemoryCheck(path=path, num_rows=len(cells), ranks=tuple(ranks), not_expressible=tuple(refused))
 
 

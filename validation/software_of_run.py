@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
 from math import log
@@ -10,11 +11,13 @@ from math import log
 from hardware_models.catalogue import load_hardware
 from hardware_models.gridded import GriddedCurve
 from hardware_models.profile import DeviceProfile
-from validation.framework_facts import FrameworkFacts
+from validation.framework_facts import FlashPort, FrameworkFacts
 from validation.published_row import PublishedRow
 
 FIRST_OVER_SECOND = 2.0
 """Time of the first FlashAttention's kernels over that of the second's: "around 2x speedup", 25-40% against 50-73% of A100's peak (Dao 2023, arXiv 2307.08691, abstract)."""
+FIRST_IN_TRITON: Mapping[str, float] = {"attention": 1.4, "attention_backward": 2.0}
+"""The same of its port to Triton: "1.3-1.5x" forward and "around 2x" backward (the same paper, section 4.1)."""
 SECOND_SHARE_OF_HOPPER = 0.35
 """Of Hopper's peak that the second's kernels reach, which know neither its tensor cores' own instructions nor its copy engine (Shah et al. 2024, FlashAttention-3, arXiv 2407.08608, abstract)."""
 CURVE_SHARE_OF_HOPPER = 0.51
@@ -34,28 +37,32 @@ def flash_generation(row: PublishedRow, facts: FrameworkFacts) -> int:
 
 
 @lru_cache(maxsize=64)
-def device_of_run(name: str, generation: int, library: str = "") -> DeviceProfile:
+def device_of_run(name: str, generation: int, library: str = "", *, port: FlashPort = "cuda") -> DeviceProfile:
     """The catalogue's device with attention kernels of a generation and a version of the product library (`alignment`; empty: the newest).
 
-    **Model**: curves are of the newest attention kernels that a device had. The first takes twice the time at every shape; the second takes that of the curves up to Ampere, and `CURVE_SHARE_OF_HOPPER` / `SECOND_SHARE_OF_HOPPER` times
-    that on Hopper, forward and backward alike (the paper finds the third 1.5 to 2.0 and 1.5 to 1.75 times faster).
+    **Model**: curves are of the newest attention kernels that a device had. The second takes the time of the curves up to Ampere and `CURVE_SHARE_OF_HOPPER` / `SECOND_SHARE_OF_HOPPER` times that on Hopper,
+    forward and backward alike (the paper finds the third 1.5 to 2.0 and 1.5 to 1.75 times faster). The first takes twice the second's time at every shape, its port to Triton less forward.
 
-    **Not modelled**: the first's weaker parallelism over few long samples, which slows it further; what it takes on Hopper beyond twice; the second on Blackwell.
+    **Not modelled**: the first's weaker parallelism over few long samples, which slows it further; the second on Blackwell.
+
+    Args:
+        name: of the device.
+        generation: of flash attention.
+        library: of products.
+        port: in which the first was written.
     """
     device = replace(load_hardware(name), product_library=library)
-    factor = _time_factor(device, generation)
-    if factor == 1.0:
+    if generation >= _NEWEST or (generation > 1 and device.architecture != _HOPPER):
         return device
-    return replace(
-        device,
-        grids=tuple(_slower(curve, factor) if curve.kernel_class == "attention" else curve for curve in device.grids),
+    newer = CURVE_SHARE_OF_HOPPER / SECOND_SHARE_OF_HOPPER if device.architecture == _HOPPER else 1.0
+    first = FIRST_IN_TRITON if port == "triton" else dict.fromkeys(FIRST_IN_TRITON, FIRST_OVER_SECOND)
+    grids = tuple(
+        _slower(curve, newer * (first.get(curve.group, FIRST_OVER_SECOND) if generation == 1 else 1.0))
+        if curve.kernel_class == "attention"
+        else curve
+        for curve in device.grids
     )
-
-
-def _time_factor(device: DeviceProfile, generation: int) -> float:
-    if generation == 1:
-        return FIRST_OVER_SECOND
-    return CURVE_SHARE_OF_HOPPER / SECOND_SHARE_OF_HOPPER if generation < _NEWEST and device.architecture == _HOPPER else 1.0
+    return replace(device, grids=grids)
 
 
 def _slower(curve: GriddedCurve, factor: float) -> GriddedCurve:

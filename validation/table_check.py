@@ -12,7 +12,7 @@ from simulator.model_source import ModelSource
 from simulator.parallel.simulate_source import simulate_source
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.plan import Plan
-from validation.discrepancy import Discrepancy, Residual, half_width, probability_above, read_discrepancy
+from validation.discrepancy import Discrepancy, Residual, half_width, kind_of, probability_above, read_discrepancy
 from validation.error_summary import (
     ErrorSummary,
     balanced_accuracy,
@@ -52,6 +52,11 @@ class Compared:
         return replace(self, low=max(0.0, self.predicted * (1.0 - half)), high=self.predicted * (1.0 + half))
 
     @property
+    def distance(self) -> float | None:
+        """``measured / predicted - 1``: where in an interval around the prediction the measurement lies."""
+        return self.measured / self.predicted - 1.0 if self.measured and self.predicted else None
+
+    @property
     def holds(self) -> bool:
         """Whether the interval holds the measurement."""
         return self.measured is not None and self.low <= self.measured <= self.high
@@ -80,6 +85,8 @@ class RowCheck:
     needed_bytes: float
     """Reserved and context, of the rank that needs most."""
     device_bytes: float
+    kind: str
+    """Of the run: `validation.discrepancy.kind_of`."""
 
     @property
     def status_predicted(self) -> str:
@@ -88,8 +95,8 @@ class RowCheck:
 
     def with_spreads(self, discrepancy: Discrepancy, table: str) -> RowCheck:
         """The same prediction with intervals and probability of other spreads."""
-        time_half = half_width(discrepancy.time_spread(table, self.evidence), self.kernel_error)
-        memory_spread = discrepancy.memory_spread(table, self.evidence)
+        time_half = half_width(discrepancy.time_spread(table, self.kind), self.kernel_error)
+        memory_spread = discrepancy.memory_spread(table, self.kind)
         return replace(
             self, step_time=self.step_time.within(time_half), peak_memory=self.peak_memory.within(half_width(memory_spread, 0.0)),
             oom_probability=probability_above(self.needed_bytes, self.device_bytes, memory_spread),
@@ -161,13 +168,13 @@ class TableCheck:
     def residuals(self) -> tuple[list[Residual], list[Residual]]:
         """Errors of step times and of peaks, for `validation.discrepancy`."""
         times = [
-            Residual(table=self.path.stem, evidence=row.evidence, error=row.step_time.error, kernel_error=row.kernel_error)
+            Residual(table=self.path.stem, kind=row.kind, error=row.step_time.distance, kernel_error=row.kernel_error)
             for row in self.timed
-            if row.step_time.error is not None
+            if row.step_time.distance is not None
         ]
         peaks = [
-            Residual(table=self.path.stem, evidence=row.evidence, error=row.peak_memory.error, kernel_error=0.0)
-            for row in self.rows if row.status_measured == "ok" and row.peak_memory.error is not None
+            Residual(table=self.path.stem, kind=row.kind, error=row.peak_memory.distance, kernel_error=0.0)
+            for row in self.rows if row.status_measured == "ok" and row.peak_memory.distance is not None
         ]  # fmt: skip
         return times, peaks
 
@@ -212,6 +219,7 @@ def check_row(row: PublishedRow, siblings: Sequence[PublishedRow], discrepancy: 
         peak_memory=Compared(measured=measured.peak_memory_bytes, predicted=peak, low=peak, high=peak), assumed=assumed,
         evidence="+".join(sorted(simulation.price.evidence)), kernel_error=simulation.price.relative_standard_error,
         needed_bytes=max(simulation.peak_reserved_bytes) + simulation.device.context_bytes, device_bytes=simulation.device.memory_bytes,
+        kind=kind_of(expressed.plan, expressed.cluster.devices_per_node),
     )  # fmt: skip
     return found.with_spreads(discrepancy, table)
 
@@ -231,7 +239,8 @@ def predicted_run(expressed: Expressed, basis: MemoryBasis = "allocated") -> tup
 def _simulated(expressed: Expressed, plan: Plan, basis: MemoryBasis) -> ParallelSimulation:
     """The step; with the allocator replayed where reserved bytes are compared or decide whether it fits: a replay takes far longer than the step."""
     source = ModelSource(name=expressed.config.name, config=expressed.config, seq_len=expressed.seq_len)
-    device = device_of_run(expressed.cluster.device, expressed.flash_generation, expressed.facts.product_library)
+    facts = expressed.facts
+    device = device_of_run(expressed.cluster.device, expressed.flash_generation, facts.product_library, port=facts.flash_port)
     if basis == "allocated":
         live = simulate_source(source, plan, expressed.cluster, reserved=False, device=device)
         needed = max(live.peak_memory_bytes) + live.device.context_bytes

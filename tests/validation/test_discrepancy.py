@@ -9,11 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.simulator.parallel.step_cases import plan_of
 from validation.discrepancy import (
     NORMAL_Z,
+    PRICE_SHARE,
     WITHOUT_TABLES,
     Residual,
     half_width,
+    kind_of,
     probability_above,
     read_discrepancy,
     spread_of,
@@ -21,12 +24,12 @@ from validation.discrepancy import (
 )
 
 
-def residual(table: str, error: float, *, kernel_error: float = 0.0, evidence: str = "published") -> Residual:
-    return Residual(table=table, evidence=evidence, error=error, kernel_error=kernel_error)
+def residual(table: str, error: float, *, kernel_error: float = 0.0, kind: str = "node") -> Residual:
+    return Residual(table=table, kind=kind, error=error, kernel_error=kernel_error)
 
 
 def test_half_width_by_hand() -> None:
-    assert half_width(0.03, 0.04) == pytest.approx(NORMAL_Z * 0.05)
+    assert half_width(0.03, 0.04 / PRICE_SHARE) == pytest.approx(NORMAL_Z * 0.05)
     assert half_width(0.0, 0.0) == 0.0
 
 
@@ -44,15 +47,15 @@ def test_more_bytes_are_never_less_likely_to_be_too_many(bytes_used: float, more
 def test_the_spread_is_that_of_the_quantile_without_what_prices_explain() -> None:
     errors = [0.01 * n for n in range(1, 11)]
     assert spread_of([residual("a", error) for error in errors]) == pytest.approx(0.08 / NORMAL_Z)
-    explained = spread_of([residual("a", error, kernel_error=0.05) for error in errors])
+    explained = spread_of([residual("a", error, kernel_error=0.05 / PRICE_SHARE) for error in errors])
     assert explained == pytest.approx(sqrt((0.08 / NORMAL_Z) ** 2 - 0.05**2))
-    assert spread_of([residual("a", 0.01, kernel_error=0.05)]) == 0.0
+    assert spread_of([residual("a", 0.01, kernel_error=0.05 / PRICE_SHARE)]) == 0.0
 
 
 def test_each_row_is_held_by_an_interval_with_its_own_prices() -> None:
     """Rows of well and of badly known prices: the spread is what the worst of the best four fifths needs beyond its own."""
-    known = [residual("a", 0.10, kernel_error=0.01) for _ in range(8)]
-    unknown = [residual("a", 0.30, kernel_error=0.25) for _ in range(2)]
+    known = [residual("a", 0.10, kernel_error=0.01 / PRICE_SHARE) for _ in range(8)]
+    unknown = [residual("a", 0.30, kernel_error=0.25 / PRICE_SHARE) for _ in range(2)]
     spread = spread_of([*known, *unknown])
     assert spread == pytest.approx(sqrt((0.10 / NORMAL_Z) ** 2 - 0.01**2))
     held = [abs(one.error) <= half_width(spread, one.kernel_error) * (1 + 1e-9) for one in [*known, *unknown]]
@@ -70,10 +73,24 @@ def test_a_table_does_not_widen_its_own_intervals() -> None:
     assert spreads["good"]["any"] == pytest.approx(0.4 / NORMAL_Z)
 
 
-def test_spreads_are_looked_up_by_table_and_evidence(tmp_path: Path) -> None:
+def test_spreads_are_looked_up_by_table_and_kind(tmp_path: Path) -> None:
     path = tmp_path / "discrepancy.toml"
-    path.write_text("[time.any]\nany = 0.1\npublished = 0.05\n[time.mine]\nany = 0.2\n", encoding="utf-8")
+    path.write_text('[time.any]\nany = 0.1\n"nodes, stages" = 0.05\n[time.mine]\nany = 0.2\n', encoding="utf-8")
     found = read_discrepancy(path)
-    assert found.time_spread("other", "published") == 0.05
-    assert found.time_spread("mine", "published") == 0.2
-    assert found.memory_spread("mine", "published") == WITHOUT_TABLES
+    assert found.time_spread("other", "nodes, stages") == 0.05
+    assert found.time_spread("mine", "nodes, stages") == 0.2
+    assert found.memory_spread("mine", "node") == WITHOUT_TABLES
+
+
+def test_kinds_are_places_and_stages() -> None:
+    assert kind_of(plan_of(tp=8), 8) == "node"
+    assert kind_of(plan_of(tp=8), 4) == "nodes"
+    assert kind_of(plan_of(tp=4, pp=4), 8) == "nodes, stages"
+    assert kind_of(plan_of(tp=2, pp=4), 8) == "node, stages"
+
+
+def test_spreads_are_those_of_the_kind() -> None:
+    spreads = spreads_of([residual("a", 0.1), residual("b", 0.3, kind="nodes"), residual("c", 0.2, kind="nodes, stages")])
+    assert spreads["c"]["node"] == pytest.approx(0.1 / NORMAL_Z)
+    assert spreads["c"]["nodes"] == pytest.approx(0.3 / NORMAL_Z)
+    assert "nodes, stages" not in spreads["c"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from hardware_models.kernel import Kernel
@@ -10,6 +12,7 @@ from tests.published_rows import row_of
 from validation.framework_facts import facts_of
 from validation.software_of_run import (
     CURVE_SHARE_OF_HOPPER,
+    FIRST_IN_TRITON,
     FIRST_OVER_SECOND,
     SECOND_SHARE_OF_HOPPER,
     device_of_run,
@@ -51,6 +54,23 @@ def test_the_first_generation_takes_twice_the_time_and_nothing_else_does() -> No
     slow, fast = price([ATTENTION, PRODUCT], first, sustained=False), price([ATTENTION, PRODUCT], second, sustained=False)
     assert slow[0] == pytest.approx(FIRST_OVER_SECOND * fast[0])
     assert slow[1] == fast[1]
+
+
+def test_the_port_to_triton_is_less_slow_forward() -> None:
+    device, port, second = (
+        device_of_run("a100-sxm-80gb", 1),
+        device_of_run("a100-sxm-80gb", 1, port="triton"),
+        device_of_run("a100-sxm-80gb", 2),
+    )
+    backward = replace(ATTENTION, op="_scaled_dot_product_flash_attention_backward")
+    times = [price([ATTENTION, backward], one, sustained=False) for one in (device, port, second)]
+    assert times[1][0] == pytest.approx(FIRST_IN_TRITON["attention"] * times[2][0])
+    assert times[1][1] == pytest.approx(times[0][1])
+
+
+def test_the_first_generation_on_hopper_is_twice_as_slow_as_the_second_there() -> None:
+    first, second = (price([ATTENTION], device_of_run("h100-sxm", generation), sustained=False)[0] for generation in (1, 2))
+    assert first == pytest.approx(FIRST_OVER_SECOND * second)
 
 
 def test_the_second_generation_is_slower_on_hopper_only() -> None:
