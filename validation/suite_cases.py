@@ -9,9 +9,10 @@ from types import MappingProxyType
 from hardware_models.errors import InfeasibleError, InputError
 from hardware_models.profile import DeviceProfile
 from search.device.host_cells import TECHNIQUES
+from search.found_plan import Found
 from search.plan_search import PlanSearch, SearchRequest
 from simulator.model_source import ModelSource, model_source
-from simulator.plan import Batch, Memory, Plan, Precision
+from simulator.plan import Batch, Memory, Plan, Precision, Runtime
 from simulator.plan_sections import ComputePrecision
 from validation.bundle import BundleCase
 from validation.replay_comparison import ReplayCase, bundle_case, replay_case
@@ -30,18 +31,27 @@ class SuiteModel:
     batch: int
     seq_len: int | None = None
     precisions: tuple[ComputePrecision, ...] = ("fp32",)
+    more: tuple[str, ...] = ()
+    """Of `BESIDE`."""
 
 
-def _small(function: str, batch: int, seq_len: int | None = None) -> SuiteModel:
-    return SuiteModel(name=function, model=f"validation.suite_models:{function}", batch=batch, seq_len=seq_len)
+BESIDE = MappingProxyType({
+    "bf16 alone": (Precision(compute="bf16", grads="bf16", master="bf16"), False), "fp8": (Precision(compute="fp8"), False),
+    "compiled": (None, True), "fp8, compiled": (Precision(compute="fp8"), True),
+})  # fmt: skip
+"""Number formats (None: the model's first), and whether blocks are compiled: each run with nothing and with every block recomputed."""
+
+
+def _small(function: str, batch: int, seq_len: int | None = None, more: tuple[str, ...] = ()) -> SuiteModel:
+    return SuiteModel(name=function, model=f"validation.suite_models:{function}", batch=batch, seq_len=seq_len, more=more)
 
 
 SUITES = MappingProxyType({
-    "cpu": (_small("gpt", 8, 128), _small("llama", 8, 128), _small("vit", 8), _small("fno", 8), _small("resnet", 8), _small("unet", 2)),
+    "cpu": (_small("gpt", 8, 128, ("compiled",)), _small("llama", 8, 128), _small("vit", 8), _small("fno", 8), _small("resnet", 8), _small("unet", 2)),
     "cuda": (
-        SuiteModel(name="gpt-xl", model="gpt-xl", batch=8, seq_len=1024, precisions=("bf16",)),
-        SuiteModel(name="llama-1b", model="llama-1b", batch=4, seq_len=2048, precisions=("bf16",)),
-        SuiteModel(name="vit-b16", model="vit-b16", batch=64, precisions=("bf16", "tf32")),
+        SuiteModel(name="gpt-xl", model="gpt-xl", batch=8, seq_len=1024, precisions=("bf16",), more=tuple(BESIDE)),
+        SuiteModel(name="llama-1b", model="llama-1b", batch=4, seq_len=2048, precisions=("bf16",), more=("bf16 alone", "fp8", "compiled")),
+        SuiteModel(name="vit-b16", model="vit-b16", batch=64, precisions=("bf16", "tf32"), more=("fp8", "compiled")),
         SuiteModel(name="fno2d", model="fno2d-plain", batch=64),
         SuiteModel(name="fno3d", model="fno3d-plain", batch=16),
         SuiteModel(name="resnet50", model="resnet50", batch=64, precisions=("tf32",)),
@@ -77,7 +87,23 @@ def suite_cases(
         if name not in known:
             raise InputError(source="--model", key="name", value=name, rule=f"models of this suite are {', '.join(known)}")
     chosen = [model for model in suite if not models or model.name in models]
-    return [case for model in chosen for precision in model.precisions for case in _cases(model, precision, device, tell)]
+    found = [case for model in chosen for precision in model.precisions for case in _cases(model, precision, device, tell)]
+    return [*found, *(case for model in chosen for name in model.more for case in _beside(model, name, device, tell))]
+
+
+def _beside(model: SuiteModel, name: str, device: DeviceProfile, tell: Callable[[str], None]) -> Iterator[BundleCase]:
+    """A model in other formats or compiled."""
+    precision, compiled = BESIDE[name]
+    tell(f"{model.name}, {name}: tracing")
+    base = Plan(
+        batch=Batch(global_batch=model.batch, seq_len=model.seq_len), precision=precision or Precision(compute=model.precisions[0]),
+        runtime=Runtime(compile=compiled),
+    )  # fmt: skip
+    source = model_source(model.model, batch=model.batch, seq_len=model.seq_len).with_plan_batch(base)
+    for recompute in ("none", "full"):
+        plan = replace(base, memory=ONE_BY_ONE[recompute])
+        title = f"{model.name}, {name}: {recompute}"
+        yield bundle_case(replay_case(plan, source, device, name=title), source, device)
 
 
 def _cases(
@@ -110,15 +136,25 @@ def _searched(source: ModelSource, device: DeviceProfile, title: str, tell: Call
         )
     )
     plain = space.plain().peak_bytes
-    for share in BUDGETS:
-        budget = round(share * plain)
+    budgets = {f"searched, {share:.0%}": round(share * plain) for share in BUDGETS}
+    refused: list[str] = []
+    for name, budget in budgets.items():
         try:
             found = space.best_within(budget)
         except InfeasibleError as error:
-            tell(f"{title}: {share:.0%} of the plain peak: {error.smallest_change}")
+            tell(f"{title}: {name} of the plain peak: {error.smallest_change}")
+            refused.append(f"{budget / plain:.0%}")
             continue
-        plan = space.plan_of(found)
-        plan = replace(plan, memory=replace(plan.memory, budget_bytes=budget))
-        yield bundle_case(
-            ReplayCase(name=f"{title}: searched, {share:.0%}", plan=plan, operations=found.candidate.operations), source, device
-        )
+        yield _found(space, found, budget, f"{title}: {name}")
+    if refused:
+        least = space.least().peak_bytes
+        name = f"searched, {least / plain:.0%} (the least that fits; {' and '.join(refused)} do not)"
+        yield _found(space, space.best_within(least), least, f"{title}: {name}")
+
+
+def _found(space: PlanSearch, found: Found, budget: int, name: str) -> BundleCase:
+    """What a search found under a budget, as a case."""
+    plan = space.plan_of(found)
+    plan = replace(plan, memory=replace(plan.memory, budget_bytes=budget))
+    case = ReplayCase(name=name, plan=plan, operations=found.candidate.operations)
+    return bundle_case(case, space.request.model, space.request.device)

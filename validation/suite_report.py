@@ -233,6 +233,24 @@ def suite_table(rows: Sequence[SuiteRow]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def memory_table(rows: Sequence[SuiteRow]) -> str:
+    """Memory of every predicted step as a Markdown table: a row a rank (the suite runs on one device, which is rank 0); GiB."""
+    lines = [
+        "| step | rank | allocated: predicted | measured | error | reserved: predicted | measured | error | on the host: predicted | measured |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row.failed or row.predicted is None:
+            continue
+        found = row.predicted
+        for rank, (allocated, reserved) in enumerate(zip(found.peak_allocated_bytes, found.peak_reserved_bytes, strict=True)):
+            lines.append(
+                f"| {row.case.name} | {rank} | {allocated / GIB:.4f} | {row.measured['allocated_bytes'] / GIB:.4f} | {row.memory_error:+.2%} | {reserved / GIB:.4f} "
+                f"| {row.measured['reserved_bytes'] / GIB:.4f} | {row.reserved_error:+.2%} | {found.peak_host_bytes / GIB:.4f} | {row.measured['host_bytes'] / GIB:.4f} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
 def write_results(rows: Sequence[SuiteRow], environment: Mapping[str, Any], device: DeviceProfile, out: Path) -> dict[str, Any]:
     """Writes plans, predicted, measured (also instruction by instruction), environment, summary and table into a folder; the summary."""
     summary = summary_of(rows) | {"device": device.name, "provenance": device.provenance}
@@ -252,6 +270,7 @@ def write_results(rows: Sequence[SuiteRow], environment: Mapping[str, Any], devi
     for name, table in tables.items():
         with whole_file(out / name) as temporary:
             temporary.write_text(json.dumps(table, indent=1), encoding="utf-8")
-    with whole_file(out / "table.md") as temporary:
-        temporary.write_text(suite_table(rows), encoding="utf-8")
+    for name, text in {"table.md": suite_table(rows), "memory.md": memory_table(rows)}.items():
+        with whole_file(out / name) as temporary:
+            temporary.write_text(text, encoding="utf-8")
     return summary

@@ -89,6 +89,24 @@ def test_measuring_goes_on_where_it_stopped(raw_path: Path) -> None:
     assert not any(one.samples_s for one in load_previous(raw_path, cases, device="cuda"))
 
 
+def test_a_resumed_run_has_a_yardstick(raw_path: Path, tmp_path: Path) -> None:
+    from hardware_models.microbench import previous_yardstick, time_missing_yardstick
+
+    raw = json.loads(raw_path.read_text())
+    places = len(raw["yardstick_s"])
+    assert previous_yardstick(raw_path, places) == raw["yardstick_s"]
+    assert previous_yardstick(raw_path, places + 1) == [[]] * (places + 1)
+    kept = previous_yardstick(raw_path, places)
+    time_missing_yardstick(kept, 2)
+    assert kept == raw["yardstick_s"]
+    older = tmp_path / "raw.json"
+    older.write_text(json.dumps({key: value for key, value in raw.items() if key != "yardstick_s"}))
+    found = previous_yardstick(older, places)
+    time_missing_yardstick(found, 2)
+    assert [len(samples) for samples in found] == [2] + [0] * (places - 1)
+    assert fit_profile(raw | {"yardstick_s": found}, tmp_path / "profile").yardstick_s > 0
+
+
 def test_too_little_is_refused(raw_path: Path, tmp_path: Path) -> None:
     raw = json.loads(raw_path.read_text())
     raw["results"] = [row for row in raw["results"] if row["kernel_class"] != "gemm"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from validation.bundle import BundleCase
 from validation.hand_made import layers_checkpointed, layers_of
 from validation.replay import replay_bundle
 from validation.replay_causes import cause_of
-from validation.suite_cases import SUITES, SuiteModel, _cases, suite_cases
+from validation.suite_cases import SUITES, SuiteModel, _beside, _cases, suite_cases
 from validation.suite_figures import write_figures
 from validation.suite_report import suite_rows, suite_table, summary_of, write_results
 
@@ -99,10 +100,14 @@ def test_a_run_suite_is_reported_with_plans_and_figures(cases: list[BundleCase],
     assert "| mlp: all on host |" in table
     assert "bitwise" in table
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "environment.json", "instructions.json", "measured.json", "plans", "predicted.json", "summary.json", "table.md",
+        "environment.json", "instructions.json", "measured.json", "memory.md", "plans", "predicted.json", "summary.json", "table.md",
     }  # fmt: skip
     assert len(list((tmp_path / "out" / "plans").iterdir())) == 4
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["rows"][0]["name"] == "mlp: plain"
+    memory = (tmp_path / "out" / "memory.md").read_text().splitlines()
+    assert [line.split(" | ")[:2] for line in memory[2:]] == [
+        ["| " + name, "0"] for name in ("mlp: plain", "mlp: full", "mlp: all on host")
+    ]
     instructions = json.loads((tmp_path / "out" / "instructions.json").read_text())["mlp: full"]
     assert all(seconds["predicted_s"] > 0 and seconds["measured_s"] > 0 for seconds in instructions.values())
     write_figures(rows, tmp_path / "out")
@@ -173,3 +178,34 @@ def test_layers_are_checkpointed_and_given_back() -> None:
 def test_the_plans_of_a_suite_keep_their_batch(cases: list[BundleCase]) -> None:
     halves = next(case for case in cases if case.name.endswith("half the batch"))
     assert halves.plan == Plan(batch=Batch(global_batch=4, micro_batch=2), memory=Memory(recompute="full"))
+
+
+@pytest.mark.slow
+def test_budgets_that_nothing_fits_give_way_to_the_least_that_something_does(
+    device: DeviceProfile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("validation.suite_cases.BUDGETS", (0.9, 0.02, 0.01))
+    told: list[str] = []
+    model = SuiteModel(name="mlp", model="tests.small_models:residual_mlp", batch=4)
+    names = [case.name for case in _cases(model, "fp32", device, told.append) if "searched" in case.name]
+    assert names[0] == "mlp: searched, 90%"
+    assert re.fullmatch(r"mlp: searched, \d+% \(the least that fits; 2% and 1% do not\)", names[1])
+    assert len(names) == 2
+    assert sum("the least budget that fits is" in line for line in told) == 2
+
+
+def test_formats_and_compiled_blocks_stand_beside() -> None:
+    device = load_hardware("h100-sxm")
+    found = {
+        case.name: case
+        for name in ("bf16 alone", "fp8")
+        for case in _beside(
+            SuiteModel(name="mlp", model="tests.small_models:residual_mlp", batch=4), name, device, lambda _: None
+        )
+    }
+    assert list(found) == ["mlp, bf16 alone: none", "mlp, bf16 alone: full", "mlp, fp8: none", "mlp, fp8: full"]
+    narrow, wide = (
+        found[f"mlp, {name}: none"].predicted["peak_memory_breakdown"]["parameters"] for name in ("bf16 alone", "fp8")
+    )
+    assert narrow == wide / 2
+    assert found["mlp, fp8: full"].plan.memory.recompute == "full"
