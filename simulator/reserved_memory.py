@@ -15,16 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hardware_models.caching_allocator import (
-    DEFAULT_SETTINGS,
-    AllocationEvent,
-    AllocatorPeaks,
-    AllocatorSettings,
-    CachingAllocator,
-    apply_event,
-    peaks_of,
-)
-from hardware_models.compiled_allocator import has_plain_rules, replay_steps
+from hardware_models.caching_allocator import DEFAULT_SETTINGS, AllocationEvent, AllocatorPeaks, AllocatorSettings
+from hardware_models.compiled_allocator import StepCalls, calls_of, replay_steps
 from simulator.optimizer_states import OPTIMIZER_STATES, STEP_COUNT_BYTES
 from simulator.program import MemoryClass
 from simulator.timeline import MemoryProfile
@@ -93,11 +85,11 @@ def reserved_peaks(
         ``out_of_memory_at`` counts the calls of the whole run.
     """
     step, at_update = step_events(profile, update_s=update_s)
-    return repeated_peaks(step, at_update, resident, settings=settings, capacity_bytes=capacity_bytes)
+    return repeated_peaks(calls_of(step), at_update, resident, settings=settings, capacity_bytes=capacity_bytes)
 
 
 def repeated_peaks(
-    step: Sequence[AllocationEvent],
+    step: StepCalls,
     at_update: int,
     resident: ResidentTensors,
     *,
@@ -113,28 +105,28 @@ def repeated_peaks(
         settings: the allocator's.
         capacity_bytes: of the device.
     """
-    static = (
-        *_allocations("moved", resident.moved), *_allocations("parameter", resident.parameters),
-        *(AllocationEvent(action="free", name=("moved", n)) for n in range(len(resident.moved))),
-        *_allocations("master", resident.masters), *_allocations("batch", resident.batch),
-    )  # fmt: skip
-    first = (*static, *step[:at_update], *_allocations("state", resident.optimizer_states), *step[at_update:])
-    if capacity_bytes is None and has_plain_rules(settings):
-        return replay_steps(first, step, most_steps=MOST_STEPS, settings=settings)
-    allocator, count = CachingAllocator(settings, capacity_bytes=capacity_bytes), 0
-    for index in range(MOST_STEPS):
-        before = allocator.peak_reserved_bytes
-        for event in first if index == 0 else step:
-            if not apply_event(allocator, event):
-                return peaks_of(allocator, out_of_memory_at=count)
-            count += 1
-        if index and allocator.peak_reserved_bytes == before:
-            break
-    return peaks_of(allocator)
+    end = 1 + int(step.names.max(initial=-1))
+    made = _Made(end)
+    moved, parameters = made.allocations(resident.moved), made.allocations(resident.parameters)
+    gone = StepCalls(moved.names, np.zeros(len(moved.names), np.int64))
+    lasting = (moved, parameters, gone, *(made.allocations(sizes) for sizes in (resident.masters, resident.batch)))
+    before, after = (StepCalls(*(part[own] for part in step)) for own in (slice(at_update), slice(at_update, None)))
+    first = (*lasting, before, made.allocations(resident.optimizer_states), after)
+    whole = StepCalls(*(np.concatenate(parts) for parts in zip(*first, strict=True)))
+    return replay_steps(whole, step, most_steps=MOST_STEPS, settings=settings, capacity_bytes=capacity_bytes)
 
 
-def _allocations(kind: str, sizes: Iterable[int]) -> tuple[AllocationEvent, ...]:
-    return tuple(AllocationEvent(action="allocate", name=(kind, n), size_bytes=size) for n, size in enumerate(sizes))
+class _Made:
+    """Numbers allocations one after the other."""
+
+    def __init__(self, first: int) -> None:
+        self._next = first
+
+    def allocations(self, sizes: Iterable[int]) -> StepCalls:
+        """Calls for tensors; those without bytes are left out."""
+        real = np.array([size for size in sizes if size], np.int64)
+        begin, self._next = self._next, self._next + len(real)
+        return StepCalls(np.arange(begin, self._next), real)
 
 
 def step_events(profile: MemoryProfile, *, update_s: float) -> tuple[tuple[AllocationEvent, ...], int]:

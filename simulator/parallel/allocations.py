@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from hardware_models.caching_allocator import DEFAULT_SETTINGS, AllocationEvent, AllocatorPeaks, AllocatorSettings
+import numpy as np
+
+from hardware_models.caching_allocator import DEFAULT_SETTINGS, AllocatorPeaks, AllocatorSettings
+from hardware_models.compiled_allocator import StepCalls
 from hardware_models.units import DTYPE_BYTES
 from simulator.lower import PassPrices
 from simulator.parallel.framework import PRODUCTS
@@ -43,8 +46,13 @@ class StageTensors:
 def stage_tensors(stage: Stage, operations: Sequence[Operation], prices: PassPrices) -> StageTensors:
     """The tensors behind the bytes of a stage's passes; arguments as in `stage_cost`.
 
-    **Model**: rises and falls read as tensors by the rule of `simulator.reserved_memory`.
+    **Model**: rises and falls read as tensors by the rule of `simulator.reserved_memory`. Like stages of plans with the same prices share them.
     """
+    key = ("tensors", *map(id, stage.blocks), stage.receives, stage.sends, tuple(operations))
+    return prices.once(key, lambda: _stage_tensors(stage, operations, prices))
+
+
+def _stage_tensors(stage: Stage, operations: Sequence[Operation], prices: PassPrices) -> StageTensors:
     forward, backward = pass_changes(stage, operations, prices)
     reader = TensorReader()
     for change in forward:
@@ -58,10 +66,20 @@ def stage_tensors(stage: Stage, operations: Sequence[Operation], prices: PassPri
     return StageTensors(forward=tuple(calls[:turn]), backward=tuple(calls[turn:]))
 
 
-def rank_events(
-    order: Order, rank: int, tensors_of: Callable[[Action], StageTensors], *, weight_share: float
-) -> tuple[AllocationEvent, ...]:
-    """A rank's step as calls of the allocator.
+class _Arrays:
+    """Calls of a stage's passes as arrays: names and sizes, shape (calls, 2)."""
+
+    def __init__(self, tensors: StageTensors, weight_share: float) -> None:
+        left = np.array(_left_for_weights(tensors, weight_share), np.int64)
+        forward, backward = (np.array(own, np.int64).reshape(-1, 2) for own in (tensors.forward, tensors.backward))
+        waits = np.isin(backward[:, 0], left) & (backward[:, 1] == 0)
+        freed = np.stack((left, np.zeros(len(left), np.int64)), axis=1)
+        self.of_kind = {"F": forward, "BW": backward, "B": backward[~waits], "W": freed}
+        self.width = 1 + int(max(forward[:, 0].max(initial=-1), backward[:, 0].max(initial=-1)))
+
+
+class RankCalls:
+    """Steps of ranks as calls of the allocator.
 
     **Model**: passes one after the other. Once as many micro-batches as are in flight at once, and `SETTLED` more, have come and gone, what a step allocates
     repeats: later micro-batches are left out. Where the weights' gradient is a pass of its own, it frees the tensors that the input's gradient leaves to it.
@@ -70,33 +88,37 @@ def rank_events(
 
     Args:
         order: of the pipeline.
-        rank: of it.
         tensors_of: of a pass's stage and micro-batch.
         weight_share: part of what the forward pass kept that only weights' gradients need.
     """
-    actions = tuple(actions_of(order.ranks[rank]))
-    replayed = _first_micro_batches(actions)
-    events: list[AllocationEvent] = []
-    left: dict[tuple[int, int], tuple[int, ...]] = {}
-    for action in actions:
-        key = (action.stage, action.micro_batch)
-        if action.micro_batch not in replayed:
-            continue
-        if action.kind == "W":
-            events += [AllocationEvent(action="free", name=(*key, name)) for name in left.pop(key, ())]
-            continue
-        tensors = tensors_of(action)
-        calls = tensors.forward if action.kind == "F" else tensors.backward
-        if action.kind == "B":
-            left[key] = _left_for_weights(tensors, weight_share)
-        waiting = set(left.get(key, ()))
-        for name, size in calls:
-            if size:
-                part = max(1, size // order.microbatch_parts)
-                events.append(AllocationEvent(action="allocate", name=(*key, name), size_bytes=part))
-            elif name not in waiting:
-                events.append(AllocationEvent(action="free", name=(*key, name)))
-    return tuple(events)
+
+    def __init__(self, order: Order, tensors_of: Callable[[Action], StageTensors], *, weight_share: float) -> None:
+        self.order, self.tensors_of, self.weight_share = order, tensors_of, weight_share
+        self._arrays: dict[int, tuple[StageTensors, _Arrays]] = {}
+
+    def of(self, rank: int) -> StepCalls:
+        """The calls of a rank; a tensor's name is its number within its micro-batch, after the names of the stages' micro-batches that began before."""
+        actions = tuple(actions_of(self.order.ranks[rank]))
+        replayed = self.order.once(f"replayed on rank {rank}", lambda: _first_micro_batches(actions))
+        names, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        begins: dict[tuple[int, int], int] = {}
+        following = 0
+        for action in actions:
+            if action.micro_batch not in replayed:
+                continue
+            arrays, key = self._of_tensors(self.tensors_of(action)), (action.stage, action.micro_batch)
+            if key not in begins:
+                begins[key], following = following, following + arrays.width
+            calls = arrays.of_kind[action.kind]
+            names.append(calls[:, 0] + begins[key])
+            sizes.append(calls[:, 1])
+        whole = np.concatenate(sizes)
+        return StepCalls(np.concatenate(names), np.where(whole > 0, np.maximum(1, whole // self.order.microbatch_parts), 0))
+
+    def _of_tensors(self, tensors: StageTensors) -> _Arrays:
+        if id(tensors) not in self._arrays:
+            self._arrays[id(tensors)] = tensors, _Arrays(tensors, self.weight_share)
+        return self._arrays[id(tensors)][1]
 
 
 def _first_micro_batches(actions: Sequence[Action]) -> frozenset[int]:
@@ -142,11 +164,14 @@ def rank_peaks(
         order: of the pipeline.
         tensors_of: of a pass's stage and micro-batch.
         resident: per rank, what lives through the step.
-        weight_share: as in `rank_events`.
+        weight_share: as in `RankCalls`.
         settings: the allocator's.
     """
-    steps = (rank_events(order, rank, tensors_of, weight_share=weight_share) for rank in range(order.num_ranks))
-    return tuple(repeated_peaks(step, len(step), own, settings=settings) for step, own in zip(steps, resident, strict=True))
+    calls = RankCalls(order, tensors_of, weight_share=weight_share)
+    steps = (calls.of(rank) for rank in range(order.num_ranks))
+    return tuple(
+        repeated_peaks(step, len(step.names), own, settings=settings) for step, own in zip(steps, resident, strict=True)
+    )
 
 
 def rank_resident(stages: Sequence[Stage], resident_bytes: Sequence[int], plan: Plan, *, dtype: str) -> ResidentTensors:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 
 from hardware_models.allocator_settings import parse_alloc_conf
 from hardware_models.caching_allocator import AllocationEvent, AllocatorPeaks, CachingAllocator, apply_event, peaks_of
-from hardware_models.compiled_allocator import has_plain_rules, replay_steps
+from hardware_models.compiled_allocator import StepCalls, calls_of, has_plain_rules, replay_steps
 from hardware_models.units import KIB, MIB
 
 SETTINGS = ("", "roundup_power2_divisions:4", "large_segment_size_mb:64", "garbage_collection_threshold:0.8")
@@ -50,13 +51,29 @@ def test_equals_the_allocator_call_by_call(seed: int, text: str) -> None:
     again = step(draw, draw.randint(1, 250))
     lasting = [AllocationEvent(action="allocate", name=("state", n), size_bytes=draw.randint(1, 60 * MIB)) for n in range(20)]
     first = [*lasting[:12], *again, *lasting[12:]]
-    assert replay_steps(first, again, most_steps=MOST_STEPS, settings=parse_alloc_conf(text)) == call_by_call(
-        first, again, text
-    )
+    lasts, repeats, late = calls_of([*lasting, *again]), calls_of(again), len(lasting)  # lasting ones have the first names
+    calls = StepCalls(repeats.names + late, repeats.size_bytes)
+    whole = StepCalls(*(np.concatenate((a[:12], b, a[12:late])) for a, b in zip(lasts, calls, strict=True)))
+    found = replay_steps(whole, calls, most_steps=MOST_STEPS, settings=parse_alloc_conf(text))
+    assert found == call_by_call(first, again, text)
 
 
 def test_no_calls_reserve_nothing() -> None:
-    assert replay_steps((), (), most_steps=MOST_STEPS) == call_by_call([], [], "")
+    assert replay_steps(calls_of(()), calls_of(()), most_steps=MOST_STEPS) == call_by_call([], [], "")
+
+
+@pytest.mark.parametrize("text", ["expandable_segments:True", "max_split_size_mb:128"])
+def test_other_rules_are_replayed_call_by_call(text: str) -> None:
+    again = step(random.Random(1), 60)  # noqa: S311  # not for secrets
+    calls = calls_of(again)
+    assert replay_steps(calls, calls, most_steps=MOST_STEPS, settings=parse_alloc_conf(text)) == call_by_call(
+        again, again, text
+    )
+
+
+def test_a_capacity_says_where_memory_ends() -> None:
+    calls = calls_of([AllocationEvent(action="allocate", name=n, size_bytes=40 * MIB) for n in range(3)])
+    assert replay_steps(calls, calls, most_steps=1, capacity_bytes=100 * MIB).out_of_memory_at == 2
 
 
 def test_other_rules_are_told_apart() -> None:

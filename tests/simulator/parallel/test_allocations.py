@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hardware_models.catalogue import load_hardware
+from hardware_models.compiled_allocator import StepCalls
 from hardware_models.units import MIB
-from simulator.parallel.allocations import StageTensors, rank_events, rank_peaks, rank_resident
+from simulator.parallel.allocations import RankCalls, StageTensors, rank_peaks, rank_resident
 from simulator.parallel.orders import order_of
 from simulator.parallel.parameter_gathers import units_of
 from simulator.parallel.simulate_parallel import simulate_parallel
@@ -60,24 +61,35 @@ def test_left_out_micro_batches_change_nothing(ranks: int, extra: int, schedule:
     assert peaks(schedule, ranks, 3 * ranks + 2) == peaks(schedule, ranks, 3 * ranks + 2 + extra)
 
 
+def calls(schedule: str, ranks: int, batches: int, rank: int) -> StepCalls:
+    return RankCalls(order(schedule, ranks, batches), lambda _: TENSORS, weight_share=0.5).of(rank)
+
+
 def test_calls_of_long_steps_are_those_of_short_ones() -> None:
-    short, long = (rank_events(order("1f1b", 4, batches), 0, lambda _: TENSORS, weight_share=0.5) for batches in (16, 64))
-    assert len(short) == len(long)
+    short, long = (calls("1f1b", 4, batches, 0) for batches in (16, 64))
+    assert (short.names == long.names).all()
+    assert (short.size_bytes == long.size_bytes).all()
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "zb-h1", "zb-h2", "gpipe"])
 def test_all_that_comes_goes(schedule: str) -> None:
-    events = rank_events(order(schedule, 4, 8), 1, lambda _: TENSORS, weight_share=0.5)
-    assert sorted(str(event.name) for event in events if event.action == "allocate") == sorted(
-        str(event.name) for event in events if event.action == "free"
-    )
+    found = calls(schedule, 4, 8, 1)
+    comes = found.size_bytes > 0
+    assert sorted(found.names[comes]) == sorted(found.names[~comes])
+    assert len(set(found.names[comes])) == comes.sum()
 
 
 def test_a_weight_pass_frees_its_share() -> None:
     """Half of 3 units: the tensor of 1 (the one of 2 is more) waits for W."""
-    events = rank_events(order("zb-h1", 2, 4), 0, lambda _: TENSORS, weight_share=0.5)
-    first = [event for event in events if event.action == "free" and event.name[1] == 0]  # type: ignore[index]
-    assert [event.name[2] for event in first] == [2, 1, 3, 0]  # type: ignore[index]
+    found = calls("zb-h1", 2, 4, 0)
+    first = found.names[(found.size_bytes == 0) & (found.names < 4)]
+    assert first.tolist() == [2, 1, 3, 0]
+
+
+def test_parts_of_micro_batches_take_their_part() -> None:
+    made = replace(order("1f1b", 2, 4), microbatch_parts=2)
+    found = RankCalls(made, lambda _: TENSORS, weight_share=0.5).of(0)
+    assert found.size_bytes.max() == LARGE
 
 
 def run(plan: Plan) -> ParallelSimulation:
