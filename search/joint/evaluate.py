@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
-import numpy as np
-
-from hardware_models.errors import InfeasibleError, InputError
+from hardware_models.errors import InputError
 from hardware_models.profile import DeviceProfile
-from search.joint.batch_study import NOTHING, BatchOutcome
+from search.joint.batch_study import NOTHING
 from search.joint.bounds import TWO_WAYS
 from search.joint.explain import Forecast
 from search.joint.layer_tables import LayerTables
 from search.joint.memory_variants import memory_variants
-from search.joint.refusals import reason_of, together
+from search.joint.refusals import reason_of
 from search.joint.space import JointSpace
 from search.joint.step_bounds import Bound, StepBounds
 from search.stage_recompute import simulate_on_cluster
@@ -28,26 +24,7 @@ from simulator.parallel.rank_times import TIMED_SCHEDULES
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.pipeline.action import Order
 from simulator.plan import Memory, Plan
-from simulator.plan_file import plan_to_dict
 from simulator.precision import STORED_AS
-from simulator.program import Kind
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PointValue:
-    """What a point came to."""
-
-    plan: Plan | None
-    """The fastest plan that fits and beats the incumbent; None: there is none."""
-    step_time_s: float
-    """Its time; infinite where there is none."""
-    num_simulated: int
-    least_bytes: int
-    """Least memory of a plan that did not fit; 0 where all did."""
-    complete: bool
-    """Whether time was enough to look at all of its plans."""
-    refused: Mapping[str, int]
-    """Plans that the simulator refuses, by reason."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,26 +44,6 @@ class RefinedPoint:
     def least_s(self) -> float:
         """Seconds that none of its plans is below."""
         return self.ways[0][0].seconds if self.ways else NOTHING
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Plain:
-    """The plan of a point that saves no memory: what all others of the same cut are measured against."""
-
-    cut: tuple[int, ...]
-    step_time_s: float
-    update_s: float
-    """Most that a rank spends in its optimizer."""
-
-    def least_s(self, plan: Plan, cut: tuple[int, ...]) -> float:
-        """Seconds that another plan of the point is not below.
-
-        **Model**: order and cut are the same, so that each of its passes follows the same ones; recompute and offload add to passes and to what they wait for, and a fixed
-        order of longer passes does not end sooner. The host's optimizer step takes the place of the device's, which is left out for it.
-        """
-        if cut != self.cut:
-            return 0.0
-        return self.step_time_s - (self.update_s if plan.memory.optimizer_offload else 0.0)
 
 
 class Evaluator:
@@ -123,16 +80,6 @@ class Evaluator:
         found = self.simulate(plan)
         return Forecast(step_time_s=found.step_time_s, fits=found.fits)
 
-    def point(self, index: int, incumbent: float, *, end: float = NOTHING) -> PointValue:
-        """The fastest plan of a point that fits and is below the incumbent.
-
-        Args:
-            index: of the point.
-            incumbent: best value so far.
-            end: moment (`time.monotonic`) at which no other plan is begun.
-        """
-        return self.simulated(self.refined(index, incumbent), incumbent, end=end)
-
     def bound_s(self, plan: Plan) -> float:
         """Seconds that any plan of the request is not below; infinite where it does not fit or the simulator refuses it."""
         plain = replace(plan, memory=Memory(zero_stage=plan.memory.zero_stage, budget_bytes=plan.memory.budget_bytes))
@@ -159,7 +106,12 @@ class Evaluator:
         ]
 
     def refined(self, index: int, incumbent: float) -> RefinedPoint:
-        """A point with the bounds of its own plans (`search.joint.step_bounds`); arguments as in `point`. Made once for each point that is below the incumbent."""
+        """A point with the bounds of its own plans (`search.joint.step_bounds`); made once for each point that is below the incumbent.
+
+        Args:
+            index: of the point.
+            incumbent: best value so far: bounds that reach it are not looked at further.
+        """
         if index not in self._refined:
             found = self._refine(index, incumbent)
             if found.least_s >= incumbent:
@@ -179,49 +131,6 @@ class Evaluator:
         found = sorted(zip(bounds, ways, strict=True), key=lambda way: way[0].seconds)
         return RefinedPoint(index=index, plain=plain, order=order, ways=tuple(found), refused=refused)
 
-    def simulated(self, point: RefinedPoint, incumbent: float, *, end: float = NOTHING) -> PointValue:
-        """What a point comes to, its plans simulated in the order of their bounds; those that the plain one proves to be no faster (`_Plain`) are not."""
-        complete, refused, plain = True, Counter(point.refused), None
-        best, found, count, least = incumbent, None, 0, 0
-        for bound, memory in point.ways:
-            if bound.seconds >= best:
-                least = _least(least, bound.needed_bytes)
-                continue
-            if time.monotonic() > end:
-                complete = False
-                break
-            plan = replace(point.plain, memory=memory)
-            cut = self.bounds.cut(plan, point.order) if point.order is not None else ()
-            if plain is not None and plain.least_s(plan, cut) >= best:
-                continue
-            try:
-                result = self.below(plan, best)
-            except InfeasibleError as error:
-                least = _least(least, error.needed_bytes)
-                continue
-            except InputError as error:
-                refused[reason_of(error)] += 1  # a combination that the simulator refuses by name
-                continue
-            count += 1
-            if memory == point.plain.memory:
-                plain = _Plain(cut=cut, step_time_s=result.step_time_s, update_s=_update_seconds(result))
-            if result.step_time_s >= best:
-                continue
-            if result.fits:
-                best, found = result.step_time_s, plan
-            else:
-                least = _least(
-                    least, max(result.peak_memory_bytes if self.space.request.budget_bytes else result.peak_reserved_bytes)
-                )
-        return PointValue(
-            plan=found,
-            step_time_s=best if found else NOTHING,
-            num_simulated=count,
-            least_bytes=least,
-            complete=complete,
-            refused=refused,
-        )
-
     def states_bytes(self, plan: Plan, plain: Plan) -> int:
         """Bytes that no plan is below on its fullest rank: parameters, gradients and optimizer states, spread evenly over the pipeline.
 
@@ -238,49 +147,3 @@ class Evaluator:
 
     def _illegal(self, plan: Plan) -> bool:
         return bool(violations(plan, self.space.request.trainer, layers=self.space.request.config.layers))
-
-    def batch(self, indices: Sequence[int], bounds: Sequence[float], incumbent: float, *, end: float = NOTHING) -> BatchOutcome:
-        """The outcome of points in order of their bounds.
-
-        Args:
-            indices: of the points.
-            bounds: of each.
-            incumbent: best value so far.
-            end: moment (`time.monotonic`) at which no other plan is begun.
-        """
-        best, winner, plan, count, least, open_bound = incumbent, None, None, 0, 0, NOTHING
-        refused = Counter[str]()
-        points: list[RefinedPoint] = []
-        for index, bound in zip(indices, bounds, strict=True):
-            if bound >= best:
-                continue
-            if time.monotonic() > end:
-                open_bound = min(open_bound, bound)
-                continue
-            points.append(self.refined(index, best))
-        for point in sorted(points, key=lambda one: one.least_s):
-            value = self.simulated(point, best, end=end)
-            count += value.num_simulated
-            least = _least(least, value.least_bytes)
-            refused.update(value.refused)
-            if value.plan is not None:
-                best, winner, plan = value.step_time_s, point.index, value.plan
-            if not value.complete:
-                open_bound = min(open_bound, point.least_s)
-        attributes: dict[str, Any] = {} if plan is None else {"plan": plan_to_dict(plan)}
-        return BatchOutcome(
-            value=None if winner is None else best, point=winner, open_bound=open_bound, num_simulated=count, least_bytes=least, attributes=attributes,
-            refused=together([refused]),
-        )  # fmt: skip
-
-
-def _update_seconds(result: ParallelSimulation) -> float:
-    """Most that a rank spends in its optimizer."""
-    program = result.program
-    updates = np.where(program.kind == Kind.OPTIMIZER, program.duration_s, 0.0)
-    return float(np.bincount(program.device, weights=updates).max())
-
-
-def _least(known: int, needed: int) -> int:
-    """The lesser of two needs; 0 is none."""
-    return min(known or needed, needed or known)

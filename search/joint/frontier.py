@@ -7,13 +7,16 @@ import time
 import numpy as np
 
 from search.joint.batch_study import NOTHING, BatchOutcome
+from search.joint.best_first import BestFirst
 from search.joint.bounded_space import BoundedSpace, Floats, Ints, groups_of
 from search.joint.evaluate import Evaluator
 
 STEP = 256
 """Points whose bounds are raised together."""
-DIVE = 24
-"""Points that are simulated before the study begins: those with the least bounds of their plans come near the best plan, and all others are then held against that."""
+DIVE = 64
+"""Plans that are simulated before the study begins: those with the least bounds come near the best one, and all others are then held against that."""
+FEW_POINTS = 1000
+"""That could beat a known plan, up to which the study begins at once."""
 _PLAYED_COLUMNS = (
     "tp",
     "cp",
@@ -51,38 +54,36 @@ class Frontier:
         self._raised = np.zeros(len(self.bound_s), np.int8)
 
     def dive(self, end: float) -> BatchOutcome | None:
-        """Simulates the points with the least bounds, up to `DIVE` of them, and raises the bounds of all points that could beat the best of them.
+        """Simulates plans, the least bound first, up to `DIVE` of them; then raises the bounds of all points that could beat the best of these.
 
         Args:
             end: moment (`time.monotonic`) at which no other bound is raised.
-        """
-        found: BatchOutcome | None = None
-        looked_at = 0
-        while time.monotonic() < end:
-            least = np.argpartition(self.bound_s, min(STEP, len(self.bound_s) - 1))[:STEP]
-            least = least[self.bound_s[least] < self.known_s]
-            if not len(least):
-                break
-            first = int(least[np.argmin(self.bound_s[least])])
-            if self._raised[first] < _REFINED:
-                self._raise(least[self._raised[least] == self._raised[first]], end)
-            elif looked_at < DIVE:
-                outcome = self.evaluator.batch([first], [float(self.bound_s[first])], self.known_s, end=end)
-                found = outcome if found is None else found.joined(outcome)
-                looked_at += 1
-                self._looked_at(first, outcome)
-            else:
-                break
-        if looked_at == DIVE:
-            self._raise_all(end)
-        return found
 
-    def _looked_at(self, point: int, outcome: BatchOutcome) -> None:
-        """A point that holds nothing better need not be looked at again; the one with the best plan so far stays, for the study to find it."""
-        if outcome.value is not None:
-            self.known_s = outcome.value
-        if outcome.open_bound == NOTHING:
-            self.bound_s[point] = max(self.bound_s[point], min(self.known_s, NOTHING))
+        Returns:
+            What came of it; None where few points could beat the known plan: the study looks at them anyway.
+        """
+        if int((self.bound_s < self.known_s).sum()) < FEW_POINTS:
+            return None
+        queue, rows = BestFirst(self.evaluator, self.known_s), np.arange(len(self.bound_s))
+        while queue.num_simulated < DIVE and queue.plan is None and time.monotonic() <= end:
+            first = int(np.argmin(self.bound_s))
+            if min(queue.least_s, self.bound_s[first]) >= self.known_s:
+                break
+            if queue.least_s <= self.bound_s[first]:
+                queue.step()
+            elif self._raised[first] < _REFINED:
+                least = rows[np.argpartition(self.bound_s, STEP)[:STEP]]
+                least = least[(self.bound_s[least] < self.known_s) & (self._raised[least] == self._raised[first])]
+                self._raise(least, end)
+            else:
+                queue.add(first)
+                self.bound_s[first] = NOTHING  # as long as its plans are in the queue
+        queue.settle(end)
+        for point, seconds in queue.open_points().items():
+            self.bound_s[point] = seconds
+        self.known_s = queue.incumbent
+        self._raise_all(end)
+        return queue.outcome(NOTHING)
 
     def _raise_all(self, end: float) -> None:
         """Raises the bounds of all points that could beat the best plan so far, as far as they can be."""

@@ -16,6 +16,7 @@ from hardware_models.profile import DeviceProfile
 from hardware_models.units import format_bytes
 from search.gap import CERTIFIED_GAP, relative_gap
 from search.joint.batch_study import NOTHING, BatchOutcome, JointStudyResult, Progress, run_batches, value_of
+from search.joint.best_first import BestFirst
 from search.joint.bounded_space import BoundedSpace, Floats, bounded_space
 from search.joint.evaluate import Evaluator
 from search.joint.experts import Expert, experts
@@ -136,8 +137,11 @@ class _Prepared:
         bounds = self.bound_s[order]
 
         def evaluate(rows: range, incumbent: float, end: float) -> BatchOutcome:
-            stretch = slice(rows.start, rows.stop)
-            return self.evaluator.batch(order[stretch].tolist(), bounds[stretch].tolist(), incumbent, end=end)
+            queue = BestFirst(self.evaluator, incumbent)
+            for place in rows:
+                if bounds[place] < incumbent:
+                    queue.add(int(order[place]))
+            return queue.outcome(queue.run(end))
 
         return run_batches(
             bounds, evaluate, request=self.request, known=self.known_s, storage=storage, time_limit_s=time_limit_s, on_progress=on_progress

@@ -56,8 +56,12 @@ class StageSeconds(NamedTuple):
     """Gradients, all buckets, behind the last pass that makes them."""
     leave: Floats
     """Activations on their way to the host, of a forward pass."""
+    leave_inside: Floats
+    """Of these, at least, what has left before the pass ends."""
     come: Floats
     """The same on their way back, of the backward pass that takes them."""
+    come_inside: Floats
+    """Of these, at least, what does not come before the pass begins."""
     fetch: Floats
     """Parameters from the host, of a forward or a backward pass."""
 
@@ -113,6 +117,7 @@ def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; par
     **Model**: a pass begins when the rank is free and its input is there; one that gathers parameters also when the first of them have come, and it ends no sooner than the last ones have. Traffic of data
     parallelism goes one after the other on a rank; beside compute both are slower, beside what else a pass waits for and while the rank is idle it is as fast as alone. Copies to the host go one
     after the other, and so do copies from there: a forward pass begins when all have left but those of the last one, and a pass ends when its own have come, which leave the host when the pass before it has begun.
+    Passes are staged by chunks, two of which may travel outside them.
 
     Args:
         passes: of the order.
@@ -163,8 +168,10 @@ def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; par
                 clock[rank] = begin
                 if n == passes.first[rank]:
                     begun[rank] = begin
+                inside = 0.0
                 if kind == FORWARD and seconds.leave[stage] > 0.0:
                     left_before[rank] = left[rank]
+                    inside = max(left[rank], begin) + seconds.leave_inside[stage]
                     left[rank] = max(left[rank], begin) + seconds.leave[stage]
                 copied = (
                     0.0 if kind == WEIGHT_GRADIENT else seconds.fetch[stage] + (seconds.come[stage] if kind != FORWARD else 0.0)
@@ -174,6 +181,8 @@ def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; par
                         there[stage, batch] if kind != FORWARD and seconds.fetch[stage] == 0.0 else 0.0
                     )  # before it has left nothing comes back
                     arrived[rank] = max(arrived[rank], last_begin[rank], gone) + copied
+                    if kind != FORWARD:
+                        inside = begin + seconds.come_inside[stage]
                 last_begin[rank] = begin
                 closes = passes.closes[n] and kind != FORWARD
                 reduced = seconds.reduce[stage] if closes or (every and kind >= WEIGHT_GRADIENT) else 0.0
@@ -183,9 +192,10 @@ def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; par
                     clock[rank] += took
                     came[rank] += beside
                     asked[rank] += reduced / parts
-                if copied > 0.0 and arrived[rank] > clock[rank]:
-                    came[rank] = min(asked[rank], came[rank] + arrived[rank] - clock[rank])
-                    clock[rank] = arrived[rank]
+                copied_by = max(inside, arrived[rank]) if copied > 0.0 else inside
+                if copied_by > clock[rank]:
+                    came[rank] = min(asked[rank], came[rank] + copied_by - clock[rank])
+                    clock[rank] = copied_by
                 made = clock[rank] + waited  # what another rank gets does not wait for gathered parameters
                 end = max(made, clock[rank] + target - came[rank])
                 came[rank] = min(asked[rank], came[rank] + end - clock[rank])

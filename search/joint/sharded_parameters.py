@@ -28,6 +28,8 @@ class Sharded:
     gather_s: Floats
     """Of one pass."""
     reduce_s: Floats
+    copied_s: Floats
+    """What compute does for it in a pass: parameters copied out of the buffer that they come in."""
 
     @property
     def total_s(self) -> Floats:
@@ -44,7 +46,7 @@ class ShardedSeconds:
 
     def __init__(self, tables: LayerTables) -> None:
         self.tables = tables
-        self._known: dict[tuple[CommGroup, float, str], tuple[float, float]] = {}
+        self._known: dict[tuple[CommGroup, float, str], tuple[float, float, float]] = {}
         self._sums: dict[tuple[int, CommGroup], Sharded] = {}
 
     def sums(self, plan: Plan, split: Split, distance: int = 0) -> Sharded:
@@ -60,10 +62,12 @@ class ShardedSeconds:
             elements, kind = np.unique(np.diff(table.dense_elements), return_inverse=True)
             for own in elements.tolist():
                 if (group, own, compute) not in self._known:
-                    self._known[group, own, compute] = self._priced(plan, split.mesh, own, distance) if own else (0.0, 0.0)
+                    self._known[group, own, compute] = self._priced(plan, split.mesh, own, distance) if own else (0.0, 0.0, 0.0)
             each = np.array([self._known[group, own, compute] for own in elements.tolist()])[kind.ravel()]
-            sums = np.concatenate([np.zeros((1, 2)), np.cumsum(each, axis=0)])
-            self._sums[id(table), group] = Sharded(gather_s=sums[:, 0].copy(), reduce_s=sums[:, 1].copy())
+            sums = np.concatenate([np.zeros((1, 3)), np.cumsum(each, axis=0)])
+            self._sums[id(table), group] = Sharded(
+                gather_s=sums[:, 0].copy(), reduce_s=sums[:, 1].copy(), copied_s=sums[:, 2].copy()
+            )
         return self._sums[id(table), group]
 
     def least(self, plan: Plan, split: Split) -> Sharded:
@@ -71,7 +75,7 @@ class ShardedSeconds:
         found = (self.sums(plan, split, distance) for distance in range(1, plan.parallel.pp))
         return min(found, key=lambda one: float(one.total_s[-1]))
 
-    def _priced(self, plan: Plan, mesh: Mesh, elements: float, distance: int) -> tuple[float, float]:
+    def _priced(self, plan: Plan, mesh: Mesh, elements: float, distance: int) -> tuple[float, float, float]:
         dtype, sharded = (
             STORED_AS[plan.precision.compute],
             replace(plan, memory=replace(plan.memory, zero_stage=3)),
@@ -80,4 +84,8 @@ class ShardedSeconds:
         replicas = Replicas(
             sharded, self.tables.communication(plan, mesh), wire, distance=distance, width=DTYPE_BYTES[dtype], parts=0.0
         )
-        return replicas.gather_s(elements), replicas.reduce_s(elements)
+        return (
+            replicas.gather_s(elements),
+            replicas.copied_in_s(elements) + replicas.reduce_s(elements),
+            replicas.copied_out_s(elements),
+        )

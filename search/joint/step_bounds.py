@@ -230,7 +230,9 @@ class StepBounds:
         shards = plan.parallel.shard_ranks if memory.zero_stage >= PARAMETERS_SHARDED else 1
         part = _ALMOST * float(memory.activation_offload) / order.microbatch_parts * (memory.recompute == "none")
         fetched = _ALMOST * float(memory.weight_offload) * width / shards
-        return Copies(kept_bytes=part * stages.kept_bytes, fetched_bytes=fetched * stages.moved)
+        return Copies(
+            kept_bytes=part * stages.kept_bytes, staged_bytes=part * stages.staged_bytes, fetched_bytes=fetched * stages.moved
+        )
 
     def _copied(self, plan: Plan, order: Order, stages: Stages) -> float:
         """Least seconds of a rank's copies, all of them together."""
@@ -289,19 +291,21 @@ class StepBounds:
         return self._syncs[key]
 
     def _gathered(self, plan: Plan, split: Split, stages: Stages, order: Order) -> Sync:
-        """Under ZeRO 3: a pass waits for its first unit at least."""
+        """Under ZeRO 3: a pass waits for its first unit at least, and for what compute copies of each one; as much of the gathers is then over."""
         plain, edges, count = _plain(plan), stages.edges, order.num_stages
         apart = np.array([ranks[-1] - ranks[0] for ranks in order.ranks_of_stage])
-        gather_s, reduce_s, first_s, first_back_s = np.zeros((4, count))
+        gather_s, reduce_s, first_s, first_back_s, copied_s = np.zeros((5, count))
         for distance in np.unique(apart).tolist():
             sums, own = self.sharded.sums(plain, split, distance), apart == distance
             each = np.diff(sums.gather_s)
             gather_s[own], reduce_s[own] = np.diff(sums.gather_s[edges])[own], np.diff(sums.reduce_s[edges])[own]
             first_s[own], first_back_s[own] = each[edges[:-1]][own], each[edges[1:] - 1][own]
+            copied_s[own] = np.diff(sums.copied_s[edges])[own]
         whole, yes = plan.runtime.framework != "deepspeed", np.ones(count, np.bool_)  # whose units are less than a piece
+        first_s, first_back_s = whole * first_s + copied_s, whole * first_back_s + copied_s
         return Sync(
-            chunks=np.full(count, MOST_CHUNKS, np.int64), gather_s=gather_s, reduce_s=reduce_s, gather_early=yes, reduce_early=yes, first_s=whole * first_s,
-            first_back_s=whole * first_back_s,
+            chunks=np.full(count, MOST_CHUNKS, np.int64), gather_s=np.maximum(gather_s, np.minimum(first_s, first_back_s)), reduce_s=reduce_s,
+            gather_early=yes, reduce_early=yes, first_s=first_s, first_back_s=first_back_s,
         )  # fmt: skip
 
     def _stage_sync(self, plan: Plan, split: Split, elements: int, distance: int) -> GradientSync:

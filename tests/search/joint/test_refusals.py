@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from hardware_models.errors import InputError
+from search.joint.best_first import BestFirst
 from search.joint.evaluate import Evaluator
 from search.joint.refusals import reason_of, refusal_line, together
 from search.joint.space import joint_space
@@ -35,7 +38,7 @@ def test_parts_are_counted_together_most_first() -> None:
     assert refusal_line({}) == ""
 
 
-def test_a_point_counts_the_plans_that_the_simulator_refuses() -> None:
+def test_a_point_counts_the_plans_that_the_simulator_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's offload takes parameters, gradients and optimizer states to the host together, which whole replicas cannot."""
     request = small_request(layers=2, gpus=2, batch=2, trainer="pytorch")
     space = joint_space(request)
@@ -44,7 +47,10 @@ def test_a_point_counts_the_plans_that_the_simulator_refuses() -> None:
     evaluator = Evaluator(space, source_of(request), device_of(request))
     point = evaluator.refined(index, float("inf"))
     unbounded = replace(point, ways=tuple((Bound(0.0, 0), memory) for _, memory in point.ways))
-    found = evaluator.simulated(unbounded, float("inf"))
+    monkeypatch.setattr(evaluator, "refined", lambda index, incumbent: unbounded)  # noqa: ARG005 - as the method is called
+    found = BestFirst(evaluator, float("inf"))
+    found.add(index)
+    found.run(float("inf"))
     # all on the host, with recompute none and full
     reason = "memory.grad_offload: gradients that replicas reduce once a step stay on the device until then"
     assert found.refused == {reason: 2}
