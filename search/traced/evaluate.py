@@ -32,7 +32,7 @@ class TracedValue:
     """Its time; infinite where there is none."""
     num_simulated: int
     least_bytes: int
-    """Least memory of a plan that did not fit; 0 where all did."""
+    """Least memory of a simulated plan that did not fit; 0 where there is none."""
     complete: bool
     """Whether time was enough to look at all of its plans."""
     refused: Mapping[str, int]
@@ -63,15 +63,12 @@ class _Judge:
     def take(self, plan: Plan, found: StagesOnCluster) -> bool:
         """Whether a simulated plan fits."""
         self.count += 1
+        peak = max(found.peak_memory_bytes)
         if not found.fits:
-            self.needs(max(found.peak_memory_bytes))
+            self.least = min(self.least or peak, peak)
         elif found.step_time_s < self.best:
             self.best, self.plan = found.step_time_s, plan
         return found.fits
-
-    def needs(self, size_bytes: int) -> None:
-        """Notes what a plan that does not fit would need."""
-        self.least = min(self.least or size_bytes, size_bytes or self.least)
 
 
 class TracedEvaluator:
@@ -110,7 +107,8 @@ class TracedEvaluator:
     def simulated(self, point: RefinedPoint, incumbent: float, *, end: float = NOTHING) -> TracedValue:
         """What a point comes to.
 
-        Of each cut the plan without recompute is simulated where it may fit; where it does not, ``optimal`` is, whose sequences each stage's memory asks for.
+        Of each cut the plan without recompute is simulated where it may fit; where it does not, ``optimal`` is, whose sequences each stage's memory asks for, and where none of these is
+        found to fit, the plan that runs each block again.
 
         Args:
             point: with its plans.
@@ -124,30 +122,33 @@ class TracedEvaluator:
             if time.monotonic() > end:
                 complete = False
                 break
-            judge.needs(bound.needed_bytes if bound.needed_bytes > budget_bytes(case) else 0)
             if bound.needed_bytes <= budget_bytes(case) and judge.take(case.plan, case.simulate()):
                 continue
-            try:
-                self._optimal(case, judge)
-            except InfeasibleError as error:
-                judge.needs(error.needed_bytes)
-            except InputError as error:
-                refused[reason_of(error)] += 1
+            for recompute in ("optimal", "full"):  # all blocks again where no mixture was found
+                try:
+                    if self._again(case, recompute, judge):
+                        break
+                except InfeasibleError:
+                    continue
+                except InputError as error:
+                    refused[reason_of(error)] += 1
         return TracedValue(
             plan=judge.plan, step_time_s=judge.best if judge.plan else NOTHING, num_simulated=judge.count, least_bytes=judge.least, complete=complete,
             refused=refused,
         )  # fmt: skip
 
-    def _optimal(self, plain: StagesCase, judge: _Judge) -> None:
-        """Takes the plan that recomputes what its memory asks for, if its own bound is below the best.
+    def _again(self, plain: StagesCase, recompute: str, judge: _Judge) -> bool:
+        """Takes the plan that recomputes, unless its own bound is not below the best; whether it fits, or need not be looked at.
 
         Raises:
             InfeasibleError: no sequences fit.
         """
-        plan = replace(plain.plan, memory=replace(plain.plan.memory, recompute="optimal"))
-        solved = self.plans.solved(plan, self.plans.sequence(plain))
-        if step_bound(solved, self.plans.simulator.library(plan)).seconds < judge.best:
-            judge.take(plan, self.simulate(plan))
+        plan = replace(plain.plan, memory=replace(plain.plan.memory, recompute=recompute))
+        simulator = self.plans.simulator
+        case = self.plans.solved(plan, self.plans.sequence(plain)) if recompute == "optimal" else simulator.case(plan)
+        if step_bound(case, simulator.library(plan)).seconds >= judge.best:
+            return True
+        return judge.take(plan, self.simulate(plan))
 
     def batch(self, indices: Sequence[int], bounds: Sequence[float], incumbent: float, *, end: float = NOTHING) -> BatchOutcome:
         """The outcome of points in order of their bounds.

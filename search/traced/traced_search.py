@@ -6,7 +6,7 @@ import multiprocessing
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +25,14 @@ from search.traced.experts import experts
 from search.traced.plans import TracedPlans, budget_bytes
 from search.traced.request import TracedRequest
 from search.traced.space import TracedSpace, traced_space
-from search.traced.step_bounds import step_bound
+from search.traced.step_bounds import least_bytes, step_bound
 from simulator.parallel.simulate_traced import StagesOnCluster
 from simulator.plan import Plan
 from simulator.plan_file import plan_from_dict
 from simulator.tracing.simulate_stages import StageSimulator
+
+MOST_LEAST = 8
+"""Plans that are simulated for the least memory that would do, where nothing fits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +95,7 @@ def traced_search(
     study = _together(prepared, workers, storage, limit_s, on_progress)
     plan = plan_from_dict(study.best.user_attrs["plan"]) if study.best is not None else known.plan if known else None
     if plan is None:
-        raise _infeasible(request, study)
+        raise _infeasible(evaluator, study)
     simulation = evaluator.simulate(plan)
     return JointResult(
         plan=plan, simulation=simulation, study=study, lower_bound_s=min(simulation.step_time_s, study.progress.lower_bound), space_size=len(space),
@@ -135,16 +138,44 @@ def _together(
                 one.join()
 
 
-def _infeasible(request: TracedRequest, study: JointStudyResult) -> InfeasibleError:
-    need, room = study.least_bytes, request.room_bytes
+def _infeasible(evaluator: TracedEvaluator, study: JointStudyResult) -> InfeasibleError:
+    request = evaluator.space.request
+    need, room = _least_seen(evaluator, study.least_bytes), request.room_bytes
     proven = (
         "no plan" if not study.progress.lower_bound < NOTHING else f"none of {study.progress.num_simulated} simulated plans"
     )
-    said = f"the least that was seen is {need} bytes ({format_bytes(need)}); or " if need else ""
     return InfeasibleError(
         limit=f"{proven} over {request.cluster.num_gpus} devices fits {room} bytes ({format_bytes(room)}) on each",
-        smallest_change=f"{said}take more devices, a smaller batch or a smaller model", needed_bytes=need,
+        smallest_change=f"the least that was seen is {need} bytes ({format_bytes(need)}); or take more devices, a smaller batch or a smaller model",
+        needed_bytes=need,
     )  # fmt: skip
+
+
+def _least_seen(evaluator: TracedEvaluator, known: int) -> int:
+    """Least peak of simulated plans: those that run each block again, of the points whose plans could need least.
+
+    Args:
+        evaluator: of the space.
+        known: least peak of a plan that was simulated before; 0: none.
+    """
+    found: list[tuple[int, int]] = []
+    for index in range(len(evaluator.space)):
+        try:
+            case = evaluator.plans.simulator.case(_all_again(evaluator, index))
+        except InputError:
+            continue
+        library = evaluator.plans.simulator.library(case.plan)
+        found.append((least_bytes(case, library), index))
+    least = known
+    for _, index in sorted(found)[:MOST_LEAST]:
+        peak = max(evaluator.simulate(_all_again(evaluator, index)).peak_memory_bytes)
+        least = min(least or peak, peak)
+    return least
+
+
+def _all_again(evaluator: TracedEvaluator, index: int) -> Plan:
+    plain = evaluator.space.plan(index)
+    return replace(plain, memory=replace(plain.memory, recompute="full"))
 
 
 def _baselines(evaluator: TracedEvaluator) -> tuple[Baseline, ...]:
@@ -155,7 +186,7 @@ def _baselines(evaluator: TracedEvaluator) -> tuple[Baseline, ...]:
 
 
 def _baseline(evaluator: TracedEvaluator, rule: Expert) -> Baseline | None:
-    """The fastest plan of a rule that fits; if none does, its smallest; None where the simulator refuses all of its plans."""
+    """The fastest plan of a rule that fits; if none does, the one of the least bound; None where the simulator refuses all of its plans."""
     bounded = []
     for plan in rule.plans:
         try:
@@ -171,8 +202,8 @@ def _baseline(evaluator: TracedEvaluator, rule: Expert) -> Baseline | None:
         if found.fits and (best is None or found.step_time_s < best[1].step_time_s):
             best = (plan, found)
     if best is None and bounded:
-        smallest = min(bounded, key=lambda one: one[0].needed_bytes)[1]
-        best = (smallest, evaluator.simulate(smallest))
+        fastest = min(bounded, key=lambda one: one[0].seconds)[1]
+        best = (fastest, evaluator.simulate(fastest))
     if best is None:
         return None
     plan, found = best

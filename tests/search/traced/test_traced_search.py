@@ -10,25 +10,25 @@ import pytest
 from hardware_models.errors import InfeasibleError, InputError
 from search.traced.chain_bounds import ChainBounds
 from search.traced.request import traced_request
-from search.traced.space import SPACE_SCHEDULES
+from search.traced.space import SPACE_SCHEDULES, traced_space
 from search.traced.step_bounds import step_bound
 from search.traced.traced_search import space_of, traced_search
 from search.trainers import trainer_of
 from tests.search.traced.traced_cases import CONVOLUTIONS, MLP, every_plan, request_of, shared_plans, simulated
 
 TOLERANCE = 1 + 1e-9
+LITTLE = 153_000
+"""Bytes: 0.7 times what the fastest plan of the convolutions takes."""
 SETTINGS = ((MLP, "a40-pairs", 2, 4), (CONVOLUTIONS, "a100-pcie-8x", 2, 4))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "cluster", "gpus", "batch"), SETTINGS)
-@pytest.mark.parametrize("share", [1.0, 0.7])
-def test_the_certified_answer_is_that_of_brute_force(model: str, cluster: str, gpus: int, batch: int, share: float) -> None:
+@pytest.mark.parametrize(("setting", "budget"), [(SETTINGS[0], None), (SETTINGS[1], LITTLE)])
+def test_the_certified_answer_is_that_of_brute_force(setting: tuple[str, str, int, int], budget: int | None) -> None:
     """Through the reference engine; with all memory, and with less than the fastest plan needs."""
+    model, cluster, gpus, batch = setting
     plans = shared_plans(model, cluster, gpus, batch)
     allow = ("split-batch",) if model == CONVOLUTIONS else ()
-    free = request_of(model, cluster=cluster, gpus=gpus, batch=batch, allow=allow)
-    budget = None if share == 1.0 else int(share * max(traced_search(free, plans=plans).simulation.peak_memory_bytes))
     request = request_of(model, cluster=cluster, gpus=gpus, batch=batch, budget=budget, allow=allow)
     found = traced_search(request, plans=plans)
     every = [simulated(plans, plan, engine="simpy") for plan in every_plan(space_of(request, plans), plans)]
@@ -36,13 +36,13 @@ def test_the_certified_answer_is_that_of_brute_force(model: str, cluster: str, g
     assert found.certified
     assert found.simulation.fits
     assert found.simulation.step_time_s == pytest.approx(min(fitting), rel=1e-9)
-    assert budget is None or found.simulation.step_time_s > 0.0
+    assert budget is None or any(one is not None and not one.fits for one in every)
 
 
-@pytest.mark.parametrize(("model", "cluster", "gpus", "batch"), SETTINGS[:1])
-def test_no_plan_is_below_its_bounds(model: str, cluster: str, gpus: int, batch: int) -> None:
+@pytest.mark.slow
+def test_no_plan_is_below_its_bounds() -> None:
     """Of a sample of plans: the point's bound and the plan's own one, in seconds and bytes."""
-    plans, request = shared_plans(model, cluster, gpus, batch), request_of(model, cluster=cluster, gpus=gpus, batch=batch)
+    plans, request = shared_plans(*SETTINGS[0]), request_of()
     space = space_of(request, plans)
     bounds = ChainBounds(space, plans.simulator).seconds()
     for index in np.random.default_rng(0).choice(len(space), 24, replace=False).tolist():
@@ -53,6 +53,7 @@ def test_no_plan_is_below_its_bounds(model: str, cluster: str, gpus: int, batch:
         assert 0 < own.needed_bytes <= max(found.peak_memory_bytes)
 
 
+@pytest.mark.slow
 def test_the_answer_uses_the_devices_and_beats_every_baseline() -> None:
     request = request_of()
     found = traced_search(request, plans=shared_plans(*SETTINGS[0]))
@@ -74,6 +75,7 @@ def test_the_answer_uses_the_devices_and_beats_every_baseline() -> None:
     assert found.lower_bound_s <= found.simulation.step_time_s
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_says_what_would() -> None:
     with pytest.raises(
         InfeasibleError, match=r"over 2 devices fits 1000 bytes .*; the least that was seen is \d+ bytes"
@@ -81,14 +83,13 @@ def test_what_does_not_fit_says_what_would() -> None:
         traced_search(request_of(budget=1000), plans=shared_plans(*SETTINGS[0]))
     needed = raised.value.needed_bytes
     assert 1000 < needed < math.inf
-    assert traced_search(request_of(budget=2 * needed), plans=shared_plans(*SETTINGS[0])).simulation.fits
+    assert traced_search(request_of(budget=needed), plans=shared_plans(*SETTINGS[0])).simulation.fits
 
 
 def test_a_model_that_mixes_samples_keeps_its_share_whole_unless_that_is_allowed() -> None:
-    plans = shared_plans(*SETTINGS[1])
     sizes = {}
     for allow in ((), ("split-batch",)):
-        space = space_of(request_of(CONVOLUTIONS, cluster="a100-pcie-8x", gpus=2, batch=4, allow=allow), plans)
+        space = traced_space(request_of(CONVOLUTIONS, allow=allow), num_blocks=4, mixes_samples=True)
         sizes[allow] = {(point.dp, point.micro_batch) for point in space.points}
         assert {point.schedule for point in space.points} <= set(SPACE_SCHEDULES)
     assert sizes[()] == {(2, 2), (1, 4)}

@@ -42,7 +42,7 @@ def shared_plans(model: str, cluster: str, gpus: int, batch: int) -> TracedPlans
 
 
 def every_plan(space: TracedSpace, plans: TracedPlans) -> Iterator[Plan]:
-    """All plans of a space: each cut of each point, without recompute and with the best one for its memory."""
+    """All plans of a space: each cut of each point, without recompute, with the best one for its memory, and with all of it."""
     for index in range(len(space)):
         plain = space.plan(index)
         try:
@@ -51,7 +51,7 @@ def every_plan(space: TracedSpace, plans: TracedPlans) -> Iterator[Plan]:
             continue
         for cut in cuts_of(case, plans.simulator.library(case.plan)):
             own = replace(plain, pipeline=replace(plain.pipeline, partition=cut))
-            for recompute in ("none", "optimal"):
+            for recompute in ("none", "optimal", "full"):
                 yield replace(own, memory=replace(own.memory, recompute=recompute))
 
 

@@ -80,11 +80,10 @@ def test_stage_two_keeps_what_it_gathered_until_the_backward_pass() -> None:
     assert simulated(plan_of(3)).profiles[0].alive_bytes[:, MemoryClass.PARAMETERS].max() < held.max()
 
 
-@pytest.mark.parametrize(("schedule", "chunks", "pp"), [("1f1b", 1, 1), ("gpipe", 1, 2), ("zb-h1", 1, 2)])
-@pytest.mark.parametrize("zero", [2, 3])
-def test_memory_comes_back(schedule: str, chunks: int, pp: int, zero: int) -> None:
-    for ahead in (True, False):
-        for profile in simulated(plan_of(zero, schedule=schedule, chunks=chunks, pp=pp, ahead=ahead)).profiles:
+@pytest.mark.parametrize(("schedule", "pp"), [("1f1b", 1), pytest.param("zb-h1", 2, marks=pytest.mark.slow)])
+def test_memory_comes_back(schedule: str, pp: int) -> None:
+    for zero, ahead in ((2, True), (3, True), (3, False)):
+        for profile in simulated(plan_of(zero, schedule=schedule, pp=pp, ahead=ahead)).profiles:
             assert (profile.alive_bytes[-1] == profile.alive_bytes[0]).all()
             assert (profile.alive_bytes >= 0).all()
 
