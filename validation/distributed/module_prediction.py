@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass_type
 from torch.utils._pytree import tree_leaves
 
 from hardware_models.kernel import Kernel
@@ -198,6 +199,25 @@ def _group_name(value: Any) -> str:
     return value if isinstance(value, str) else ""
 
 
+class CopiesOfGloo(TorchDispatchMode):
+    """Context in which scattered sums copy what they sum, as gloo does: it sums a copy of the whole tensor and hands a part of it out.
+
+    **Source**: torch 2.13, torch/csrc/distributed/c10d/ProcessGroupGloo.cpp (``reduce_scatter_tensor_coalesced``); seen as a storage of the input's size beside it in measured steps. NCCL makes none.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(is_traceable_wrapper_subclass_type(one) for one in types):
+            return NotImplemented  # they take themselves apart first
+        sums = func.namespace in _COLLECTIVES and "reduce_scatter" in func.overloadpacket.__name__
+        sizes = [leaf.numel() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        copies = [
+            leaf.clone() for leaf in tree_leaves((args, kwargs)) if sums and isinstance(leaf, torch.Tensor) and leaf.numel() == max(sizes)
+        ]  # fmt: skip
+        out = func(*args, **(kwargs or {}))
+        del copies
+        return out
+
+
 @contextmanager
 def _fake_processes(count: int) -> Iterator[None]:
     """Context in which this process is rank 0 of several whose collectives do nothing."""
@@ -208,7 +228,7 @@ def _fake_processes(count: int) -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def module_step(model: TracedModel, plan: Plan, *, num_microbatches: int) -> ModuleStep:
+def module_step(model: TracedModel, plan: Plan, *, num_microbatches: int, gloo: bool) -> ModuleStep:
     """The second step of rank 0, from fake tensors: no memory for weights, no other process.
 
     **Model**: live tensor bytes, one count per storage, of the code that replay runs; torch's FSDP2 and parallel styles make their own buffers in it.
@@ -217,13 +237,19 @@ def module_step(model: TracedModel, plan: Plan, *, num_microbatches: int) -> Mod
         model: its definition.
         plan: with its batch resolved.
         num_microbatches: of a rank.
+        gloo: whether processes exchange through it (on a CPU); else through NCCL.
     """
     (module, inputs), fake_mode = build_fake(model.build)
     pieces = micro_batches(inputs, plan.batch.micro_batch or 1)[:num_microbatches]
     with _fake_processes(plan.num_gpus), fake_activations(fake_mode):
         rank = ModuleRank(plan, module, pieces, device=torch.device("cpu"))
         rank.step()
-        peak = peak_memory(rank.step, rank.resident, device=torch.device("cpu"))
+
+        def step() -> None:
+            with CopiesOfGloo() if gloo else nullcontext():  # type: ignore[no-untyped-call]
+                rank.step()
+
+        peak = peak_memory(step, rank.resident, device=torch.device("cpu"))
         with _StepReader({rank.mesh.get_group(axis).group_name: axis for axis in rank.mesh.mesh_dim_names or ()}) as reader:
             rank.gradients()
         sizes = [(part.numel(), part.numel() * part.element_size()) for part in rank.optimizer.parameters]

@@ -97,12 +97,13 @@ class ModulePrediction:
         plan: with its batch resolved.
         device: prices kernels; on a CPU all its cores.
         cores: of this machine.
+        on: ``cpu`` (gloo) or ``cuda`` (NCCL).
 
     Raises:
         InputError: the plan cannot be run over processes, or the model not split that way.
     """
 
-    def __init__(self, source: ModelSource, plan: Plan, device: DeviceProfile, *, cores: int) -> None:
+    def __init__(self, source: ModelSource, plan: Plan, device: DeviceProfile, *, cores: int, on: str = "cpu") -> None:
         check_processes(plan)
         self.plan, self.device, self.cores = plan, device, cores
         self.order: Order = order_of(plan)
@@ -117,7 +118,7 @@ class ModulePrediction:
             check_sharded(module, name=source.name)
         batches = self.order.num_microbatches * plan.parallel.dp
         self._flops, self._tokens = traced.workload.model_flops * batches, traced.workload.tokens * batches
-        self._step = module_step(definition, plan, num_microbatches=self.order.num_microbatches)
+        self._step = module_step(definition, plan, num_microbatches=self.order.num_microbatches, gloo=on == "cpu")
 
     def memory(self) -> ModuleSimulation:
         """With peaks as they will be and times without messages.
@@ -146,7 +147,7 @@ class ModulePrediction:
 
 
 def prediction_of(
-    source: ModelSource, plan: Plan, device: DeviceProfile, *, cores: int, folder: Path | None
+    source: ModelSource, plan: Plan, device: DeviceProfile, *, cores: int, folder: Path | None, on: str = "cpu"
 ) -> Prediction | ModulePrediction:
     """Of a traced model under a plan, by what its ranks run: blocks of the trace, or the module itself.
 
@@ -154,7 +155,7 @@ def prediction_of(
         InputError: the plan or the model cannot be run over processes.
     """
     if runs_whole_modules(plan):
-        return ModulePrediction(source, plan, device, cores=cores)
+        return ModulePrediction(source, plan, device, cores=cores, on=on)
     return Prediction(source.traced(plan.batch.micro_batch), plan, device, cores=cores, folder=folder)
 
 

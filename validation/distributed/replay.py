@@ -178,7 +178,7 @@ def prepare(
 ) -> PreparedReplay:  # fmt: skip
     """Predicts a plan over processes, and says what each is to do; arguments and errors as in `replay_processes`."""
     resolved = resolve_traced(plan, source)
-    prediction = prediction_of(source, resolved, device, cores=len(os.sched_getaffinity(0)), folder=folder)
+    prediction = prediction_of(source, resolved, device, cores=len(os.sched_getaffinity(0)), folder=folder, on=on)
     prediction.memory()
     job = Job(
         model=source.name, batch=source.batch, seq_len=source.seq_len, plan=resolved, order=prediction.order, sequence=prediction.sequence, steps=steps, device=on,

@@ -22,14 +22,15 @@ from validation.distributed.check import check_processes
 from validation.distributed.checkpointed_units import checkpoint_units, runs_again, units_of
 from validation.distributed.fully_sharded import check_sharded, resizes_told
 from validation.distributed.job import LinkFacts
-from validation.distributed.module_prediction import Collective
+from validation.distributed.module_prediction import Collective, CopiesOfGloo, _fake_processes
 from validation.distributed.prediction import ModulePrediction
+from validation.distributed.replicas import REDUCE_SCATTER
 from validation.distributed.tensor_parallel import check_tensor_parallel, rank_order, whole_order
 
 DROPOUT = "tests.small_models:residual_mlp"
 MODELS = "tests.validation.distributed.split_models"
-MEMORY_TOLERANCE = 0.03
-"""A thread of gloo lets go of a buffer a moment after its wait: at most a unit, 1.3% of modules this small; else the peak is exact."""
+MEMORY_TOLERANCE = 0.01
+"""Rank 0 is predicted to the byte; others hold less by a row of a parameter, 0.3% of modules this small. A thread of gloo may let go of a buffer a moment after its wait."""
 ROUNDING = 1e-5
 
 
@@ -49,6 +50,7 @@ def test_a_split_module_is_the_plain_one_and_takes_the_memory_predicted(tmp_path
         (f"{MODELS}:gpt", plan_of(tp=2, recompute="full")),
         (f"{MODELS}:llama", plan_of(tp=2, dp=2)),
         (f"{MODELS}:vit", plan_of(tp=2, dp=2, zero=2)),
+        (f"{MODELS}:gpt", plan_of(tp=2, dp=2, zero=3, recompute="full")),
     ]
     sources = [(model_source(model, batch=4 if model == DROPOUT else None), plan) for model, plan in cases]
     replays = replay_several(sources, load_hardware("h100-sxm"), tmp_path)
@@ -82,6 +84,19 @@ def test_gathered_parameters_count_and_so_do_limits() -> None:
     split.device = device.changed(memory_bytes=1000, context_bytes=0)
     with pytest.raises(InfeasibleError, match=r"a rank needs .* of "):
         split.memory()
+
+
+def test_gloo_copies_what_it_sums_in_parts() -> None:
+    levels: list[int] = []
+    live = LiveStorages(lambda _, delta_bytes: levels.append(delta_bytes))
+    with _fake_processes(2):
+        part, whole = torch.zeros(8), torch.zeros(16)
+        live.add([part, whole])
+        levels.clear()
+        with live, CopiesOfGloo():
+            REDUCE_SCATTER(part, whole)
+            torch.distributed.all_reduce(whole)
+    assert levels == [64, -64]
 
 
 def test_a_collective_goes_around_the_ring() -> None:
