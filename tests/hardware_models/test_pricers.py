@@ -26,7 +26,6 @@ from hardware_models.pricers import (
 )
 from hardware_models.pricing import price, price_together
 from hardware_models.profile import DeviceProfile, Sustained
-from hardware_models.roofline import transform_passes
 from hardware_models.units import DTYPE_BYTES
 
 A100 = load_hardware("a100-sxm-80gb")
@@ -341,47 +340,6 @@ def test_depthwise_convolutions_are_no_products() -> None:
     assert isinstance(pricer_of(grouped, A100), ProductPricer)
     assert isinstance(pricer_of(convolution(32, 1, 64, 56, 3), A100), ProductPricer)  # one channel in one group
     assert priced(depthwise) < priced(grouped)
-
-
-def transform(*shape: int) -> Kernel:
-    elements = int(np.prod(shape))
-    return Kernel(
-        kernel_class="fft",
-        op="_fft_c2c",
-        shape=shape,
-        dtype="complex64",
-        flops=0,
-        read_bytes=8 * elements,
-        written_bytes=8 * elements,
-    )
-
-
-@pytest.mark.parametrize(
-    ("shape", "passes"),
-    [
-        ((64, 4096), 1),
-        ((64, 8192), 1),
-        ((64, 16384), 2),
-        ((8, 256, 256), 2),
-        ((1, 256, 256, 256), 3),
-        ((8, 1 << 20, 256), 3),
-        ((9, 1), 1),
-    ],
-)
-def test_transforms_pass_over_the_signal_once_for_each_axis(shape: tuple[int, ...], passes: int) -> None:
-    assert transform_passes(np.array([shape], dtype=np.int64))[0] == passes
-
-
-def test_transforms_move_their_bytes_once_a_pass() -> None:
-    one, two = transform(1024 * 256, 256), transform(1024, 256, 256)
-    assert one.moved_bytes == two.moved_bytes
-    assert priced(two) / priced(one) == pytest.approx(2.0, rel=0.01)
-
-
-def test_transforms_of_a_published_timing() -> None:
-    """CuFFT on a Titan V, 653 GB/s, there and back: 4096 x 4096 x 8 in single precision, 29.2 ms (DTolm/VkFFT#10)."""
-    titan = load_hardware("v100-sxm2-16gb").changed(memory_bandwidth_bytes_per_s=653e9)
-    assert 2 * priced(transform(1, 4096, 4096, 8), titan) == pytest.approx(29.2e-3, rel=0.3)
 
 
 def test_batched_product_of_a_published_timing() -> None:
