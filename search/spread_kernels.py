@@ -80,35 +80,52 @@ def _best_return(
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]  # numba's decorators carry no types
-def spread_ways(
-    ways: Ways, start: Ints, held: Floats, running: Ints, backward: npt.NDArray[np.bool_], room_bytes: float
-) -> tuple[bool, Ints]:
-    """Ways that fit together, and whether there are any.
-
-    **Model**: from the start, the step to a slower way that costs the fewest seconds a byte at the highest moment, until all moments fit; then every step to a faster way that
-    still fits, the one that saves most first.
-
-    Args:
-        ways: of each stage.
-        start: [stages], ways to begin with.
-        held: [moments, stages], as in `search.rank_moments.Moments`, as are the next two.
-        running: [moments]
-        backward: [moments]
-        room_bytes: for activations.
-    """
-    chosen = start.copy()
+def _fit_down(
+    ways: Ways, chosen: Ints, held: Floats, running: Ints, backward: npt.NDArray[np.bool_], room_bytes: float
+) -> bool:
+    """Steps to slower ways until all fits; whether it does."""
     while True:
         peaks = peaks_of(ways, chosen, held, running, backward)
         moment = int(np.argmax(peaks))
         excess = peaks[moment] - room_bytes
         if excess <= 0.0:
-            break
+            return True
         stage, way = _cheapest_step(ways, chosen, held[moment], running[moment], backward[moment], excess)
         if stage < 0:
-            return False, chosen
+            return False
         chosen[stage] = way
-    while True:
-        stage, way = _best_return(ways, chosen, held, running, backward, room_bytes)
-        if stage < 0:
-            return True, chosen
-        chosen[stage] = way
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]  # numba's decorators carry no types
+def spread_ways(
+    ways: Ways, starts: Ints, held: Floats, running: Ints, backward: npt.NDArray[np.bool_], room_bytes: float
+) -> Ints:
+    """Ways that fit together, those of least time that were found; -1 first where none were.
+
+    **Model**: from each start, the step to a slower way that costs the fewest seconds a byte at the highest moment, until all moments fit; then every step to a faster way that
+    still fits, the one that saves most first.
+
+    Args:
+        ways: of each stage.
+        starts: [starts, stages], ways to begin with.
+        held: [moments, stages], as in `search.rank_moments.Moments`, as are the next two.
+        running: [moments]
+        backward: [moments]
+        room_bytes: for activations.
+    """
+    best, best_s = np.full(starts.shape[1], -1, np.int64), np.inf
+    for start in range(starts.shape[0]):
+        chosen = starts[start].copy()
+        if not _fit_down(ways, chosen, held, running, backward, room_bytes):
+            continue
+        while True:
+            stage, way = _best_return(ways, chosen, held, running, backward, room_bytes)
+            if stage < 0:
+                break
+            chosen[stage] = way
+        seconds = 0.0
+        for stage in range(chosen.size):
+            seconds += ways.seconds[stage, chosen[stage]]
+        if seconds < best_s:
+            best, best_s = chosen, seconds
+    return best

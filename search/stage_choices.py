@@ -71,19 +71,38 @@ class StageChoices:
     def __init__(self, setting: StageSetting, device: DeviceProfile) -> None:
         self.setting, self.device = setting, device
         self._runs: dict[int, StageRuns] = {}
+        """By kind."""
+        self._plain: dict[int, Choice] = {}
+        """By kind."""
+        self._kinds: dict[int, int] = {}
+        """By number of a stage."""
+        self._numbers: dict[tuple[object, ...], int] = {}
+        """Of kinds."""
+        self._choices: dict[tuple[int, int], Choice] = {}
+        """By kind and sequence, which each choice keeps alive."""
 
-    def kind(self, stage: Stage) -> tuple[object, ...]:
+    def kind(self, stage: Stage) -> int:
         """Like stages have equal ones."""
-        return (*(id(block) for block in stage.blocks), stage.receives, stage.sends)
+        if stage.index not in self._kinds:
+            key = (*(id(block) for block in stage.blocks), stage.receives, stage.sends)
+            self._kinds[stage.index] = self._numbers.setdefault(key, len(self._numbers))
+        return self._kinds[stage.index]
 
-    def choice(self, stage: Stage, operations: Sequence[Operation]) -> Choice:
+    def choice(self, stage: Stage, operations: tuple[Operation, ...]) -> Choice:
         """A sequence with its cost."""
-        cost, again_s = self.setting.cost(stage, operations), self.setting.again_s(stage)
-        return Choice(operations=tuple(operations), cost=cost, again_s=sum(again_s[block] for block in cost.recomputed))
+        key = (self.kind(stage), id(operations))
+        if key not in self._choices:
+            cost, again_s = self.setting.cost(stage, operations), self.setting.again_s(stage)
+            again = sum(again_s[block] for block in cost.recomputed)
+            self._choices[key] = Choice(operations=operations, cost=cost, again_s=again)
+        return self._choices[key]
 
     def plain(self, stage: Stage) -> Choice:
         """Nothing runs again."""
-        return self.choice(stage, keep_all(len(stage.blocks)) if stage.blocks else ())
+        kind = self.kind(stage)
+        if kind not in self._plain:
+            self._plain[kind] = self.choice(stage, keep_all(len(stage.blocks)) if stage.blocks else ())
+        return self._plain[kind]
 
     def unlike(self, stage: Stage) -> bool:
         """Whether a stage's blocks differ too much for its order of segments to be known."""
@@ -92,11 +111,12 @@ class StageChoices:
 
     def runs(self, stage: Stage) -> StageRuns:
         """The solver of a stage that has blocks."""
-        if stage.index not in self._runs:
+        kind = self.kind(stage)
+        if kind not in self._runs:
             again_s = self.setting.again_s(stage)
-            key = ("stage runs", self.kind(stage), again_s)
-            self._runs[stage.index] = self.setting.prices.once(key, lambda: self._solver(stage, again_s))
-        return self._runs[stage.index]
+            key = ("stage runs", *map(id, stage.blocks), stage.receives, stage.sends, again_s)
+            self._runs[kind] = self.setting.prices.once(key, lambda: self._solver(stage, again_s))
+        return self._runs[kind]
 
     def _solver(self, stage: Stage, again_s: Sequence[float]) -> StageRuns:
         problem = stage_problem(stage, self.setting.prices, self.device)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from math import inf
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,14 +11,13 @@ from hardware_models.errors import InfeasibleError
 from hardware_models.network.cluster import Cluster
 from hardware_models.profile import DeviceProfile
 from hardware_models.units import format_bytes
-from search.chain_kernels import Ints
 from search.chain_problem import ChainProblem
 from search.chain_schedules import evaluate
 from search.rank_moments import moments_of
 from search.spread_kernels import Ways, spread_ways
 from search.stage_chain import StageTable, kept_bytes
 from search.stage_choices import Choice, StageChoices
-from search.stage_runs import StageSequence
+from search.stage_runs import StageSequence, undominated
 from simulator.model_source import ModelSource
 from simulator.parallel.open_step import OpenStep
 from simulator.parallel.simulate_source import ParallelCase, parallel_case, simulate_source
@@ -33,8 +31,8 @@ MOST_ATTEMPTS = 4
 """Times that the budget is lowered by what the allocator reserves beyond it."""
 MOST_CORRECTIONS = 3
 """Times that a rank is solved, its room corrected by what the chain problem over- or understates."""
-NUM_SHARES = 24
-"""Budgets for what a stage keeps where several share a rank."""
+NUM_STARTS = 24
+"""From the fastest ways of stages that share a rank to their leanest."""
 _LEAST_CORRECTION_BYTES = 1.0
 
 
@@ -68,11 +66,12 @@ class _Rank:
 
     def _solved(self, room_bytes: float) -> list[Choice] | None:
         """The fastest sequences of `StageRuns` that fit exactly; what the solver takes them to need is corrected by what they do need."""
-        best, limit = None, room_bytes
+        best, limit, known = None, room_bytes, None
         for _ in range(MOST_CORRECTIONS):
             found = self._under(limit)
-            if found is None:
+            if found is None or found == known:
                 break
+            known = found
             chosen, peak = self._exact(found)
             if peak <= room_bytes and (best is None or _seconds(chosen) < _seconds(best)):
                 best = chosen
@@ -124,43 +123,21 @@ class _Rank:
         """The fastest sequences by the solver's account; None where nothing fits by it."""
         filled = self._filled()
         if len(filled) > 1:
-            return self._spread(self._lists(limit_bytes), limit_bytes)
+            return self._spread({place: self.choices.runs(self.stages[place]).ways for place in filled}, limit_bytes)
         others, parts = self._others(filled), self.parts
         room = parts * limit_bytes - others * self._lasting_bytes(filled[0])
         found = self.choices.runs(self.stages[filled[0]]).fastest(room, others)
         return None if found is None else [found if place == filled[0] else None for place in range(len(self.stages))]
 
-    def _kinds(self) -> dict[tuple[object, ...], list[int]]:
+    def _kinds(self) -> dict[int, list[int]]:
         """Places of stages with blocks, like ones together."""
-        kinds: dict[tuple[object, ...], list[int]] = {}
+        kinds: dict[int, list[int]] = {}
         for place in self._filled():
             kinds.setdefault(self.choices.kind(self.stages[place]), []).append(place)
         return kinds
 
-    def _lists(self, limit_bytes: float) -> dict[int, list[StageSequence]]:
-        """Sequences of each stage under evenly spread budgets for what it keeps, fastest first.
-
-        **Model**: the running stage may take what an equal share of the memory leaves it, or all of it that its own micro-batches leave; which of them go together is decided next.
-        """
-        lists: dict[int, list[StageSequence]] = {}
-        most = self.moments.held.max(axis=0)
-        for places in self._kinds().values():
-            runs, lasting = self.choices.runs(self.stages[places[0]]), self._lasting_bytes(places[0])
-            together, alone = self._others(places), max(self._others([place]) for place in places)
-            share = limit_bytes * float(most[places].sum() / most.sum())
-            limits = [
-                (self.parts * own - others * lasting, others) for own, others in ((share, together), (limit_bytes, alone))
-            ]
-            least, whole = runs.leanest(together), runs.fastest(inf, together)
-            assert whole is not None, "without a limit everything fits"
-            budgets = np.linspace(least.kept_bytes, whole.kept_bytes, NUM_SHARES)
-            asked = [(limit, others, budget) for limit, others in limits for budget in budgets]
-            ways = _undominated([least, *runs.under(*zip(*asked, strict=True))])
-            lists.update(dict.fromkeys(places, ways))
-        return lists
-
     def _spread(self, lists: dict[int, list[StageSequence]], limit_bytes: float) -> list[StageSequence | None] | None:
-        """Of each stage the way that it takes beside the others: from the fastest down, and from the fastest that all like stages can take."""
+        """Of each stage the way that it takes beside the others; None where none fit together."""
         most = max(len(ways) for ways in lists.values())
         table = np.zeros((4, len(self.stages), most))
         num = np.ones(len(self.stages), np.int64)
@@ -169,21 +146,12 @@ class _Rank:
             table[0, place, : len(own)] = [way.seconds for way in own]
             table[1:, place, : len(own)] = np.array([self._sizes(place, way) for way in own]).T
         ways = Ways(num, table[0], table[1], table[2] / self.parts, table[3] / self.parts)
-        best, best_s = None, inf
-        for start in self._starts(num):
-            fits, chosen = spread_ways(ways, start, self.moments.held, self.moments.running, self.moments.backward, limit_bytes)
-            seconds = float(ways.seconds[np.arange(len(num)), chosen].sum())
-            if fits and seconds < best_s:
-                best, best_s = chosen, seconds
-        if best is None:
+        starts = np.round(np.linspace(0.0, 1.0, NUM_STARTS)[:, None] * (num - 1)).astype(np.int64)
+        moments = self.moments
+        best = spread_ways(ways, starts, moments.held, moments.running, moments.backward, limit_bytes)
+        if best[0] < 0:
             return None
         return [lists[place][best[place]] if place in lists else None for place in range(len(self.stages))]
-
-    def _starts(self, num: Ints) -> Iterator[Ints]:
-        """Ways to begin with: the fastest of all; the same share of its list for each stage."""
-        yield np.zeros(len(num), np.int64)
-        for part in np.linspace(0.0, 1.0, NUM_SHARES)[1:]:
-            yield np.round(part * (num - 1)).astype(np.int64)
 
     def _from_tables(self, room_bytes: float) -> list[Choice] | None:
         """The fastest sequences of `StageTable`; None where these do not fit either."""
@@ -200,7 +168,7 @@ class _Rank:
             ways = [_measured(runs.problem, one) for one in table.sequences(others + 1.0)]
             if not ways:
                 return None
-            lists.update(dict.fromkeys(places, _undominated(ways)))
+            lists.update(dict.fromkeys(places, undominated(ways)))
         found = self._spread(lists, room_bytes)
         if found is None:
             return None
@@ -223,15 +191,6 @@ def _seconds(chosen: Sequence[Choice]) -> float:
 def _measured(problem: ChainProblem, operations: tuple[Operation, ...]) -> StageSequence:
     seconds, peak = evaluate(problem, operations)
     return StageSequence(operations=operations, seconds=seconds, kept_bytes=kept_bytes(problem, operations), peak_bytes=peak)
-
-
-def _undominated(ways: Sequence[StageSequence]) -> list[StageSequence]:
-    """Sequences that no other equals or beats in time, bytes kept and peak; fastest first."""
-    kept: list[StageSequence] = []
-    for way in sorted(ways, key=lambda one: (one.seconds, one.kept_bytes, one.peak_bytes)):
-        if not any(other.kept_bytes <= way.kept_bytes and other.peak_bytes <= way.peak_bytes for other in kept):
-            kept.append(way)
-    return kept
 
 
 def best_operations(

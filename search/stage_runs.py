@@ -33,6 +33,12 @@ GRAINS = 2048
 """Parts of what a stage can keep; points of a front that lie closer together are left out."""
 MOST_INSIDE = 64
 """Undominated ways of the blocks inside a run that are looked at."""
+NUM_BUDGETS = 32
+"""For what a stage keeps where it shares its rank."""
+PEAKS = (0.75, 0.5, 0.3)
+"""Of the peak where nothing runs again: limits for stages that share their rank."""
+LARGE_OTHERS = 64.0
+"""Micro-batches in flight beyond which only what is kept counts."""
 MOST_EXCESSES = 12
 """Limits on how far a stage's peak exceeds what it keeps for which fronts are made."""
 
@@ -47,6 +53,15 @@ class StageSequence:
     """By a micro-batch between its passes, what it received among them."""
     peak_bytes: int
     """Most that one micro-batch holds at once."""
+
+
+def undominated(ways: Sequence[StageSequence]) -> list[StageSequence]:
+    """Sequences that no other equals or beats in time, bytes kept and peak; fastest first."""
+    kept: list[StageSequence] = []
+    for way in sorted(ways, key=lambda one: (one.seconds, one.kept_bytes, one.peak_bytes)):
+        if not any(other.kept_bytes <= way.kept_bytes and other.peak_bytes <= way.peak_bytes for other in kept):
+            kept.append(way)
+    return kept
 
 
 class StageRuns:
@@ -109,6 +124,16 @@ class StageRuns:
         made = [leanest_join(self._fronts, self._runs, beginnings, float(others)) for beginnings in self._beginnings]
         number = min(range(len(made)), key=lambda one: others * made[one].kept_bytes[0] + made[one].peak_bytes[0])
         return self._sequence(number, made[number], 0, float(made[number].peak_bytes[0]))
+
+    @cached_property
+    def ways(self) -> list[StageSequence]:
+        """Sequences for a stage that shares its rank with others: the fastest for evenly spread budgets of what is kept, with and without limits of the peak, none as slow and as large as another; fastest first."""
+        whole, least = self.fastest(inf, 0.0), self.leanest(1.0)
+        assert whole is not None, "without a limit everything fits"
+        budgets = np.linspace(least.kept_bytes, whole.kept_bytes, NUM_BUDGETS)
+        asked = [(peak, 0.0, budget) for peak in (inf, *(part * whole.peak_bytes for part in PEAKS)) for budget in budgets]
+        limits, others, kept = zip(*asked, strict=True)
+        return undominated([self.leanest(0.0), least, self.leanest(LARGE_OTHERS), *self.under(limits, others, kept)])
 
     @cached_property
     def least_peak_bytes(self) -> int:
