@@ -288,6 +288,6 @@ def _as_baseline(expert: Expert, plan: Plan, result: ParallelSimulation, *, fits
 def _text(request: JointRequest, device: DeviceProfile) -> str:
     """All that decides the answer."""
     return study_text(
-        request.config, request.seq_len, request.global_batch, request.cluster, fingerprint(device), request.trainer.name, request.computes,
+        request.config, request.seq_len, request.global_batch, request.cluster, fingerprint(device), fingerprint(request.trainer), request.computes,
         request.budget_bytes, request.extra_schedules,
     )  # fmt: skip
