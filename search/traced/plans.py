@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
+from hardware_models.profile import DeviceProfile
 from search.stage_choices import StageChoices
 from search.stage_recompute import MOST_ATTEMPTS, best_sequence
 from simulator.lower import PassPrices
@@ -14,8 +16,8 @@ from simulator.parallel.default_cut import in_flight
 from simulator.parallel.simulate_parallel import WEIGHT_SHARE
 from simulator.parallel.simulate_traced import StagesOnCluster
 from simulator.parallel.stages import Stage, StageCost, stage_cost
-from simulator.parallel.traced_step import parameters_of, resident_bytes
-from simulator.pipeline.action import actions_of
+from simulator.parallel.traced_step import TracedStep, parameters_of, resident_bytes
+from simulator.pipeline.action import Order, actions_of
 from simulator.plan import Plan
 from simulator.sequence import Operation
 from simulator.tracing.simulate_stages import StagesCase, StageSimulator
@@ -42,6 +44,30 @@ class TracedSetting:
     def again_s(self, stage: Stage) -> tuple[float, ...]:
         """No block waits for collectives when it runs again."""
         return (0.0,) * len(stage.blocks)
+
+
+class StepCase(Protocol):
+    """What of a plan's step decides which sequences are best, wherever it runs."""
+
+    @property
+    def plan(self) -> Plan:
+        """Resolved."""
+
+    @property
+    def device(self) -> DeviceProfile:
+        """Of every rank."""
+
+    @property
+    def order(self) -> Order:
+        """Of the pipeline."""
+
+    @property
+    def step(self) -> TracedStep:
+        """Without recompute."""
+
+    @property
+    def prices(self) -> PassPrices:
+        """Of the device."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,18 +116,22 @@ class TracedPlans:
         Raises:
             InfeasibleError: nothing fits on some rank; says what would.
         """
-        library = self.simulator.library(plain.plan)
-        choices = StageChoices(TracedSetting(stages=stages_of(plain, library), prices=plain.prices), plain.device)
-        return best_sequence(choices, plain.order, lived_bytes(plain), budget_bytes=budget_bytes(plain) - spare_bytes)
+        return sequence_of_stages(plain, self.simulator.library(plain.plan), spare_bytes=spare_bytes)
 
 
-def budget_bytes(case: StagesCase) -> int:
+def sequence_of_stages(plain: StepCase, library: StageLibrary, *, spare_bytes: int) -> tuple[Operation, ...]:
+    """As `TracedPlans.sequence`, of stages of a library."""
+    choices = StageChoices(TracedSetting(stages=stages_of(plain, library), prices=plain.prices), plain.device)
+    return best_sequence(choices, plain.order, lived_bytes(plain), budget_bytes=budget_bytes(plain) - spare_bytes)
+
+
+def budget_bytes(case: StepCase) -> int:
     """Most bytes of live tensors on a rank."""
     room, budget = case.device.memory_bytes - case.device.context_bytes, case.plan.memory.budget_bytes
     return room if budget is None else min(room, budget)
 
 
-def stages_of(case: StagesCase, library: StageLibrary) -> tuple[Stage, ...]:
+def stages_of(case: StepCase, library: StageLibrary) -> tuple[Stage, ...]:
     """The stages of a plan as the solvers take them; those whose backward pass the order splits know no option that recomputes inside of it."""
     stages, first = [], 0
     split = {action.stage for cells in case.order.ranks for action in actions_of(cells) if action.kind == "W"}
@@ -118,12 +148,12 @@ def _plain(block: Block, library: StageLibrary) -> Block:
     return library.once(("plain", id(block)), partial(replace, block, options=block.options[:1]))
 
 
-def lived_bytes(case: StagesCase) -> list[int]:
+def lived_bytes(case: StepCase) -> list[int]:
     """Per rank, bytes that live through the step beside activations, or that have gathered by its end: parameters, states, gradients, messages that were sent, parameters that are gathered."""
     return [sum(own) + _gathering_bytes(case, rank) for rank, own in enumerate(resident_bytes(case.step))]
 
 
-def _gathering_bytes(case: StagesCase, rank: int) -> int:
+def _gathering_bytes(case: StepCase, rank: int) -> int:
     step, order = case.step, case.order
     gradients = sum(held.size_bytes for held in parameters_of(step, rank).values() if held.trained)
     own = [step.stages[stage] for stage in order.stages_of_rank[rank]]

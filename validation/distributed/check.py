@@ -18,7 +18,7 @@ def check_processes(plan: Plan) -> None:
     Raises:
         InputError: names the first key.
     """
-    check_traced(plan, what="replayed over several processes")
+    check_traced(plan, what="replayed over several processes", solved=True)
     _check_whole_modules(plan)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -9,17 +11,23 @@ import numpy as np
 from hardware_models.errors import InfeasibleError
 from hardware_models.profile import DeviceProfile
 from hardware_models.units import format_bytes
+from search.stage_recompute import MOST_ATTEMPTS
+from search.traced.plans import budget_bytes, sequence_of_stages
+from simulator.lower import PassPrices
 from simulator.model_source import ModelSource
 from simulator.parallel.orders import order_of
-from simulator.parallel.simulate_traced import TracedSimulation, simulate_traced
+from simulator.parallel.simulate_traced import TracedSimulation, pass_prices, simulate_traced
 from simulator.parallel.traced_replicas import Rings
-from simulator.parallel.traced_step import Link, step_of
+from simulator.parallel.traced_stage import TracedStage
+from simulator.parallel.traced_step import Link, TracedStep, step_of
 from simulator.pipeline.action import Order
 from simulator.plan import Plan
 from simulator.program import Kind
+from simulator.sequence import Operation
 from simulator.timeline import Timeline
 from simulator.tracing.capture import build_fake
 from simulator.tracing.plan_stages import PlannedStage, plan_stages, sequence_of_file
+from simulator.tracing.stage_chain import StageLibrary
 from simulator.tracing.trace import Traced
 from simulator.tracing.traced_model import TracedModel
 from validation.distributed.check import check_order, check_processes, runs_whole_modules
@@ -30,6 +38,17 @@ from validation.distributed.tensor_parallel import check_tensor_parallel
 
 _UNKNOWN_LINK = LinkFacts(latency_s=0.0, bytes_per_s=float("inf"))
 """Memory does not depend on it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _StepCase:
+    """A `search.traced.plans.StepCase`."""
+
+    plan: Plan
+    device: DeviceProfile
+    order: Order
+    step: TracedStep
+    prices: PassPrices
 
 
 class Prediction:
@@ -51,8 +70,36 @@ class Prediction:
         self.plan, self.device, self.cores, self._tokens = plan, device, cores, traced.workload.tokens
         self.order: Order = order_of(plan, folder=folder)
         check_order(plan, self.order)
-        self.sequence = sequence_of_file(plan, folder)
-        self.planned: tuple[PlannedStage, ...] = plan_stages(traced, plan, self.order, sequence=self.sequence)
+        library = StageLibrary(whole=traced)
+        solves = plan.memory.recompute == "optimal"
+        self.sequence = self._best_sequence(library) if solves else sequence_of_file(plan, folder)
+        self.planned: tuple[PlannedStage, ...] = plan_stages(traced, plan, self.order, sequence=self.sequence, library=library)
+
+    def _best_sequence(self, library: StageLibrary) -> tuple[Operation, ...]:
+        """What ``recompute = "optimal"`` stands for: of each stage the fastest sequence under its rank's memory; solved again with less room where it holds more than it was thought to.
+
+        Raises:
+            InfeasibleError: no sequences fit.
+        """
+        plan, device = replace(self.plan, memory=replace(self.plan.memory, recompute="none")), self.device
+        stages = plan_stages(library.whole, plan, self.order, library=library)
+        case = _StepCase(
+            plan=plan,
+            device=device,
+            order=self.order,
+            step=self._step([one.stage for one in stages], _UNKNOWN_LINK),
+            prices=pass_prices(plan, device),
+        )
+        spare = 0
+        for _ in range(MOST_ATTEMPTS):
+            found = sequence_of_stages(case, library, spare_bytes=spare)
+            planned = plan_stages(library.whole, self.plan, self.order, sequence=found, library=library)
+            step = self._step([one.stage for one in planned], _UNKNOWN_LINK)
+            beyond = max(simulate_traced(step, self.plan, device, tokens=self._tokens).peak_memory_bytes) - budget_bytes(case)
+            if beyond <= 0:
+                break
+            spare += beyond
+        return found
 
     def memory(self) -> TracedSimulation:
         """With peaks as they will be and times without messages.
@@ -81,11 +128,13 @@ class Prediction:
         at_a_time = self.plan.parallel.dp * busy_s / alone.step_time_s
         return self._simulate(link, self.cores / threads * max(1.0, at_a_time * threads / self.cores))
 
-    def _simulate(self, link: LinkFacts, slowdown: float) -> TracedSimulation:
+    def _step(self, stages: Sequence[TracedStage], link: LinkFacts) -> TracedStep:
         rings = Rings(latency_s=link.latency_s, bytes_per_s=link.bytes_per_s)
-        stages = [one.stage for one in self.planned]
         wire = Link(latency_s=link.latency_s, bytes_per_s=link.bytes_per_s)
-        step = step_of(self.plan, self.order, stages, wire, collective_s=rings, tied_s=rings)
+        return step_of(self.plan, self.order, stages, wire, collective_s=rings, tied_s=rings)
+
+    def _simulate(self, link: LinkFacts, slowdown: float) -> TracedSimulation:
+        step = self._step([one.stage for one in self.planned], link)
         return simulate_traced(step, self.plan, self.device, tokens=self._tokens, slowdown=slowdown)
 
 

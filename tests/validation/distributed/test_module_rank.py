@@ -47,7 +47,6 @@ def test_a_split_module_is_the_plain_one_and_takes_the_memory_predicted(tmp_path
     cases = [
         (DROPOUT, plan_of(dp=2, zero=3, recompute="full")),
         (f"{MODELS}:gpt", plan_of(dp=2, zero=2, recompute="selective")),
-        (f"{MODELS}:gpt", plan_of(tp=2, recompute="full")),
         (f"{MODELS}:llama", plan_of(tp=2, dp=2)),
         (f"{MODELS}:vit", plan_of(tp=2, dp=2, zero=2)),
         (f"{MODELS}:gpt", plan_of(tp=2, dp=2, zero=3, recompute="full")),
