@@ -152,7 +152,10 @@ def _sharded_seconds(case: StagesCase, stage: TracedStage) -> tuple[float, float
         return 0.0, packing_s, (0.0, 0.0)
     if not alone:
         return sum(laid_out_s) - max(laid_out_s[0], laid_out_s[-1]), packing_s, (0.0, 0.0)
-    first_s = (_collectives_s(case, "all_gather", units[0]), _collectives_s(case, "all_gather", units[-1]))
+    ends = ((units[0], stage.parameters_of_block[0]), (units[-1], stage.parameters_of_block[-1]))
+    # behind a block without parameters the first ones are gathered beside its compute
+    there, back = (_collectives_s(case, "all_gather", unit) if names else 0.0 for unit, names in ends)
+    first_s = (there, back)
     return sum(laid_out_s), packing_s, first_s
 
 
@@ -178,7 +181,9 @@ def _rank_end_s(case: StagesCase, rank: int, computed_s: float, busy_s: float) -
     if step.shards is not None:
         part, traffic_s = step.shards.part, _sharded_traffic_s(case, rank)
         trained = [(part(elements), part(size)) for elements, size in trained]
-        return max(computed_s, traffic_s, busy_s + _beside(step) * traffic_s) + _update_s(case, trained)
+        alone = (_sharded_seconds(case, step.stages[stage])[2] for stage in step.order.stages_of_rank[rank])
+        waited_s = step.order.num_microbatches * sum(map(sum, alone))  # gathers that passes begin with
+        return max(computed_s, traffic_s, busy_s + _beside(step) * (traffic_s - waited_s)) + _update_s(case, trained)
     if replicas is None:
         return computed_s + _update_s(case, trained)
     buckets = replicas.buckets[rank]

@@ -40,12 +40,15 @@ def test_the_certified_answer_is_that_of_brute_force(setting: tuple[str, str, in
 
 
 @pytest.mark.slow
-def test_no_plan_is_below_its_bounds() -> None:
-    """Of a sample of plans: the point's bound and the plan's own one, in seconds and bytes."""
-    plans, request = shared_plans(*SETTINGS[0]), request_of()
+@pytest.mark.parametrize("setting", [SETTINGS[0], (CONVOLUTIONS, "a100-pcie-8x", 4, 8)])
+def test_no_plan_is_below_its_bounds(setting: tuple[str, str, int, int]) -> None:
+    """Of a sample of plans, and of all without stages: the point's bound and the plan's own one, in seconds and bytes."""
+    model, cluster, gpus, batch = setting
+    plans, request = shared_plans(*setting), request_of(model, cluster=cluster, gpus=gpus, batch=batch)
     space = space_of(request, plans)
     bounds = ChainBounds(space, plans.simulator).seconds()
-    for index in np.random.default_rng(0).choice(len(space), 24, replace=False).tolist():
+    alone = [index for index, point in enumerate(space.points) if point.pp == 1]
+    for index in {*alone, *np.random.default_rng(0).choice(len(space), 24, replace=False).tolist()}:
         case = plans.plain(space.plan(index))
         own, found = step_bound(case, plans.simulator.library(case.plan)), case.simulate()
         assert 0.0 < bounds[index] <= own.seconds * TOLERANCE
