@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -31,6 +32,17 @@ def step(draw: random.Random, calls: int) -> list[AllocationEvent]:
         events.append(AllocationEvent(action="allocate", name=name, size_bytes=size))
         alive.append(name)
     return [*events, *(AllocationEvent(action="free", name=name) for name in alive)]
+
+
+def random_step(seed: int, calls: int) -> list[AllocationEvent]:
+    """`step` with a generator of its own."""
+    return step(random.Random(seed), calls)  # noqa: S311  # not for secrets
+
+
+def repeated_replay(events: list[AllocationEvent]) -> Callable[[], AllocatorPeaks]:
+    """The compiled replay of a step and its repeats, calls made arrays beforehand."""
+    calls = calls_of(events)
+    return lambda: replay_steps(calls, calls, most_steps=MOST_STEPS)
 
 
 def call_by_call(first: list[AllocationEvent], again: list[AllocationEvent], text: str) -> AllocatorPeaks:
@@ -64,7 +76,7 @@ def test_no_calls_reserve_nothing() -> None:
 
 @pytest.mark.parametrize("text", ["expandable_segments:True", "max_split_size_mb:128"])
 def test_other_rules_are_replayed_call_by_call(text: str) -> None:
-    again = step(random.Random(1), 60)  # noqa: S311  # not for secrets
+    again = random_step(1, 60)
     calls = calls_of(again)
     assert replay_steps(calls, calls, most_steps=MOST_STEPS, settings=parse_alloc_conf(text)) == call_by_call(
         again, again, text
