@@ -51,8 +51,8 @@ class BatchOutcome:
     """Plans that the simulator refuses, by reason."""
 
     def joined(self, later: BatchOutcome) -> BatchOutcome:
-        """Of both; the later one was held against the best of this one."""
-        best = self if later.value is None else later
+        """Of both."""
+        best = self if later.value is None or (self.value is not None and self.value <= later.value) else later
         return BatchOutcome(
             value=best.value, point=best.point, attributes=best.attributes, open_bound=min(self.open_bound, later.open_bound),
             num_simulated=self.num_simulated + later.num_simulated, refused=together([self.refused, later.refused]),

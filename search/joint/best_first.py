@@ -67,6 +67,7 @@ class BestFirst:
         self.evaluator, self.incumbent = evaluator, incumbent
         self.plan: Plan | None = None
         """The best one, if it is below the first incumbent."""
+        self.value: float | None = None
         self.point: int | None = None
         self.num_simulated, self.least_bytes = 0, 0
         self.refused: Counter[str] = Counter()
@@ -146,7 +147,7 @@ class BestFirst:
         """What came of it; ``open_bound`` as `run` gave it."""
         attributes: dict[str, Any] = {} if self.plan is None else {"plan": plan_to_dict(self.plan)}
         return BatchOutcome(
-            value=None if self.plan is None else self.incumbent, point=self.point, open_bound=open_bound, num_simulated=self.num_simulated,
+            value=self.value, point=self.point, open_bound=open_bound, num_simulated=self.num_simulated,
             least_bytes=self.least_bytes, attributes=attributes, refused=together([self.refused]),
         )  # fmt: skip
 
@@ -181,7 +182,8 @@ class BestFirst:
             self._push(result.step_time_s, FITS, one.point, one.memory)
 
     def _take(self, one: Candidate) -> None:
-        self.incumbent, self.point, self.plan = one.seconds, one.point, self._plan(one)
+        self.incumbent = self.value = one.seconds
+        self.point, self.plan = one.point, self._plan(one)
 
     def _asked(self, plan: Plan, *, reserved: bool) -> ParallelSimulation | None:
         try:

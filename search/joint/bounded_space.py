@@ -62,8 +62,9 @@ def bounded_space(
     rows: list[Floats] = []
     row_of: dict[tuple[int, tuple[CommGroup, ...]], int] = {}
     gathers = bool((points.zero_stage == PARAMETERS_SHARDED).any())
-    for place, index in enumerate(splits.tolist()):
-        plan = space.plan(index)
+    plans = [space.plan(index) for index in splits.tolist()]
+    known.price(plans)
+    for place, plan in enumerate(plans):
         split = known.split(plan)
         table, message_s[place] = split.table, split.message_s()
         if id(table) not in places:
@@ -71,10 +72,8 @@ def bounded_space(
             found.append(table)
         table_of[place] = places[id(table)]
         for ways in (1, 2)[: min(2, plan.parallel.pp)] if gathers and plan.parallel.dp * plan.parallel.cp > 1 else ():
-            groups = tuple(
-                split.mesh.gradient_group(distance) for distance in ([0] if ways == 1 else range(1, plan.parallel.pp))
-            )
-            key = (id(table), groups)
+            apart = (0,) if ways == 1 else sharded.distances(split)
+            key = (id(table), tuple(split.mesh.gradient_group(distance) for distance in apart))
             if key not in row_of:
                 row_of[key] = len(rows)
                 rows.append((sharded.sums(plan, split) if ways == 1 else sharded.least(plan, split)).total_s)

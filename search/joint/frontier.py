@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import time
+from functools import reduce
 
 import numpy as np
 
@@ -10,6 +12,7 @@ from search.joint.batch_study import NOTHING, BatchOutcome
 from search.joint.best_first import BestFirst
 from search.joint.bounded_space import BoundedSpace, Floats, Ints, groups_of
 from search.joint.evaluate import Evaluator
+from search.joint.processes import num_processes, shared_out
 
 STEP = 256
 """Points whose bounds are raised together."""
@@ -31,6 +34,7 @@ _PLAYED_COLUMNS = (
     "virtual_stages",
     "zero_stage",
 )
+_ORDER_COLUMNS = ("schedule", "pp", "virtual_stages", "num_microbatches")
 _PRICED, _PLAYED, _REFINED = range(3)
 """How far a point's bound has been raised."""
 
@@ -52,9 +56,11 @@ class Frontier:
         self.space, self.evaluator, self.known_s = bounded.space, evaluator, known_s
         self.bound_s: Floats = bounded.bound_s.copy()
         self._raised = np.zeros(len(self.bound_s), np.int8)
+        self._shared = multiprocessing.RawValue("d", known_s)
+        """Time of the best plan that any process has found."""
 
     def dive(self, end: float) -> BatchOutcome | None:
-        """Simulates plans, the least bound first, up to `DIVE` of them; then raises the bounds of all points that could beat the best of these.
+        """Simulates plans, the least bound first, up to `DIVE` of them; then raises the bounds of all points that could beat the best of these. All processors take part.
 
         Args:
             end: moment (`time.monotonic`) at which no other bound is raised.
@@ -64,8 +70,26 @@ class Frontier:
         """
         if int((self.bound_s < self.known_s).sum()) < FEW_POINTS:
             return None
+        count = num_processes()
+        part_of = groups_of(self.space.points, _ORDER_COLUMNS)[1] % count  # who makes an order plays all that run in it
+        whole, self._shared = self.bound_s, multiprocessing.RawValue("d", self.known_s)
+
+        def part(number: int) -> tuple[Floats, float, BatchOutcome]:
+            self.bound_s = np.where(part_of == number, whole, NOTHING)
+            outcome = self._dive_alone(DIVE // count, end)
+            return self.bound_s[part_of == number], self.known_s, outcome
+
+        found = shared_out(part, range(count))
+        self.bound_s = whole
+        for number, (bound_s, _, _) in enumerate(found):
+            self.bound_s[part_of == number] = bound_s
+        self.known_s = min(known_s for _, known_s, _ in found)
+        return reduce(lambda one, other: one.joined(other), (outcome for _, _, outcome in found))
+
+    def _dive_alone(self, most: int, end: float) -> BatchOutcome:
         queue, rows = BestFirst(self.evaluator, self.known_s), np.arange(len(self.bound_s))
-        while queue.num_simulated < DIVE and queue.plan is None and time.monotonic() <= end:
+        while queue.num_simulated < most and queue.plan is None and time.monotonic() <= end:
+            queue.incumbent = self.known_s = min(queue.incumbent, self._shared.value)
             first = int(np.argmin(self.bound_s))
             if min(queue.least_s, self.bound_s[first]) >= self.known_s:
                 break
@@ -82,8 +106,13 @@ class Frontier:
         for point, seconds in queue.open_points().items():
             self.bound_s[point] = seconds
         self.known_s = queue.incumbent
+        self._tell()
         self._raise_all(end)
         return queue.outcome(NOTHING)
+
+    def _tell(self) -> None:
+        """Two processes that tell at once may overwrite each other, which costs some bounds and is not wrong."""
+        self._shared.value = self.known_s = min(self.known_s, self._shared.value)
 
     def _raise_all(self, end: float) -> None:
         """Raises the bounds of all points that could beat the best plan so far, as far as they can be."""
@@ -91,10 +120,14 @@ class Frontier:
             rows = np.flatnonzero((self.bound_s < self.known_s) & (self._raised == stage))
             rows = rows[np.argsort(self.bound_s[rows], kind="stable")]
             for place in range(0, len(rows), STEP):
-                self._raise(rows[place : place + STEP], end)
+                self._tell()
+                own = rows[place : place + STEP]
+                self._raise(own[self.bound_s[own] < self.known_s], end)
 
     def _raise(self, rows: Ints, end: float) -> None:
         """Raises bounds of points that have been raised equally far."""
+        if not len(rows):
+            return
         if self._raised[rows[0]] == _PRICED:
             self._play(rows)
             return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from search.joint.experts import Expert, experts
 from search.joint.explain import Contribution, contributions
 from search.joint.frontier import Frontier
 from search.joint.least_memory import least_memory
+from search.joint.processes import num_processes, shared_out
 from search.joint.sampled_study import Judge, SampledRun, run_sampled
 from search.joint.space import JointRequest, joint_space
 from search.storage import JOURNAL
@@ -33,6 +34,8 @@ from simulator.parallel.simulation import ParallelSimulation
 from simulator.plan import Plan
 from simulator.plan_file import plan_from_dict, plan_to_dict
 
+FEW_PLANS = 32
+"""Of experts' rules, up to which one process looks at them."""
 LEAST_MEMORY_S = 20.0
 """That a search with a time limit looks for the least memory that would do, where nothing fits."""
 
@@ -177,8 +180,7 @@ def joint_search(
     started = time.perf_counter()
     space = joint_space(request)
     evaluator = Evaluator(space, source, device)
-    found = (_baseline(evaluator, expert) for expert in experts(request))
-    baselines = tuple(one for one in found if one is not None)
+    baselines = _baselines(evaluator, experts(request))
     known = min((one for one in baselines if one.fits), key=lambda one: one.step_time_s, default=None)
     known_s = known.step_time_s if known else NOTHING
     bounded = bounded_space(space, device, evaluator.tables, most_s=known.step_time_s if known else None)
@@ -253,6 +255,19 @@ def _infeasible(evaluator: Evaluator, study: JointStudyResult, *, limited: bool)
         else "take more devices, a smaller batch or a smaller model",
         needed_bytes=need,
     )
+
+
+def _baselines(evaluator: Evaluator, rules: Sequence[Expert]) -> tuple[Baseline, ...]:
+    """Of all rules, in their order."""
+    count = num_processes() if sum(len(one.plans) for one in rules) > FEW_PLANS else 1
+
+    def part(number: int) -> list[Baseline | None]:
+        return [_baseline(evaluator, one) for one in rules[number::count]]
+
+    found: list[Baseline | None] = [None] * len(rules)
+    for number, own in enumerate(shared_out(part, range(count))):
+        found[number::count] = own
+    return tuple(one for one in found if one is not None)
 
 
 def _baseline(evaluator: Evaluator, expert: Expert) -> Baseline | None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from hardware_models.network.cluster import CommGroup
 from hardware_models.profile import DeviceProfile
+from search.joint.processes import num_processes, shared_out
 from search.joint.space import JointRequest
 from simulator.parallel.communication import Behind, Communication
 from simulator.parallel.early_stop import STOPPED, option_again, stops_early
@@ -26,6 +27,8 @@ from simulator.precision import STORED_AS
 from simulator.workload import BlockOption, Pass
 
 Floats = NDArray[np.float64]
+FEW_MODELS = 32
+"""Ways to split a layer up to which one process prices all of them."""
 FAR_BELOW = 0.5
 """Part of a slope below which another one counts as cheap."""
 
@@ -144,14 +147,31 @@ class LayerTables:
             )
         return self._splits[key]
 
+    def price(self, plans: Sequence[Plan]) -> None:
+        """Makes the tables of many plans at once, on all processors."""
+        wanted: dict[Hashable, dict[Hashable, Plan]] = {}
+        for plan in plans:
+            model, key = _keys(plan, mesh_of(plan, self.request.cluster))
+            if key not in self._tables:
+                wanted.setdefault(model, {})[key] = plan
+        models, processes = list(wanted.values()), num_processes()
+        if len(models) < FEW_MODELS or processes == 1:
+            return  # each is made when it is asked for
+
+        def priced(part: Sequence[Mapping[Hashable, Plan]]) -> list[tuple[Hashable, LayerTable]]:
+            return [
+                (key, self._table_of(plan, mesh_of(plan, self.request.cluster))) for one in part for key, plan in one.items()
+            ]
+
+        for found in shared_out(priced, [models[first::processes] for first in range(processes)]):
+            for key, table in found:
+                self._tables.setdefault(key, table)
+
     def _table_of(self, plan: Plan, mesh: Mesh) -> LayerTable:
-        split, model = plan.parallel, self.model(plan)
-        groups = tuple(mesh.group(axis) if mesh.degree(axis) > 1 else None for axis in ("tp", "cp", "ep"))
-        priced = (id(model), split.cp_method)
-        key = (*priced, split.pp > 1, groups, mesh.neighbours("cp") if split.cp > 1 else None)
+        priced, key = _keys(plan, mesh)
         if key not in self._tables:
             if priced not in self._pieces:
-                self._pieces[priced] = _pieces_of(model, plan)
+                self._pieces[priced] = _pieces_of(self.model(plan), plan)
             self._tables[key] = self._table(self._pieces[priced], plan, mesh)
         return self._tables[key]
 
@@ -211,6 +231,25 @@ class LayerTables:
                     ways.append((float(less), max(0.0, more_s)))
             found += _hull(ways)
         return found
+
+
+def _keys(plan: Plan, mesh: Mesh) -> tuple[Hashable, Hashable]:
+    """What the prices of a plan's layers depend on, and what their table does."""
+    own = plan.parallel
+    priced = (
+        own.tp,
+        own.cp,
+        own.ep,
+        own.cp_method,
+        own.sequence_parallel,
+        plan.batch.micro_batch,
+        plan.memory.recompute,
+        plan.memory.block,
+        plan.precision,
+        plan.runtime,
+    )
+    groups = tuple(mesh.group(axis) if mesh.degree(axis) > 1 else None for axis in ("tp", "cp", "ep"))
+    return priced, (priced, own.pp > 1, groups, mesh.neighbours("cp") if own.cp > 1 else None)
 
 
 def _pieces_of(model: PricedModel, plan: Plan) -> _Pieces:

@@ -72,8 +72,13 @@ class ShardedSeconds:
 
     def least(self, plan: Plan, split: Split) -> Sharded:
         """Of a micro-batch in an order of two directions, whose stages are on ranks near and far: those of the distance that takes least."""
-        found = (self.sums(plan, split, distance) for distance in range(1, plan.parallel.pp))
+        found = (self.sums(plan, split, distance) for distance in self.distances(split))
         return min(found, key=lambda one: float(one.total_s[-1]))
+
+    def distances(self, split: Split) -> range:
+        """Of two pipeline ranks that hold the same stage, until they are on two nodes: farther ones are in like groups."""
+        inside = -(-split.mesh.cluster.devices_per_node // split.mesh.stride("pp"))
+        return range(1, min(split.mesh.degree("pp"), inside + 1))
 
     def _priced(self, plan: Plan, mesh: Mesh, elements: float, distance: int) -> tuple[float, float, float]:
         dtype, sharded = (

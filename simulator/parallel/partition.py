@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simulator.parallel.framework import AA_SCALING
-from simulator.parallel.partition_kernels import OVER, SLOWEST, SQUARES, Spans, least_cuts, worst_stage
+from simulator.parallel.partition_kernels import Spans, best_cuts
 
 EVEN = ("megatron-lm@2021", "megatron-core", "megatron-core@2023", "deepspeed@2021", "deepspeed")
 """Frameworks that cut layers evenly, whatever the ends cost.
@@ -83,15 +82,7 @@ def best_partition(problem: PartitionProblem, num_stages: int) -> tuple[int, ...
         problem: times and bytes.
         num_stages: pp * virtual_stages, at most the layers.
     """
-    spans = _spans(problem, num_stages)
-    count = len(problem.layer_s)
-    even = np.arange(num_stages + 1, dtype=np.int64) * count // num_stages
-    over, even_s = worst_stage(spans, even)  # no best cut is worse than this one: most others need not be looked at
-    least_over = least_cuts(spans, num_stages, OVER, over, np.inf)[1] if over > 0.0 else 0.0
-    most_s = even_s if over <= least_over else np.inf
-    _, slowest = least_cuts(spans, num_stages, SLOWEST, least_over, most_s)
-    cuts, _ = least_cuts(spans, num_stages, SQUARES, least_over, slowest * (1 + 1e-12))
-    return tuple(int(end - first) for first, end in pairwise(cuts))
+    return tuple(np.diff(best_cuts(_spans(problem, num_stages), num_stages)).tolist())
 
 
 def _spans(problem: PartitionProblem, num_stages: int) -> Spans:

@@ -54,7 +54,7 @@ def _over(spans: Spans, stage: int, stages: int, first: int, end: int) -> float:
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def worst_stage(spans: Spans, cuts: Ints) -> tuple[float, float]:
+def _worst_stage(spans: Spans, cuts: Ints) -> tuple[float, float]:
     """Bytes beyond its room of the stage that exceeds it most, and seconds of the slowest one, of a cut."""
     stages = len(cuts) - 1
     over = slowest = 0.0
@@ -109,3 +109,15 @@ def least_cuts(spans: Spans, stages: int, aim: int, most_over: float, most_s: fl
     for stage in range(stages, 0, -1):
         cuts[stage - 1] = before[stage, cuts[stage]]
     return cuts, float(best[stages, count])
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def best_cuts(spans: Spans, stages: int) -> Ints:
+    """First layer of each stage, and the number of layers, of the cut that exceeds rooms least, then is fastest, then most even (`partition.best_partition`)."""
+    even = np.arange(stages + 1) * (len(spans.seconds) - 1) // stages
+    over, even_s = _worst_stage(spans, even)  # no best cut is worse than this one: most others need not be looked at
+    least_over = least_cuts(spans, stages, OVER, over, np.inf)[1] if over > 0.0 else 0.0
+    most_s = even_s if over <= least_over else np.inf
+    slowest = least_cuts(spans, stages, SLOWEST, least_over, most_s)[1]
+    cuts: Ints = least_cuts(spans, stages, SQUARES, least_over, slowest * (1 + 1e-12))[0]
+    return cuts
