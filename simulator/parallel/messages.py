@@ -27,6 +27,8 @@ def message_link(mesh: Mesh) -> tuple[float, float]:
     **Model**: a message alone takes what a ``send_recv`` of 16 MiB does per byte (`collective_seconds`: one queue fills three quarters of an adapter), at most the wire's rate.
     """
     group, cluster = mesh.neighbours("pp"), mesh.cluster
+    if mesh.degree("pp") == 1 and cluster.network is None:  # nothing is sent: replicas may fill the only node
+        return cluster.fabric.wire_bytes_per_s(2), 0.0
     domains, _ = group.domains(cluster)
     wire = cluster.fabric.wire_bytes_per_s(2) if domains == 1 else group.network_bytes_per_s(cluster)
     if mesh.degree("pp") == 1:

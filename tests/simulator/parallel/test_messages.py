@@ -28,3 +28,11 @@ def test_no_message_passes_the_wire() -> None:
 
 def test_one_stage_sends_nothing() -> None:
     assert message_link(mesh_of(plan_of(tp=8), load_cluster("dgx-a100-80gb").with_gpus(8)))[1] == 0.0
+
+
+def test_replicas_may_fill_the_only_node() -> None:
+    """Eight of them on a cluster of one node and no network: nothing is sent between stages."""
+    cluster = load_cluster("a100-pcie-8x")
+    assert cluster.network is None
+    rate, latency_s = message_link(mesh_of(plan_of(dp=8), cluster.with_gpus(8)))
+    assert rate > 0.0 == latency_s
