@@ -194,7 +194,7 @@ def _measured(problem: ChainProblem, operations: tuple[Operation, ...]) -> Stage
 
 
 def best_operations(
-    choices: StageChoices, order: Order, static: Sequence[int], *, budget_bytes: int
+    choices: StageChoices, order: Order, static: Sequence[int], *, budget_bytes: int, spare: Sequence[int] = ()
 ) -> tuple[tuple[Operation, ...], ...]:
     """Of each stage the fastest sequence under its rank's memory, blocks counted from the stage's first.
 
@@ -208,16 +208,18 @@ def best_operations(
         order: of the pipeline.
         static: per rank, bytes that live through the step.
         budget_bytes: of a rank.
+        spare: per rank, bytes that are left free; empty: none.
 
     Raises:
         InfeasibleError: nothing fits on some rank; says what would.
     """
     chosen: dict[int, Choice] = {}
     for number, alive in enumerate(static):
-        rank = _Rank(choices, order, number)
-        found, peak = rank.fastest(budget_bytes - alive)
-        if peak > budget_bytes - alive:
-            needed = alive + int(np.ceil(peak))
+        rank, free = _Rank(choices, order, number), spare[number] if spare else 0
+        room = budget_bytes - alive - free
+        found, peak = rank.fastest(room)
+        if peak > room:
+            needed = alive + free + int(np.ceil(peak))
             raise InfeasibleError(
                 limit=f"pipeline rank {number} holds no schedule in {budget_bytes} bytes ({format_bytes(budget_bytes)}), {format_bytes(alive)} of which live through the step",
                 smallest_change=f"the least budget that fits there is {needed} bytes ({format_bytes(needed)})", needed_bytes=needed,
@@ -288,13 +290,15 @@ def simulate_on_cluster(
     if plan.memory.recompute != "optimal":
         return simulate_source(source, plan, cluster, gpus=gpus, folder=folder, engine=engine, reserved=reserved, device=device)
     case = parallel_case(source, plan, cluster, gpus=gpus, folder=folder, device=device)
-    step, spare = open_step(case), 0
+    step = open_step(case)
     choices, static = StageChoices(step, case.device), _static(step)
+    spare = [0] * len(static)
     for _ in range(MOST_ATTEMPTS):
-        operations = best_operations(choices, case.order, static, budget_bytes=_budget_bytes(case) - spare)
+        operations = best_operations(choices, case.order, static, budget_bytes=_budget_bytes(case), spare=spare)
         result = step.simulate(operations, engine=engine, reserved=reserved)
-        beyond = max(result.peak_reserved_bytes) + case.device.context_bytes - case.device.memory_bytes
-        if beyond <= 0:
+        room = case.device.memory_bytes - case.device.context_bytes
+        beyond = [max(0, peak - room) for peak in result.peak_reserved_bytes]
+        if not any(beyond):
             break
-        spare += beyond
+        spare = [own + more for own, more in zip(spare, beyond, strict=True)]
     return result

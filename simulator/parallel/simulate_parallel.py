@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -130,6 +130,7 @@ class Assembly:
             self._chunks() if plan.memory.activation_offload or plan.memory.weight_offload else ((),) * len(self.stages)
         )
         self._syncs: dict[tuple[StageLoad, int], GradientSync] = {}
+        self._replays: dict[Hashable, AllocatorPeaks] = {}
         self.communication = Communication(
             plan,
             self.mesh,
@@ -286,7 +287,7 @@ class Assembly:
         variant_of = self._variant_of()
         return rank_peaks(
             self.order, lambda action: tensors[action.stage][variant_of[action.stage, action.micro_batch]], resident, weight_share=WEIGHT_SHARE,
-            settings=allocator_of(self.plan),
+            settings=allocator_of(self.plan), known=self._replays,
         )  # fmt: skip
 
     def _pool_bytes(self, rank: int) -> int:
