@@ -26,7 +26,7 @@ ROOMS = {
     "torch": ("simulator/tracing/*", "simulator/models/*", "hardware_models/microbench*.py", "validation/*"),
 }
 """Files that may import a library."""
-BARE_MACHINE = ("hardware_models/microbench*.py", "validation/replay.py")
+BARE_MACHINE = ("hardware_models/microbench*.py", "validation/replay.py", "simulator/tracing/compiled_block.py")
 """Files that run where only the standard library, numpy and torch are."""
 MOST_LINES = 400
 WITHOUT_TORCH = ("hardware_models", "simulator", "search")

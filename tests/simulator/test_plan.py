@@ -27,6 +27,7 @@ from simulator.plan import (
     expand_ranges,
     resolve_batch,
 )
+from simulator.plan_parallel import check_parallel
 
 
 def test_defaults_are_the_plain_module_on_one_device() -> None:
@@ -148,6 +149,20 @@ def test_gpus_are_the_product() -> None:
 def test_what_is_not_simulated_is_refused(plan: Plan, message: str) -> None:
     with pytest.raises(InputError, match=re.escape(message)):
         check_single_device(plan)
+
+
+def test_parameters_in_bf16_are_computed_with_and_have_gradients_in_bf16() -> None:
+    alone = Plan(precision=Precision(compute="bf16", grads="bf16", master="bf16"))
+    assert (alone.precision.mode, Precision(compute="bf16").mode) == ("pure-bf16", "bf16")
+    check_single_device(alone, compute=("bf16",))
+    with pytest.raises(InputError, match=r"precision.grads = 'bf16': not simulated yet on a single device; leave it at fp32"):
+        check_single_device(replace(alone, precision=Precision(compute="bf16", grads="bf16")), compute=("bf16",))
+    with pytest.raises(
+        InputError, match=r'precision.master = .bf16.: parameters in bf16 .* but got compute = "bf16", grads = "fp32"'
+    ):
+        Precision(compute="bf16", master="bf16")
+    with pytest.raises(InputError, match=r"precision.master = 'bf16': not simulated yet on several devices; leave it at fp32"):
+        check_parallel(replace(alone, parallel=Parallel(dp=2)), compute=("bf16",))
 
 
 def test_priced_precision_passes() -> None:

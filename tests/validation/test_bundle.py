@@ -129,7 +129,7 @@ def test_a_bare_machine_runs_a_bundle_and_goes_on_after_a_failure(device: Device
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 1, done.stderr
     assert "5 of 6 cases ran" in done.stderr, done.stderr
