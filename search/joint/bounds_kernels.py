@@ -197,7 +197,7 @@ def _several_s(tables: Tables, case: Case, n: int, limits: Limits, most_s: float
     forward_s, backward_s = tables.forward_s[table], tables.backward_s[table]
     returned_s = backward_s[-1] - (tables.weight_s[table][-1] if case.split[n] else 0.0)
     whole_s = forward_s[-1] + backward_s[-1]
-    copies = 2.0 if case.shape[n] == BOTH_WAYS else 1.0
+    copies = 2.0 if case.shape[n] == BOTH_WAYS and share > 1.0 else 1.0  # one micro-batch goes one way
     mean = share * whole_s / ranks
     found = max(forward_s[-1] + returned_s, mean)
     more = _memory_s(

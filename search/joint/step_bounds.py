@@ -53,6 +53,7 @@ from simulator.pipeline.action import Order
 from simulator.plan import Memory, Plan
 from simulator.precision import STORED_AS
 
+NO_SLOWDOWN = Slowdown(compute=1.0, traffic=1.0)
 NOT_POSSIBLE = float("inf")
 """Seconds of a plan that does not fit."""
 
@@ -251,14 +252,13 @@ class StepBounds:
         message_s = split.message_s(share)
         sync = self._sync(plan, order, split, stages)
         away = (plan.memory.activation_offload, plan.memory.weight_offload) if copies else ()
-        key = (id(order), id(stages), id(sync), message_s, again.tobytes() if alone else b"", away)
+        slowdown = NO_SLOWDOWN if _sends_to_host(plan.memory) else self._slowdown
+        key = (id(order), id(stages), id(sync), message_s, again.tobytes() if alone else b"", away, slowdown)
         if key not in self._plays:
             extra = again[[ranks[0] for ranks in order.ranks_of_stage]] if alone else 0.0
             seconds = stage_seconds(stages, sync, share, extra, copies, self._rates)
             sharded = plan.memory.zero_stage >= PARAMETERS_SHARDED
-            self._plays[key] = play_step(
-                passes_of(order), seconds, message_s, waits_for_messages(plan), sharded, self._slowdown
-            )
+            self._plays[key] = play_step(passes_of(order), seconds, message_s, waits_for_messages(plan), sharded, slowdown)
         begin, end = self._plays[key]
         busy = held.passes @ (stages.forward_s + stages.backward_s)
         if not alone:
@@ -304,7 +304,7 @@ class StepBounds:
         whole, yes = plan.runtime.framework != "deepspeed", np.ones(count, np.bool_)  # whose units are less than a piece
         first_s, first_back_s = whole * first_s + copied_s, whole * first_back_s + copied_s
         return Sync(
-            chunks=np.full(count, MOST_CHUNKS, np.int64), gather_s=np.maximum(gather_s, np.minimum(first_s, first_back_s)), reduce_s=reduce_s,
+            chunks=np.clip(np.diff(edges), 1, MOST_CHUNKS) if whole else np.full(count, MOST_CHUNKS), gather_s=np.maximum(gather_s, np.minimum(first_s, first_back_s)), reduce_s=reduce_s,
             gather_early=yes, reduce_early=yes, first_s=first_s, first_back_s=first_back_s,
         )  # fmt: skip
 
@@ -329,6 +329,11 @@ class StepBounds:
                 dtype=dtype,
             )
         return self._stage_syncs[key]
+
+
+def _sends_to_host(memory: Memory) -> bool:
+    """Passes that copies stand beside hand on their gradients in other parts than buckets, sooner or later: what that slows down is not known."""
+    return bool(memory.activation_offload or memory.weight_offload or memory.grad_offload or memory.optimizer_offload)
 
 
 _ALMOST = 1.0 - 1e-6

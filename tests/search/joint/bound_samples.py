@@ -83,7 +83,7 @@ class Checked:
     setting: Setting
     plan: Plan
     bound_s: float
-    """The greater one of its point's and its own; of a plan that does not fit its own only, which says nothing where it says that."""
+    """The greater one of its point's and its own."""
     step_time_s: float
 
     @property
@@ -96,7 +96,7 @@ class Checked:
 
 
 def checked_points(setting: Setting, count: int, rng: np.random.Generator, *, optimal: bool) -> Iterator[Checked]:
-    """Of random points, the plain plan and one that saves memory in a random way; plans that the simulator refuses are left out.
+    """Of random points, the plain plan and one that saves memory in a random way; plans that do not fit or that the simulator refuses are left out.
 
     Args:
         setting: whose points.
@@ -121,8 +121,10 @@ def checked_points(setting: Setting, count: int, rng: np.random.Generator, *, op
             except (InputError, InfeasibleError):
                 continue
             own_s = refined.bounds(plain, refined.order(plain), [memory], np.inf)[0].seconds
-            said = [own_s if found.fits or np.isfinite(own_s) else 0.0, float(bounds[index]) if found.fits else 0.0]
-            yield Checked(setting=setting, plan=plan, bound_s=max(said), step_time_s=found.step_time_s)
+            if found.fits:  # of others a bound says nothing
+                yield Checked(
+                    setting=setting, plan=plan, bound_s=max(own_s, float(bounds[index])), step_time_s=found.step_time_s
+                )
 
 
 def main() -> None:
