@@ -110,7 +110,7 @@ def _durations(seconds: StageSeconds, stage: int, kind: int) -> tuple[float, flo
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
 def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; parts of it would pass ten arrays on
-    passes: Passes, seconds: StageSeconds, message_s: float, waits: bool, every: bool, slowdown: Slowdown
+    passes: Passes, seconds: StageSeconds, message_s: float, waits: bool, every: bool, apart: bool, slowdown: Slowdown
 ) -> tuple[Floats, Floats]:
     """When each rank begins its first pass, and when it has run all and its gradients are reduced; infinite where the order is stuck. Shape (ranks,) each.
 
@@ -125,6 +125,7 @@ def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; par
         message_s: from the end of a pass to the arrival of its result on another rank.
         waits: whether a rank waits for its messages.
         every: ZeRO 3: each pass gathers parameters and each backward pass reduces gradients, in turn; else parameters are asked for at the step's start.
+        apart: gradients of a backward pass are reduced while it goes on, in parts that are not known: as early as can be, and without slowing it down.
         slowdown: of compute and traffic beside each other.
     """
     ranks = len(passes.first) - 1
@@ -187,6 +188,12 @@ def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; par
                 closes = passes.closes[n] and kind != FORWARD
                 reduced = seconds.reduce[stage] if closes or (every and kind >= WEIGHT_GRADIENT) else 0.0
                 parts = seconds.chunks[stage] if closes and kind == FULL_BACKWARD else 1
+                if apart and reduced > 0.0:
+                    took, beside = _together(compute, asked[rank] - came[rank], slowdown)
+                    clock[rank] += took
+                    came[rank] += beside + min(reduced, took - beside * slowdown.traffic)
+                    asked[rank] += reduced
+                    parts = 0
                 for _ in range(parts):
                     took, beside = _together(compute / parts, asked[rank] - came[rank], slowdown)
                     clock[rank] += took

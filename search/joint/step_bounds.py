@@ -53,7 +53,6 @@ from simulator.pipeline.action import Order
 from simulator.plan import Memory, Plan
 from simulator.precision import STORED_AS
 
-NO_SLOWDOWN = Slowdown(compute=1.0, traffic=1.0)
 NOT_POSSIBLE = float("inf")
 """Seconds of a plan that does not fit."""
 
@@ -148,7 +147,7 @@ class StepBounds:
                         stages, no_sync(order.num_stages), 1.0 / order.microbatch_parts, 0.0, None, self._rates
                     )
                     self._plays[key] = play_step(
-                        passes_of(order), seconds, message_s, waits_for_messages(plan), False, self._slowdown
+                        passes_of(order), seconds, message_s, waits_for_messages(plan), False, False, self._slowdown
                     )
                 least = min(least, float(self._plays[key][1].max()))
             self._alone[whole] = least
@@ -252,13 +251,15 @@ class StepBounds:
         message_s = split.message_s(share)
         sync = self._sync(plan, order, split, stages)
         away = (plan.memory.activation_offload, plan.memory.weight_offload) if copies else ()
-        slowdown = NO_SLOWDOWN if _sends_to_host(plan.memory) else self._slowdown
-        key = (id(order), id(stages), id(sync), message_s, again.tobytes() if alone else b"", away, slowdown)
+        apart = _sends_to_host(plan.memory)
+        key = (id(order), id(stages), id(sync), message_s, again.tobytes() if alone else b"", away, apart)
         if key not in self._plays:
             extra = again[[ranks[0] for ranks in order.ranks_of_stage]] if alone else 0.0
             seconds = stage_seconds(stages, sync, share, extra, copies, self._rates)
             sharded = plan.memory.zero_stage >= PARAMETERS_SHARDED
-            self._plays[key] = play_step(passes_of(order), seconds, message_s, waits_for_messages(plan), sharded, slowdown)
+            self._plays[key] = play_step(
+                passes_of(order), seconds, message_s, waits_for_messages(plan), sharded, apart, self._slowdown
+            )
         begin, end = self._plays[key]
         busy = held.passes @ (stages.forward_s + stages.backward_s)
         if not alone:
@@ -333,7 +334,7 @@ class StepBounds:
 
 def _sends_to_host(memory: Memory) -> bool:
     """Passes that copies stand beside hand on their gradients in other parts than buckets, sooner or later: what that slows down is not known."""
-    return bool(memory.activation_offload or memory.weight_offload or memory.grad_offload or memory.optimizer_offload)
+    return bool(memory.activation_offload or memory.weight_offload or memory.grad_offload)
 
 
 _ALMOST = 1.0 - 1e-6
