@@ -19,6 +19,11 @@ _RANGE_SHARE = 8
 """A range is 1/8 larger than the device, for pages unmapped in its middle."""
 
 
+def range_bytes(capacity_bytes: int | None) -> int:
+    """Addresses of a segment, before they are rounded to pages."""
+    return UNLIMITED_RANGE_BYTES if capacity_bytes is None else capacity_bytes + capacity_bytes // _RANGE_SHARE
+
+
 def expand(pool: Pool, memory: DeviceMemory, *, size: int, stream: int, page_bytes: int) -> Block | None:
     """A mapped block of at least ``size`` bytes that is in no list, or None where the device has too little.
 
@@ -88,10 +93,7 @@ def _usable(block: Block | None) -> Block | None:
 
 
 def _new_range(pool: Pool, memory: DeviceMemory, stream: int, page_bytes: int) -> Block:
-    wanted = UNLIMITED_RANGE_BYTES
-    if memory.capacity is not None:
-        wanted = memory.capacity + memory.capacity // _RANGE_SHARE
-    length = -(-wanted // page_bytes) * page_bytes
+    length = -(-range_bytes(memory.capacity) // page_bytes) * page_bytes
     start = memory.address_range(length)
     block = Block(stream, length, start, pool.small, page_bytes, start, mapped=False)
     pool.insert_unmapped(block)

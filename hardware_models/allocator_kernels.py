@@ -1,227 +1,260 @@
-"""Compiled replay of the caching allocator under torch's default settings, one stream and no limit: the rules of `hardware_models.allocator_engine`, in arrays."""
+"""Compiled: calls of the caching allocator on one stream. The rules are written in `allocator_engine`.
+
+**Not modelled** here: other streams (``record_stream``), which only recorded traces have.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from hardware_models.allocator_block_kernels import (
+    ADDRESS,
+    AFTER,
+    ALLOCATED,
+    BEFORE,
+    BORN,
+    FRAGMENTATION,
+    FRAGMENTATION_PEAK,
+    LARGE,
+    LENGTH,
+    MAPPED,
+    NEXT_ADDRESS,
+    NONE,
+    NOW_ALLOCATED,
+    NOW_REQUESTED,
+    NUM_BLOCKS,
+    ORIGIN,
+    PEAK_ALLOCATED,
+    PEAK_REQUESTED,
+    PEAK_RESERVED,
+    PEAK_SEGMENTS,
+    REQUESTED,
+    RESERVED,
+    RETRIES,
+    SEARCHES,
+    SEGMENTS,
+    SIZE,
+    SMALL,
+    Integers,
+    Rules,
+    Store,
+    become_free,
+    erase,
+    give_back,
+    insert,
+    is_split,
+    link,
+    new_block,
+    part,
+    place_of,
+    take_bytes,
+)
+from hardware_models.allocator_expandable_kernels import expand, unmap
+from hardware_models.allocator_settings import MIN_BLOCK_BYTES, SMALL_LIMIT_BYTES, bytes_of_block, bytes_of_segment
 
-import numpy as np
-import numpy.typing as npt
-from numba import njit
+DONE, OUT_OF_MEMORY, IMPOSSIBLE, FULL = range(4)
+"""How a replay ended. `FULL`: there is no room for more blocks (`grown`)."""
+_ATTEMPTS = 3
+_RESERVE = 3
+"""Rows for each block: one call may cut each free one in three (pages that are unmapped in its middle)."""
+_NEW = 4
+"""Blocks that a call may need beyond those."""
 
-from hardware_models.allocator_settings import MIN_BLOCK_BYTES, SMALL_LIMIT_BYTES
-
-Ints = npt.NDArray[np.int64]
-_NONE = -1
-_SIZE, _ADDRESS, _SMALL, _ALLOCATED, _REQUESTED, _BEFORE, _AFTER = range(7)
-_FIELDS = 7
-_REQUESTED_BYTES, _ALLOCATED_BYTES, _RESERVED_BYTES, _NUM_LARGE, _NUM_SMALL, _NUM_UNUSED, _NUM_USED, _NUM_SEGMENTS = range(8)
-_NUMBERS = 8
-_NEW_BLOCKS = 2
-"""That a call may need: a segment, and what is cut off it."""
-
-
-class Calls(NamedTuple):
-    """Calls of the allocator in their order."""
-
-    names: Ints
-    """Which allocation; a name may be used again once it is freed."""
-    size_bytes: Ints
-    """Requested; 0: the allocation goes."""
-    block_bytes: Ints
-    """Of the block that serves a request."""
-    segment_bytes: Ints
-    """That are taken from the device where no cached block serves it."""
-
-
-class _Free(NamedTuple):
-    """Free blocks of one pool by (size, address)."""
-
-    sizes: Ints
-    addresses: Ints
-    blocks: Ints
-
-
-class _State(NamedTuple):
-    """All blocks; numbers of those in no use; free ones; counts."""
-
-    blocks: Ints
-    unused: Ints
-    large: _Free
-    small: _Free
-    numbers: Ints
-
-
-class Counts(NamedTuple):
-    """What a replay has counted; bytes."""
-
-    requested: int
-    allocated: int
-    reserved: int
-    peak_requested: int
-    peak_allocated: int
-    fragmentation: int
-    """Reserved less allocated when the call that reached the reserved peak first was done."""
-    segments: int
+_round_size, _segment_size = part(bytes_of_block), part(bytes_of_segment)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]  # numba's decorators carry no types
-def _place_of(free: _Free, count: int, size: int, address: int) -> int:
-    """Where a free block of a size and address is, or would be."""
-    low, high = 0, count
-    while low < high:
-        middle = (low + high) // 2
-        if free.sizes[middle] < size or (free.sizes[middle] == size and free.addresses[middle] < address):
-            low = middle + 1
-        else:
-            high = middle
-    return low
+@part  # type: ignore[untyped-decorator]
+def _empty_cache(store: Store, rules: Rules) -> None:
+    """Returns every segment without live blocks, or every such page. What is cut off a block that goes holds no page itself."""
+    for pool in (LARGE, SMALL):
+        at = 0
+        while at < store.counts[LENGTH + pool]:
+            block = store.lists[pool, at]
+            if rules.expandable:
+                at += 0 if unmap(store, rules, block) else 1
+            elif is_split(store, block):
+                at += 1
+            else:
+                give_back(store, block)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]  # numba's decorators carry no types
-def _insert(free: _Free, count: int, size: int, address: int, block: int) -> None:
-    place = _place_of(free, count, size, address)
-    for entry in range(count, place, -1):
-        free.sizes[entry], free.addresses[entry], free.blocks[entry] = (
-            free.sizes[entry - 1],
-            free.addresses[entry - 1],
-            free.blocks[entry - 1],
-        )
-    free.sizes[place], free.addresses[place], free.blocks[place] = size, address, block
+@part  # type: ignore[untyped-decorator]
+def _find(store: Store, rules: Rules, pool: int, size: int) -> int:
+    """The cached block that fits best, taken out of its list."""
+    blocks, lists, counts = store.blocks, store.lists, store.counts
+    counts[SEARCHES + pool] += rules.collect_above >= 0
+    at = place_of(store, pool, size, NONE)
+    if at == counts[LENGTH + pool]:
+        return NONE
+    block = lists[pool, at]
+    if rules.expandable:
+        while at + 1 < counts[LENGTH + pool] and _reach(store, lists[pool, at + 1]) < _reach(store, block):
+            at += 1
+            block = lists[pool, at]
+    has, limit = blocks[block, SIZE], rules.max_split
+    if limit >= 0 and has >= limit and (size < limit or has >= size + rules.rounding_limit):
+        return NONE
+    erase(store, block)
+    return int(block)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]  # numba's decorators carry no types
-def _erase(free: _Free, count: int, place: int) -> None:
-    for entry in range(place, count - 1):
-        free.sizes[entry], free.addresses[entry], free.blocks[entry] = (
-            free.sizes[entry + 1],
-            free.addresses[entry + 1],
-            free.blocks[entry + 1],
-        )
+@part  # type: ignore[untyped-decorator]
+def _reach(store: Store, block: int) -> int:
+    """Bytes that the block has or could grow to by mapping what follows it."""
+    blocks, after = store.blocks, store.blocks[block, AFTER]
+    return int(blocks[block, SIZE] + (blocks[after, SIZE] if after != NONE and not blocks[after, MAPPED] else 0))
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]  # numba's decorators carry no types
-def _absorb(blocks: Ints, own: int, other: int, free: _Free, count: int) -> bool:
-    """Makes ``other``, a free neighbour, part of a block that is in no list; whether it was one."""
-    if other == _NONE or blocks[other, _ALLOCATED]:
-        return False
-    _erase(free, count, _place_of(free, count, blocks[other, _SIZE], blocks[other, _ADDRESS]))
-    if blocks[own, _BEFORE] == other:
-        blocks[own, _ADDRESS], blocks[own, _BEFORE] = blocks[other, _ADDRESS], blocks[other, _BEFORE]
-        if blocks[own, _BEFORE] != _NONE:
-            blocks[blocks[own, _BEFORE], _AFTER] = own
-    else:
-        blocks[own, _AFTER] = blocks[other, _AFTER]
-        if blocks[own, _AFTER] != _NONE:
-            blocks[blocks[own, _AFTER], _BEFORE] = own
-    blocks[own, _SIZE] += blocks[other, _SIZE]
-    return True
+@part  # type: ignore[untyped-decorator]
+def _should_split(rules: Rules, rest: int, size: int, pool: int) -> bool:
+    if pool == SMALL or rules.expandable:
+        return rest >= MIN_BLOCK_BYTES
+    return rest > SMALL_LIMIT_BYTES and (rules.max_split < 0 or size < rules.max_split)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]  # numba's decorators carry no types
-def _split(blocks: Ints, rest: int, head: int, size: int) -> None:
-    """Makes the first ``size`` bytes of a block a block of its own."""
-    blocks[head] = (size, blocks[rest, _ADDRESS], blocks[rest, _SMALL], 0, 0, blocks[rest, _BEFORE], rest)
-    if blocks[head, _BEFORE] != _NONE:
-        blocks[blocks[head, _BEFORE], _AFTER] = head
-    blocks[rest, _BEFORE] = head
-    blocks[rest, _ADDRESS] += size
-    blocks[rest, _SIZE] -= size
+@part  # type: ignore[untyped-decorator]
+def _rejects(store: Store, rules: Rules, segment: int) -> bool:
+    return bool(rules.rejects and store.counts[RESERVED] + segment > rules.capacity)
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]  # numba's decorators carry no types
-def _free_block(state: _State, own: int) -> None:
-    blocks, numbers = state.blocks, state.numbers
-    is_small = blocks[own, _SMALL] == 1
-    pool, entries = (state.small, _NUM_SMALL) if is_small else (state.large, _NUM_LARGE)
-    blocks[own, _ALLOCATED] = 0
-    numbers[_ALLOCATED_BYTES] -= blocks[own, _SIZE]
-    numbers[_REQUESTED_BYTES] -= blocks[own, _REQUESTED]
-    for side in (_BEFORE, _AFTER):
-        other = blocks[own, side]
-        if _absorb(blocks, own, other, pool, numbers[entries]):
-            numbers[entries] -= 1
-            state.unused[numbers[_NUM_UNUSED]] = other
-            numbers[_NUM_UNUSED] += 1
-    _insert(pool, numbers[entries], blocks[own, _SIZE], blocks[own, _ADDRESS], own)
-    numbers[entries] += 1
+@part  # type: ignore[untyped-decorator]
+def _take(store: Store, rules: Rules, pool: int, size: int) -> int:
+    """A block from the device."""
+    counts, segment = store.counts, _segment_size(size, rules.large_segment)
+    if (rules.allowed >= 0 and counts[RESERVED] + segment > rules.allowed) or _rejects(store, rules, segment):
+        return NONE
+    if rules.expandable:
+        return int(expand(store, rules, pool, size))
+    if not take_bytes(store, rules, segment):
+        return NONE
+    counts[SEGMENTS] += 1
+    counts[PEAK_SEGMENTS] = max(counts[PEAK_SEGMENTS], counts[SEGMENTS])
+    counts[NEXT_ADDRESS] += segment
+    start = counts[NEXT_ADDRESS] - segment
+    return int(new_block(store, pool, segment, start, start))
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]  # numba's decorators carry no types
-def _new_block(state: _State) -> int:
-    numbers = state.numbers
-    if numbers[_NUM_UNUSED]:
-        numbers[_NUM_UNUSED] -= 1
-        again: int = state.unused[numbers[_NUM_UNUSED]]
-        return again
-    numbers[_NUM_USED] += 1
-    new: int = numbers[_NUM_USED] - 1
-    return new
+@part  # type: ignore[untyped-decorator]
+def _obtain(store: Store, rules: Rules, pool: int, size: int) -> int:
+    """A block from the device, which is asked again after cached segments were returned."""
+    if rules.collect_above >= 0 and not rules.expandable:
+        _collect_garbage(store, rules)
+    for attempt in range(_ATTEMPTS):
+        if attempt == 1:
+            if _rejects(store, rules, _segment_size(size, rules.large_segment)):
+                return NONE
+            if rules.max_split < 0 or rules.expandable or not _release_available(store, rules, pool, size):
+                continue
+        elif attempt > 1:
+            _empty_cache(store, rules)
+            store.counts[RETRIES] += 1
+        block = _take(store, rules, pool, size)
+        if block != NONE:
+            return int(block)
+    return NONE
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]  # numba's decorators carry no types
-def _allocate(state: _State, requested: int, size: int, segment: int) -> int:
-    """The block of a request."""
-    blocks, numbers = state.blocks, state.numbers
-    is_small = size <= SMALL_LIMIT_BYTES
-    pool, entries = (state.small, _NUM_SMALL) if is_small else (state.large, _NUM_LARGE)
-    place = _place_of(pool, numbers[entries], size, -1)
-    if place < numbers[entries]:
-        own: int = pool.blocks[place]
-        _erase(pool, numbers[entries], place)
-        numbers[entries] -= 1
-    else:
-        own = _new_block(state)
-        blocks[own] = (segment, numbers[_RESERVED_BYTES], 1 if is_small else 0, 0, 0, _NONE, _NONE)
-        numbers[_RESERVED_BYTES] += segment  # nothing is given back, so that the bytes taken so far are the next address
-        numbers[_NUM_SEGMENTS] += 1
-    rest = blocks[own, _SIZE] - size
-    if rest >= MIN_BLOCK_BYTES if is_small else rest > SMALL_LIMIT_BYTES:
-        head = _new_block(state)
-        _split(blocks, own, head, size)
-        _insert(pool, numbers[entries], blocks[own, _SIZE], blocks[own, _ADDRESS], own)
-        numbers[entries] += 1
-        own = head
-    blocks[own, _ALLOCATED], blocks[own, _REQUESTED] = 1, requested
-    numbers[_REQUESTED_BYTES] += requested
-    numbers[_ALLOCATED_BYTES] += blocks[own, _SIZE]
-    return own
+@part  # type: ignore[untyped-decorator]
+def _release_available(store: Store, rules: Rules, pool: int, size: int) -> bool:
+    """Returns the smallest oversize segment that is large enough, else the largest ones until they are together."""
+    wanted, released = max(size, rules.max_split), 0
+    at = place_of(store, pool, wanted, NONE)
+    if at < store.counts[LENGTH + pool]:
+        give_back(store, store.lists[pool, at])
+        return True
+    while at > 0 and released < wanted:
+        at -= 1
+        block = store.lists[pool, at]
+        if store.blocks[block, SIZE] < rules.max_split:
+            break
+        released += store.blocks[block, SIZE]
+        give_back(store, block)
+    return released >= wanted
 
 
-@njit(cache=True)  # type: ignore[untyped-decorator]  # numba's decorators carry no types
-def replay_calls(first: Calls, again: Calls, num_names: int, most_steps: int, room: int) -> Counts:
-    """Counts after a first step and as many more as add segments, and one that adds none.
+@part  # type: ignore[untyped-decorator]
+def _collect_garbage(store: Store, rules: Rules) -> None:
+    """Returns unsplit large segments that were passed over more often than the average one, until enough is released."""
+    blocks, lists, counts = store.blocks, store.lists, store.counts
+    target, searches = counts[RESERVED] - rules.collect_above, counts[SEARCHES + LARGE]
+    number, age, reclaimed, progress = 0, 0, 0, True
+    for at in range(counts[LENGTH + LARGE]):
+        if not is_split(store, lists[LARGE, at]):
+            number += 1
+            age += searches - blocks[lists[LARGE, at], BORN]
+    while target > reclaimed and progress and number:
+        mean, at, progress = age / number, 0, False
+        while at < counts[LENGTH + LARGE]:
+            block = lists[LARGE, at]
+            own = searches - blocks[block, BORN]
+            if is_split(store, block) or own < mean:
+                at += 1
+                continue
+            reclaimed += blocks[block, SIZE]
+            age -= own
+            number -= 1
+            progress = True
+            give_back(store, block)
+
+
+@part  # type: ignore[untyped-decorator]
+def _allocate(store: Store, rules: Rules, requested: int) -> int:
+    """The block of a request; none: out of memory."""
+    blocks, counts = store.blocks, store.counts
+    size = _round_size(requested, rules.divisions)
+    pool = SMALL if size <= SMALL_LIMIT_BYTES else LARGE
+    block = _find(store, rules, pool, size)
+    if block == NONE:
+        block = _obtain(store, rules, pool, size)
+        if block == NONE:
+            return NONE
+    if _should_split(rules, blocks[block, SIZE] - size, size, pool):
+        head = new_block(store, pool, size, blocks[block, ADDRESS], blocks[block, ORIGIN])
+        link(store, blocks[block, BEFORE], head)
+        link(store, head, block)
+        blocks[block, ADDRESS] += size
+        blocks[block, SIZE] -= size
+        insert(store, block)
+        block = head
+    blocks[block, ALLOCATED], blocks[block, REQUESTED] = 1, requested
+    counts[NOW_REQUESTED] += requested
+    counts[NOW_ALLOCATED] += blocks[block, SIZE]
+    counts[PEAK_REQUESTED] = max(counts[PEAK_REQUESTED], counts[NOW_REQUESTED])
+    counts[PEAK_ALLOCATED] = max(counts[PEAK_ALLOCATED], counts[NOW_ALLOCATED])
+    if counts[PEAK_RESERVED] > counts[FRAGMENTATION_PEAK]:
+        counts[FRAGMENTATION_PEAK] = counts[PEAK_RESERVED]
+        counts[FRAGMENTATION] = counts[RESERVED] - counts[NOW_ALLOCATED]
+    return int(block)
+
+
+@part  # type: ignore[untyped-decorator]
+def calls_kernel(
+    store: Store, rules: Rules, block_of: Integers, tensor: Integers, size_bytes: Integers, first: int
+) -> tuple[int, int]:
+    """Makes calls one after the other: how it ended (`DONE` ..) and at which call.
 
     Args:
-        first: calls up to the end of the first step.
-        again: of each later step.
-        num_names: names are smaller.
-        most_steps: after which it ends in any case.
-        room: for blocks; where it is too small, no segments are counted.
+        store: what the allocator knows; changed.
+        rules: of the allocator.
+        block_of: of each tensor, its block; changed.
+        tensor: of each call.
+        size_bytes: that it asks for; 0: the tensor goes.
+        first: call to begin with.
     """
-    state = _State(
-        np.zeros((room, _FIELDS), np.int64), np.empty(room, np.int64), _Free(np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)),
-        _Free(np.empty(room, np.int64), np.empty(room, np.int64), np.empty(room, np.int64)), np.zeros(_NUMBERS, np.int64),
-    )  # fmt: skip
-    numbers, block_of = state.numbers, np.full(num_names, _NONE, np.int64)
-    peak_requested = peak_allocated = fragmentation = fragmented_at = 0
-    for step in range(most_steps):
-        calls, before = first if step == 0 else again, numbers[_RESERVED_BYTES]
-        for call in range(calls.names.size):
-            name = calls.names[call]
-            if calls.size_bytes[call] == 0:
-                _free_block(state, block_of[name])
-                continue
-            if numbers[_NUM_USED] + _NEW_BLOCKS > room + numbers[_NUM_UNUSED]:
-                return Counts(0, 0, 0, 0, 0, 0, 0)
-            block_of[name] = _allocate(state, calls.size_bytes[call], calls.block_bytes[call], calls.segment_bytes[call])
-            peak_requested = max(peak_requested, numbers[_REQUESTED_BYTES])
-            peak_allocated = max(peak_allocated, numbers[_ALLOCATED_BYTES])
-            if numbers[_RESERVED_BYTES] > fragmented_at:
-                fragmented_at = numbers[_RESERVED_BYTES]
-                fragmentation = fragmented_at - numbers[_ALLOCATED_BYTES]
-        if step and numbers[_RESERVED_BYTES] == before:
-            break
-    return Counts(
-        numbers[_REQUESTED_BYTES], numbers[_ALLOCATED_BYTES], numbers[_RESERVED_BYTES], peak_requested, peak_allocated, fragmentation,
-        numbers[_NUM_SEGMENTS],
-    )  # fmt: skip
+    blocks, counts = store.blocks, store.counts
+    for call in range(first, len(tensor)):
+        name, size = tensor[call], size_bytes[call]
+        block = block_of[name]
+        if size < 0 or (block == NONE) != (size > 0):
+            return IMPOSSIBLE, call
+        if size:
+            if _RESERVE * counts[NUM_BLOCKS] + _NEW > len(store.spare):
+                return FULL, call
+            block_of[name] = _allocate(store, rules, size)
+            if block_of[name] == NONE:
+                return OUT_OF_MEMORY, call
+            continue
+        block_of[name] = NONE
+        blocks[block, ALLOCATED] = 0
+        counts[NOW_ALLOCATED] -= blocks[block, SIZE]
+        counts[NOW_REQUESTED] -= blocks[block, REQUESTED]
+        become_free(store, block)
+    return DONE, len(tensor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -25,6 +25,7 @@ LARGE_SEGMENT_BYTES = 20 * MIB
 ROUNDUP_INTERVALS = 16
 """Powers of two from 1 MiB to 32 GiB that have divisions of their own. Source: kRoundUpPowerOfTwoIntervals, AllocatorConfig.cpp."""
 _LAST_MEMORY_FRACTION = 1.0
+_MIB_POWER = MIB.bit_length() - 1
 
 CONF_NAME = "PYTORCH_ALLOC_CONF"
 """Environment variable that holds the text (PYTORCH_CUDA_ALLOC_CONF is its older name)."""
@@ -84,36 +85,48 @@ class AllocatorSettings:
         return self.large_segment_bytes if rounding is None else rounding
 
     def round_size(self, requested_bytes: int) -> int:
-        """Bytes of the block that serves a request.
-
-        **Model**: the next multiple of 512; with d > 1 divisions and a size above 512 d, the next multiple of 2**k / d, where
-        2**k is the size's power of two.
-
-        **Source**: round_size and roundup_power2_next_division in c10/cuda/CUDACachingAllocator.cpp.
-        """
-        if requested_bytes < MIN_BLOCK_BYTES:
-            return MIN_BLOCK_BYTES
-        power = requested_bytes.bit_length() - 1
-        interval = min(max(power - (MIB.bit_length() - 1), 0), ROUNDUP_INTERVALS - 1)
-        divisions = self.roundup_divisions[interval]
-        step = MIN_BLOCK_BYTES
-        if divisions > 1 and requested_bytes > MIN_BLOCK_BYTES * divisions:
-            step = (1 << power) // divisions
-        return -(-requested_bytes // step) * step
+        """Bytes of the block that serves a request (`bytes_of_block`)."""
+        return bytes_of_block(requested_bytes, self.roundup_divisions)
 
     def segment_bytes(self, block_bytes: int) -> int:
-        """Bytes that are taken from the device for a rounded size that no cached block serves (get_allocation_size)."""
-        if block_bytes <= SMALL_LIMIT_BYTES:
-            return SMALL_SEGMENT_BYTES
-        if block_bytes < LARGE_LIMIT_BYTES:
-            return self.large_segment_bytes
-        return -(-block_bytes // LARGE_STEP_BYTES) * LARGE_STEP_BYTES
+        """Bytes that are taken from the device for a rounded size that no cached block serves (`bytes_of_segment`)."""
+        return bytes_of_segment(block_bytes, self.large_segment_bytes)
 
     def allowed_bytes(self, capacity_bytes: int | None) -> int | None:
         """Most bytes that may be reserved where a fraction below 1 is set, else None."""
         if capacity_bytes is None or self.memory_fraction >= _LAST_MEMORY_FRACTION:
             return None
         return math.floor(self.memory_fraction * capacity_bytes + 0.5)
+
+
+def bytes_of_block(requested_bytes: int, divisions: Sequence[int]) -> int:
+    """Bytes of the block that serves a request; numba compiles it too.
+
+    **Model**: the next multiple of 512; with d > 1 divisions and a size above 512 d, the next multiple of 2**k / d, where 2**k is the size's power of two.
+
+    **Source**: round_size and roundup_power2_next_division in c10/cuda/CUDACachingAllocator.cpp.
+
+    Args:
+        requested_bytes: below 2**53.
+        divisions: as ``roundup_divisions``.
+    """
+    if requested_bytes < MIN_BLOCK_BYTES:
+        return MIN_BLOCK_BYTES
+    power = math.frexp(requested_bytes)[1] - 1
+    number = divisions[min(max(power - _MIB_POWER, 0), ROUNDUP_INTERVALS - 1)]
+    step = MIN_BLOCK_BYTES
+    if number > 1 and requested_bytes > MIN_BLOCK_BYTES * number:
+        step = (1 << power) // number
+    return -(-requested_bytes // step) * step
+
+
+def bytes_of_segment(block_bytes: int, large_segment_bytes: int) -> int:
+    """Bytes that are taken from the device for a block (get_allocation_size); numba compiles it too."""
+    if block_bytes <= SMALL_LIMIT_BYTES:
+        return SMALL_SEGMENT_BYTES
+    if block_bytes < LARGE_LIMIT_BYTES:
+        return large_segment_bytes
+    return -(-block_bytes // LARGE_STEP_BYTES) * LARGE_STEP_BYTES
 
 
 def parse_alloc_conf(text: str) -> AllocatorSettings:

@@ -1,49 +1,86 @@
-"""The caching allocator's replay of repeated steps, compiled where its settings are torch's own (`hardware_models.allocator_kernels`)."""
+"""The caching allocator on one stream, compiled: many calls at once, as arrays. `caching_allocator` answers the same, call by call."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from hardware_models.allocator_kernels import Calls, Ints, replay_calls
+from hardware_models import allocator_block_kernels as place
+from hardware_models.allocator_block_kernels import NONE, Integers, Rules, grown, new_store
+from hardware_models.allocator_expandable import range_bytes
+from hardware_models.allocator_kernels import FULL, IMPOSSIBLE, OUT_OF_MEMORY, calls_kernel
 from hardware_models.allocator_settings import AllocatorSettings
-from hardware_models.caching_allocator import (
-    DEFAULT_SETTINGS,
-    AllocationEvent,
-    AllocatorPeaks,
-    CachingAllocator,
-    apply_event,
-    peaks_of,
-)
+from hardware_models.caching_allocator import DEFAULT_SETTINGS, AllocatorPeaks
+from hardware_models.errors import InputError
 
-_BLOCKS_PER_NAME = 4
-_LEAST_BLOCKS = 256
+_FIRST_ROWS = 256
 
 
 class StepCalls(NamedTuple):
     """Calls of the allocator on one stream, in their order."""
 
-    names: Ints
+    names: Integers
     """Which allocation, from 0; a name may be used again once it is freed."""
-    size_bytes: Ints
-    """Requested; 0: the allocation goes."""
+    size_bytes: Integers
+    """Requested; 0: the allocation goes. What has no bytes has no calls: torch gives it no memory."""
+
+
+class CompiledAllocator:
+    """The allocator of one device and stream; what it knows is in arrays (`allocator_block_kernels.Store`).
+
+    Args:
+        num_names: names of allocations are below.
+        settings: PYTORCH_ALLOC_CONF.
+        capacity_bytes: what the device can give this allocator; None: no limit.
+    """
+
+    def __init__(
+        self, num_names: int, settings: AllocatorSettings = DEFAULT_SETTINGS, *, capacity_bytes: int | None = None
+    ) -> None:
+        self.rules = _rules(settings, capacity_bytes)
+        self.store = new_store(_FIRST_ROWS)
+        self._block_of = np.full(num_names, NONE, dtype=np.int64)
+        self._count = 0
+        self._failed_at: int | None = None
 
     @property
-    def events(self) -> Iterator[AllocationEvent]:
-        """The same one by one."""
-        for name, size in zip(self.names.tolist(), self.size_bytes.tolist(), strict=True):
-            yield AllocationEvent(action="allocate" if size else "free", name=name, size_bytes=size)
+    def peak_reserved_bytes(self) -> int:
+        """Most bytes held of the device at one moment."""
+        return int(self.store.counts[place.PEAK_RESERVED])
 
+    def make(self, calls: StepCalls) -> bool:
+        """Makes calls up to the first one that finds no memory; False: there was one.
 
-def calls_of(events: Sequence[AllocationEvent]) -> StepCalls:
-    """Events as arrays, names numbered as they come; what has no bytes is left out."""
-    numbers: dict[Hashable, int] = {}
-    empty = {event.name for event in events if event.action == "allocate" and not event.size_bytes}
-    real = [event for event in events if event.name not in empty] if empty else events
-    names = np.array([numbers.setdefault(event.name, len(numbers)) for event in real], np.int64)
-    return StepCalls(names, np.array([event.size_bytes if event.action == "allocate" else 0 for event in real], np.int64))
+        Raises:
+            InputError: an allocation that comes twice or goes without being there, or a negative size.
+        """
+        end, at = FULL, 0
+        while end == FULL:
+            end, at = calls_kernel(self.store, self.rules, self._block_of, calls.names, calls.size_bytes, at)
+            if end == FULL:
+                self.store = grown(self.store)
+        if end == IMPOSSIBLE:
+            rule = "an allocation comes once, with bytes > 0, and then goes once"
+            raise InputError(
+                source="allocator calls", key=f"call {self._count + at}", value=int(calls.size_bytes[at]), rule=rule
+            )
+        self._count += at
+        if end == OUT_OF_MEMORY:
+            self._failed_at = self._count
+        return bool(end != OUT_OF_MEMORY)
+
+    def peaks(self) -> AllocatorPeaks:
+        """What it has counted so far. On one stream all that is allocated is active and nothing else."""
+        found = self.store.counts.tolist()
+        return AllocatorPeaks(
+            peak_requested_bytes=found[place.PEAK_REQUESTED], peak_allocated_bytes=found[place.PEAK_ALLOCATED],
+            peak_active_bytes=found[place.PEAK_ALLOCATED], peak_reserved_bytes=found[place.PEAK_RESERVED],
+            final_requested_bytes=found[place.NOW_REQUESTED], final_allocated_bytes=found[place.NOW_ALLOCATED],
+            final_active_bytes=found[place.NOW_ALLOCATED], final_reserved_bytes=found[place.RESERVED],
+            fragmentation_bytes=found[place.FRAGMENTATION], num_segments=found[place.PEAK_SEGMENTS],
+            num_retries=found[place.RETRIES], out_of_memory_at=self._failed_at,
+        )  # fmt: skip
 
 
 def replay_steps(
@@ -61,45 +98,26 @@ def replay_steps(
     Returns:
         ``out_of_memory_at`` counts the calls of the whole run.
     """
-    if capacity_bytes is None and has_plain_rules(settings):
-        return _compiled(first, again, most_steps, settings)
-    allocator, count = CachingAllocator(settings, capacity_bytes=capacity_bytes), 0
-    steps = (tuple(first.events), tuple(again.events))
+    num_names = 1 + max(int(own.names.max(initial=-1)) for own in (first, again))
+    allocator = CompiledAllocator(num_names, settings, capacity_bytes=capacity_bytes)
     for index in range(most_steps):
         before = allocator.peak_reserved_bytes
-        for event in steps[min(index, 1)]:
-            if not apply_event(allocator, event):
-                return peaks_of(allocator, out_of_memory_at=count)
-            count += 1
-        if index and allocator.peak_reserved_bytes == before:
+        if not allocator.make(again if index else first) or (index and allocator.peak_reserved_bytes == before):
             break
-    return peaks_of(allocator)
+    return allocator.peaks()
 
 
-def has_plain_rules(settings: AllocatorSettings) -> bool:
-    """Whether sizes and segments are all that settings change: no expandable segments, no blocks that are never split. What asks for a capacity never acts without one."""
-    return settings.max_split_bytes is None and not settings.expandable_segments
-
-
-def _compiled(first: StepCalls, again: StepCalls, most_steps: int, settings: AllocatorSettings) -> AllocatorPeaks:
-    num_names = 1 + max(int(own.names.max(initial=-1)) for own in (first, again))
-    calls = [_sized(own, settings) for own in (first, again)]
-    room = _BLOCKS_PER_NAME * num_names + _LEAST_BLOCKS
-    counts = replay_calls(*calls, num_names, most_steps, room)
-    while len(first.names) and not counts.segments:
-        room *= 2
-        counts = replay_calls(*calls, num_names, most_steps, room)
-    requested, allocated, reserved, peak_requested, peak_allocated, fragmentation, segments = map(int, counts)
-    return AllocatorPeaks(
-        peak_requested_bytes=peak_requested, peak_allocated_bytes=peak_allocated, peak_active_bytes=peak_allocated, peak_reserved_bytes=reserved,
-        final_requested_bytes=requested, final_allocated_bytes=allocated, final_active_bytes=allocated, final_reserved_bytes=reserved,
-        fragmentation_bytes=fragmentation, num_segments=segments, num_retries=0, out_of_memory_at=None,
+def _rules(settings: AllocatorSettings, capacity_bytes: int | None) -> Rules:
+    allowed = settings.allowed_bytes(capacity_bytes)
+    threshold = settings.garbage_collection_threshold
+    return Rules(
+        divisions=np.array(settings.roundup_divisions, dtype=np.int64), large_segment=settings.large_segment_bytes,
+        max_split=_or_none(settings.max_split_bytes), rounding_limit=settings.rounding_limit_bytes, capacity=_or_none(capacity_bytes),
+        allowed=_or_none(allowed), collect_above=int(threshold * allowed) if threshold and allowed is not None else NONE,
+        expandable=settings.expandable_segments, range_bytes=range_bytes(capacity_bytes),
+        rejects=settings.reject_above_fraction and capacity_bytes is not None and allowed is None,
     )  # fmt: skip
 
 
-def _sized(calls: StepCalls, settings: AllocatorSettings) -> Calls:
-    """Calls with their blocks and segments."""
-    distinct, place = np.unique(calls.size_bytes, return_inverse=True)
-    blocks = np.array([settings.round_size(size) if size else 0 for size in distinct.tolist()], np.int64)
-    segments = np.array([settings.segment_bytes(block) for block in blocks.tolist()], np.int64)
-    return Calls(calls.names, calls.size_bytes, blocks[place], segments[place])
+def _or_none(value: int | None) -> int:
+    return NONE if value is None else value

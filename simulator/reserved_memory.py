@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hardware_models.caching_allocator import DEFAULT_SETTINGS, AllocationEvent, AllocatorPeaks, AllocatorSettings
-from hardware_models.compiled_allocator import StepCalls, calls_of, replay_steps
+from hardware_models.caching_allocator import DEFAULT_SETTINGS, AllocatorPeaks, AllocatorSettings
+from hardware_models.compiled_allocator import StepCalls, replay_steps
 from simulator.optimizer_states import OPTIMIZER_STATES, STEP_COUNT_BYTES
 from simulator.program import MemoryClass
 from simulator.timeline import MemoryProfile
@@ -84,8 +84,8 @@ def reserved_peaks(
     Returns:
         ``out_of_memory_at`` counts the calls of the whole run.
     """
-    step, at_update = step_events(profile, update_s=update_s)
-    return repeated_peaks(calls_of(step), at_update, resident, settings=settings, capacity_bytes=capacity_bytes)
+    step, at_update = step_calls(profile, update_s=update_s)
+    return repeated_peaks(step, at_update, resident, settings=settings, capacity_bytes=capacity_bytes)
 
 
 def repeated_peaks(
@@ -129,7 +129,7 @@ class _Made:
         return StepCalls(np.arange(begin, self._next), real)
 
 
-def step_events(profile: MemoryProfile, *, update_s: float) -> tuple[tuple[AllocationEvent, ...], int]:
+def step_calls(profile: MemoryProfile, *, update_s: float) -> tuple[StepCalls, int]:
     """A step as calls of the allocator, and the index of the first one after the optimizer began.
 
     A rise of a class is one tensor. A fall frees a tensor of that size: the oldest of transient ones (producers die before consumers),
@@ -141,12 +141,13 @@ def step_events(profile: MemoryProfile, *, update_s: float) -> tuple[tuple[Alloc
     at_update: int | None = None
     for row, memory_class in np.argwhere(changes).tolist():
         if at_update is None and profile.time_s[row + 1] > update_s:
-            at_update = len(tensors.events)
+            at_update = len(tensors.calls)
         tensors.change(memory_class, int(changes[row, memory_class]))
-    end = len(tensors.events) if at_update is None else at_update
+    end = len(tensors.calls) if at_update is None else at_update
     for memory_class in list(tensors.alive):
         tensors.free_all(memory_class)
-    return tuple(tensors.events), end
+    names, size_bytes = np.array(tensors.calls, dtype=np.int64).reshape(-1, 2).T.copy()
+    return StepCalls(names, size_bytes), end
 
 
 def _sum_to(tensors: Sequence[tuple[int, int]], total: int) -> tuple[int, ...] | None:
@@ -167,7 +168,8 @@ class TensorReader:
     """Live tensors of each class, while changes of bytes are read as tensors that come and go."""
 
     def __init__(self) -> None:
-        self.events: list[AllocationEvent] = []
+        self.calls: list[tuple[int, int]] = []
+        """Name and bytes of what comes; 0 bytes: it goes."""
         self.alive: dict[int, dict[int, int]] = defaultdict(dict)
         """Per class: bytes by name, oldest first."""
         self.by_size: dict[tuple[int, int], list[int]] = defaultdict(list)
@@ -188,7 +190,7 @@ class TensorReader:
         self.count += 1
         self.alive[memory_class][name] = size
         self.by_size[memory_class, size].append(name)
-        self.events.append(AllocationEvent(action="allocate", name=name, size_bytes=size))
+        self.calls.append((name, size))
 
     def free(self, memory_class: int, size: int) -> None:
         """Tensors of so many bytes go."""
@@ -216,4 +218,4 @@ class TensorReader:
     def _release(self, memory_class: int, name: int) -> None:
         size = self.alive[memory_class].pop(name)
         self.by_size[memory_class, size].remove(name)
-        self.events.append(AllocationEvent(action="free", name=name))
+        self.calls.append((name, 0))

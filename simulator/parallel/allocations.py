@@ -58,13 +58,12 @@ def _stage_tensors(stage: Stage, operations: Sequence[Operation], prices: PassPr
     reader = TensorReader()
     for change in forward:
         reader.change(*change)
-    turn = len(reader.events)
+    turn = len(reader.calls)
     for change in backward:
         reader.change(*change)
     for memory_class in list(reader.alive):
         reader.free_all(memory_class)
-    calls = [(int(str(event.name)), event.size_bytes if event.action == "allocate" else 0) for event in reader.events]
-    return StageTensors(forward=tuple(calls[:turn]), backward=tuple(calls[turn:]))
+    return StageTensors(forward=tuple(reader.calls[:turn]), backward=tuple(reader.calls[turn:]))
 
 
 class _Arrays:

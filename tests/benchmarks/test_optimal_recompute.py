@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import pytest
 
-from hardware_models.caching_allocator import CachingAllocator, apply_event
 from hardware_models.catalogue import load_hardware
+from hardware_models.compiled_allocator import replay_steps
 from hardware_models.network.cluster import Cluster
 from hardware_models.network.cluster_file import load_cluster
 from hardware_models.profile import DeviceProfile
@@ -23,9 +24,8 @@ from simulator.parallel.simulate_source import parallel_case
 from simulator.parallel.stages import stage_cost
 from simulator.plan import Batch, Memory, Parallel, Pipeline, Plan, Precision, Runtime
 from simulator.presets import preset
-from simulator.reserved_memory import MOST_STEPS
 from tests.chain_cases import layered_chain
-from tests.hardware_models.test_compiled_allocator import random_step, repeated_replay
+from tests.hardware_models.test_compiled_allocator import MOST_STEPS, call_by_call, random_step
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -112,17 +112,7 @@ def test_stage_cost(benchmark: BenchmarkFixture) -> None:
 @pytest.mark.benchmark(group="replay of 20,000 calls of the allocator")
 @pytest.mark.parametrize("way", ["compiled", "call by call"])
 def test_allocator(benchmark: BenchmarkFixture, way: str) -> None:
-    events = random_step(5, 10_000)
-    compiled = repeated_replay(events)
-
-    def call_by_call() -> None:
-        allocator = CachingAllocator()
-        for _ in range(MOST_STEPS):
-            before = allocator.peak_reserved_bytes
-            for event in events:
-                apply_event(allocator, event)
-            if allocator.peak_reserved_bytes == before:
-                break
-
+    step = random_step(random.Random(5), 10_000)  # noqa: S311  # not for secrets
+    compiled = partial(replay_steps, step, step, most_steps=MOST_STEPS)
     compiled()
-    benchmark.pedantic(compiled if way == "compiled" else call_by_call, rounds=3)
+    benchmark.pedantic(compiled if way == "compiled" else partial(call_by_call, step, step, "", None), rounds=3)
