@@ -16,7 +16,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 import search.joint.batch_study
 import search.joint.joint_search
-from search.joint.batch_study import BatchOutcome, JointStudyResult, Progress
+from search.joint.batch_study import JointStudyResult, Progress
+from search.joint.best_first import BestFirst
 from search.joint.evaluate import Evaluator
 from search.joint.joint_search import JointResult, _Prepared, joint_search
 from search.joint.space import JointRequest
@@ -49,11 +50,11 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
 @pytest.fixture
 def small_slow_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many batches, each long enough to be killed in; a plan that this process has simulated is not simulated again by the workers that are forked from it."""
-    batch, simulate = Evaluator.batch, Evaluator.simulate
+    run, simulate = BestFirst.run, Evaluator.simulate
 
-    def slow(self: Evaluator, *arguments: object, **more: object) -> BatchOutcome:
+    def slow(self: BestFirst, end: float) -> float:
         time.sleep(BATCH_S)
-        return batch(self, *arguments, **more)  # type: ignore[arg-type]
+        return run(self, end)
 
     def remembered(self: Evaluator, plan: Plan, *, reserved: bool = True) -> ParallelSimulation:
         if (plan, reserved) not in SIMULATED:
@@ -61,7 +62,7 @@ def small_slow_batches(monkeypatch: pytest.MonkeyPatch) -> None:
         return SIMULATED[plan, reserved]
 
     monkeypatch.setattr(search.joint.batch_study, "BATCH_POINTS", 4)
-    monkeypatch.setattr(Evaluator, "batch", slow)
+    monkeypatch.setattr(BestFirst, "run", slow)
     monkeypatch.setattr(Evaluator, "simulate", remembered)
 
 
