@@ -140,23 +140,7 @@ class Frontier:
 
     def _play(self, rows: Ints) -> None:
         """Points that differ in what does not change their passes are played once."""
-        first, group_of = groups_of(
-            self.space.points.take(rows),
-            (
-                "tp",
-                "cp",
-                "pp",
-                "dp",
-                "ep",
-                "micro_batch",
-                "placement",
-                "cp_method",
-                "compute",
-                "schedule",
-                "virtual_stages",
-                "zero_stage",
-            ),
-        )
+        first, group_of = groups_of(self.space.points.take(rows), _PLAYED_COLUMNS)
         seconds = np.array([self.evaluator.alone_s(int(rows[one])) for one in first.tolist()])
         self.bound_s[rows] = np.maximum(self.bound_s[rows], seconds[group_of])
         self._raised[rows] = _PLAYED

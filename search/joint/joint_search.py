@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hardware_models.errors import InfeasibleError, InputError
@@ -26,7 +23,7 @@ from search.joint.least_memory import least_memory
 from search.joint.processes import num_processes, shared_out
 from search.joint.sampled_study import Judge, SampledRun, run_sampled
 from search.joint.space import JointRequest, joint_space
-from search.storage import JOURNAL
+from search.joint.workers import run_together
 from search.study_key import fingerprint, study_text
 from simulator.model_source import ModelSource
 from simulator.parallel.simulate_traced import StagesOnCluster
@@ -196,7 +193,7 @@ def joint_search(
         sampled=sampled,
     )
     limit_s = None if time_limit_s is None else max(0.0, time_limit_s - (time.perf_counter() - started))
-    study = _together(prepared, workers, storage, limit_s, on_progress)
+    study = run_together(prepared.run, workers, storage, limit_s, on_progress)
     plan = _best_plan(study, probed, known)
     if plan is None:
         raise _infeasible(evaluator, study, limited=time_limit_s is not None)
@@ -214,29 +211,6 @@ def _best_plan(study: JointStudyResult, probed: BatchOutcome | None, known: Base
     if probed is not None and probed.value is not None:
         return plan_from_dict(probed.attributes["plan"])
     return known.plan if known else None
-
-
-def _together(
-    prepared: _Prepared,
-    workers: int,
-    storage: str | None,
-    limit_s: float | None,
-    on_progress: Callable[[Progress], None] | None,
-) -> JointStudyResult:
-    """The study with as many processes: the others are copies of this one, which has priced all layers already."""
-    if workers == 1:
-        return prepared.run(storage, limit_s, on_progress)
-    with tempfile.TemporaryDirectory(prefix="schedlab-") as folder:
-        shared = storage or f"{JOURNAL}{Path(folder) / 'study.log'}"
-        context = multiprocessing.get_context("fork")
-        others = [context.Process(target=prepared.run, args=(shared, limit_s)) for _ in range(workers - 1)]
-        for one in others:
-            one.start()
-        try:
-            return prepared.run(shared, limit_s, on_progress)
-        finally:
-            for one in others:
-                one.join()
 
 
 def _infeasible(evaluator: Evaluator, study: JointStudyResult, *, limited: bool) -> InfeasibleError:

@@ -145,26 +145,26 @@ def _rows(
         share = request.global_batch // dp
         for ep in _expert_degrees(request, cp * dp):
             for (schedule, chunks), zero, way in product(pipelines, stages, ways):
-                for micro_batch in _divisors(share):
+                for micro_batch in divisors(share):
                     number = share // micro_batch
                     row = (tp, cp, pp, dp, ep, micro_batch, number, chunks, schedule, zero, way, method, 0)
-                    if pp == 1 or _exists(schedules[schedule], pp, number, chunks):
+                    if pp == 1 or order_exists(schedules[schedule], pp, number, chunks):
                         yield row
 
 
 def _degrees(request: JointRequest, cp_methods: Sequence[str]) -> Iterator[tuple[int, int, int, int, int]]:
     """Degrees tp, cp, pp, dp whose product is the number of devices, and the method of context parallelism."""
     config, gpus = request.config, request.cluster.num_gpus
-    for tp in _divisors(gpus):
+    for tp in divisors(gpus):
         if config.heads % tp or (config.num_kv_heads % tp and tp % config.num_kv_heads):
             continue
-        for cp in _divisors(gpus // tp):
+        for cp in divisors(gpus // tp):
             if request.seq_len % cp or (cp > 1 and not request.trainer.cp_methods):
                 continue
             methods = (
                 [0] if cp == 1 else [n for n, name in enumerate(cp_methods) if name == "ring" or _heads_divide(config, tp * cp)]
             )
-            for pp in _divisors(gpus // (tp * cp)):
+            for pp in divisors(gpus // (tp * cp)):
                 dp = gpus // (tp * cp * pp)
                 if pp > config.layers or request.global_batch % dp:
                     continue
@@ -206,11 +206,12 @@ def _expert_degrees(request: JointRequest, ranks: int) -> tuple[int, ...]:
     experts = request.config.experts
     if experts is None or not request.trainer.expert_parallel:
         return (1,)
-    return tuple(degree for degree in _divisors(ranks) if experts.num_experts % degree == 0)
+    return tuple(degree for degree in divisors(ranks) if experts.num_experts % degree == 0)
 
 
 @cache
-def _exists(schedule: str, num_ranks: int, num_microbatches: int, chunks: int) -> bool:
+def order_exists(schedule: str, num_ranks: int, num_microbatches: int, chunks: int) -> bool:
+    """Whether a schedule runs at these sizes."""
     try:
         check_sizes(schedule, num_ranks=num_ranks, num_microbatches=num_microbatches, virtual_stages=chunks)
     except InputError:
@@ -219,7 +220,8 @@ def _exists(schedule: str, num_ranks: int, num_microbatches: int, chunks: int) -
 
 
 @cache
-def _divisors(number: int) -> tuple[int, ...]:
+def divisors(number: int) -> tuple[int, ...]:
+    """Ascending."""
     return tuple(part for part in range(1, number + 1) if number % part == 0)
 
 

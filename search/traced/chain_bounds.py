@@ -163,7 +163,7 @@ class ChainBounds:
     def _row(self, point: TracedPoint, plan: Plan) -> int:
         key = (point.compute, point.micro_batch, point.pp > 1 and point.schedule in SPLIT)
         if key not in self._tables:
-            library, prices = self.simulator.library(plan), self.simulator.prices(plan)
+            library, prices = self.simulator.stage_library(plan), self.simulator.prices(plan)
             self._tables[key] = len(self._found)
             self._found.append(chain_table(library, prices, split=key[2]))
         return self._tables[key]

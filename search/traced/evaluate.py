@@ -94,7 +94,7 @@ class TracedEvaluator:
     def refined(self, index: int) -> RefinedPoint:
         """A point's plans without recompute, with their bounds (`search.traced.step_bounds`); plans that recompute keep order and cut, so that their passes are only longer."""
         plain, refused = self.space.plan(index), Counter[str]()
-        library = self.plans.simulator.library(plain)
+        library = self.plans.simulator.stage_library(plain)
         found: list[tuple[StepBound, StagesCase]] = []
         try:
             first = self.plans.plain(plain)
@@ -146,7 +146,7 @@ class TracedEvaluator:
         plan = replace(plain.plan, memory=replace(plain.plan.memory, recompute=recompute))
         simulator = self.plans.simulator
         case = self.plans.solved(plan, self.plans.sequence(plain)) if recompute == "optimal" else simulator.case(plan)
-        if step_bound(case, simulator.library(plan)).seconds >= judge.best:
+        if step_bound(case, simulator.stage_library(plan)).seconds >= judge.best:
             return True
         return judge.take(plan, self.simulate(plan))
 

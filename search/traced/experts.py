@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from hardware_models.errors import InputError
 from search.joint.experts import Expert
+from search.joint.space import divisors
 from search.traced.request import TracedRequest
-from search.traced.space import ALONE, PLACEMENTS, TracedPoint, divisors, plan_of
+from search.traced.space import ALONE, PLACEMENTS, TracedPoint, plan_of
 from simulator.parallel.partition import even_partition
 from simulator.plan import Plan
 

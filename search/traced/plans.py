@@ -116,7 +116,7 @@ class TracedPlans:
         Raises:
             InfeasibleError: nothing fits on some rank; says what would.
         """
-        return sequence_of_stages(plain, self.simulator.library(plain.plan), spare_bytes=spare_bytes)
+        return sequence_of_stages(plain, self.simulator.stage_library(plain.plan), spare_bytes=spare_bytes)
 
 
 def sequence_of_stages(plain: StepCase, library: StageLibrary, *, spare_bytes: int) -> tuple[Operation, ...]:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import product
 from typing import NamedTuple
 
-from hardware_models.errors import InfeasibleError, InputError
+from hardware_models.errors import InfeasibleError
+from search.joint.space import divisors, order_exists
 from search.traced.request import TracedRequest
-from simulator.pipeline.sizes import check_sizes
 from simulator.plan import SCHEDULES_TWO_WAYS, Batch, Memory, Parallel, Pipeline, Plan, Precision
 from simulator.plan_sections import SCHEDULES, SCHEDULES_TWO_CHUNKS
 
@@ -118,7 +117,7 @@ def _points(request: TracedRequest, num_blocks: int, *, whole_only: bool) -> Ite
         stages = ZERO_STAGES if dp > 1 else (0,)
         ways = product(_pipelines(pp, num_blocks), sizes, stages, _placements(request, pp, dp), request.computes)
         for (schedule, chunks), size, zero, placement, compute in ways:
-            if pp == 1 or _exists(schedule, pp, share // size, chunks):
+            if pp == 1 or order_exists(schedule, pp, share // size, chunks):
                 yield TracedPoint(pp, dp, schedule, chunks, size, zero, placement, compute)
 
 
@@ -140,18 +139,3 @@ def _placements(request: TracedRequest, pp: int, dp: int) -> tuple[str, ...]:
     if pp == 1 or dp == 1 or request.cluster.num_gpus <= request.cluster.devices_per_node:
         return PLACEMENTS[:1]
     return PLACEMENTS
-
-
-@cache
-def _exists(schedule: str, num_ranks: int, num_microbatches: int, chunks: int) -> bool:
-    try:
-        check_sizes(schedule, num_ranks=num_ranks, num_microbatches=num_microbatches, virtual_stages=chunks)
-    except InputError:
-        return False
-    return True
-
-
-@cache
-def divisors(number: int) -> tuple[int, ...]:
-    """Ascending."""
-    return tuple(part for part in range(1, number + 1) if number % part == 0)

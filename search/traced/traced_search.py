@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +15,7 @@ from search.joint.batch_study import NOTHING, BatchOutcome, JointStudyResult, Pr
 from search.joint.experts import Expert
 from search.joint.explain import contributions
 from search.joint.joint_search import Baseline, JointResult
-from search.storage import JOURNAL
+from search.joint.workers import run_together
 from search.traced.chain_bounds import UNBOUNDED_S, ChainBounds
 from search.traced.evaluate import TracedEvaluator
 from search.traced.experts import experts
@@ -92,7 +89,7 @@ def traced_search(
     bounds = ChainBounds(space, known_plans.simulator).seconds(most_s=known.step_time_s if known else UNBOUNDED_S)
     prepared = _Prepared(evaluator=evaluator, bound_s=bounds, known_s=known_s)
     limit_s = None if time_limit_s is None else max(0.0, time_limit_s - (time.perf_counter() - started))
-    study = _together(prepared, workers, storage, limit_s, on_progress)
+    study = run_together(prepared.run, workers, storage, limit_s, on_progress)
     plan = plan_from_dict(study.best.user_attrs["plan"]) if study.best is not None else known.plan if known else None
     if plan is None:
         raise _infeasible(evaluator, study)
@@ -117,25 +114,6 @@ def space_of(request: TracedRequest, plans: TracedPlans) -> TracedSpace:
     """
     workload = plans.simulator.source.workload(1)
     return traced_space(request, num_blocks=len(workload.blocks), mixes_samples=workload.mixes_samples)
-
-
-def _together(
-    prepared: _Prepared, workers: int, storage: str | None, limit_s: float | None, on_progress: Callable[[Progress], None] | None
-) -> JointStudyResult:  # fmt: skip
-    """The study with as many processes: the others are copies of this one, which has traced and priced the model already."""
-    if workers == 1:
-        return prepared.run(storage, limit_s, on_progress)
-    with tempfile.TemporaryDirectory(prefix="schedlab-") as folder:
-        shared = storage or f"{JOURNAL}{Path(folder) / 'study.log'}"
-        context = multiprocessing.get_context("fork")
-        others = [context.Process(target=prepared.run, args=(shared, limit_s)) for _ in range(workers - 1)]
-        for one in others:
-            one.start()
-        try:
-            return prepared.run(shared, limit_s, on_progress)
-        finally:
-            for one in others:
-                one.join()
 
 
 def _infeasible(evaluator: TracedEvaluator, study: JointStudyResult) -> InfeasibleError:
@@ -164,7 +142,7 @@ def _least_seen(evaluator: TracedEvaluator, known: int) -> int:
             case = evaluator.plans.simulator.case(_all_again(evaluator, index))
         except InputError:
             continue
-        library = evaluator.plans.simulator.library(case.plan)
+        library = evaluator.plans.simulator.stage_library(case.plan)
         found.append((least_bytes(case, library), index))
     least = known
     for _, index in sorted(found)[:MOST_LEAST]:
@@ -191,7 +169,7 @@ def _baseline(evaluator: TracedEvaluator, rule: Expert) -> Baseline | None:
     for plan in rule.plans:
         try:
             case = evaluator.plans.simulator.case(plan, gpus=plan.num_gpus)
-            bounded.append((step_bound(case, evaluator.plans.simulator.library(plan)), plan, budget_bytes(case)))
+            bounded.append((step_bound(case, evaluator.plans.simulator.stage_library(plan)), plan, budget_bytes(case)))
         except InputError:
             continue
     best: tuple[Plan, StagesOnCluster] | None = None

@@ -84,7 +84,7 @@ class StageSimulator:
             source=self.source, cluster=cluster, device=device, _sources=self._sources, _libraries=self._libraries
         )
 
-    def library(self, plan: Plan) -> StageLibrary:
+    def stage_library(self, plan: Plan) -> StageLibrary:
         """Stages of the model at a resolved plan's micro-batch and precision."""
         batch = plan.batch
         key = (plan.precision.compute, batch.global_batch, batch.seq_len)
@@ -114,7 +114,7 @@ class StageSimulator:
             raise plan_refusal("parallel.tp", plan.parallel.tp, rule, remedy)
         resolved = resolve_traced(plan, self.source)
         sized = self.cluster.with_gpus(plan.num_gpus)
-        library, order, mesh = self.library(resolved), order_of(resolved, folder=folder), mesh_of(resolved, sized)
+        library, order, mesh = self.stage_library(resolved), order_of(resolved, folder=folder), mesh_of(resolved, sized)
         known = sequence_of_file(resolved, folder) if sequence is None else sequence
         stages = [one.stage for one in plan_stages(library.whole, resolved, order, sequence=known, library=library)]
         rate, latency_s = message_link(mesh)

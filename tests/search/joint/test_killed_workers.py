@@ -19,8 +19,9 @@ import search.joint.joint_search
 from search.joint.batch_study import JointStudyResult, Progress
 from search.joint.best_first import BestFirst
 from search.joint.evaluate import Evaluator
-from search.joint.joint_search import JointResult, _Prepared, joint_search
+from search.joint.joint_search import JointResult, joint_search
 from search.joint.space import JointRequest
+from search.joint.workers import TakesPart
 from search.storage import close, storage_of
 from simulator.parallel.simulation import ParallelSimulation
 from simulator.plan import Plan
@@ -95,25 +96,25 @@ class Killer:
     """Trials that the killed left behind."""
 
     def together(  # noqa: D102 - as the search's own
-        self, prepared: _Prepared, _workers: int, storage: str, limit_s: float | None, on_progress: Callable[[Progress], None] | None
+        self, take_part: TakesPart, _workers: int, storage: str, limit_s: float | None, on_progress: Callable[[Progress], None] | None
     ) -> JointStudyResult:  # fmt: skip
         chance = random.Random(0)  # noqa: S311 - the same chance each time
-        prepared.run(storage, 0.0)  # makes the study, and one batch
+        take_part(storage, 0.0)  # makes the study, and one batch
         looker = Looker(storage)
-        workers = [started(prepared, storage) for _ in range(WORKERS)]
+        workers = [started(take_part, storage) for _ in range(WORKERS)]
         for _ in range(KILLS):
             self._wait_for_a_batch(looker, workers)
             time.sleep(chance.uniform(0.0, 1.5 * BATCH_S))
             victim = chance.randrange(WORKERS)
             stop(workers[victim])
-            workers[victim] = started(prepared, storage)
+            workers[victim] = started(take_part, storage)
         self._wait_for_a_batch(looker, workers)
         for worker in workers:
             stop(worker)
         left = looker.trials()
         self.seen |= finished(left)
         self.running = sum(trial.state is TrialState.RUNNING for trial in left)
-        return prepared.run(storage, limit_s, on_progress)
+        return take_part(storage, limit_s, on_progress)
 
     def _wait_for_a_batch(self, looker: Looker, workers: list[ForkProcess]) -> None:
         before = len(self.seen)
@@ -123,8 +124,8 @@ class Killer:
             assert all(worker.exitcode is None for worker in workers), "the search was over before the last kill"
 
 
-def started(prepared: _Prepared, storage: str) -> ForkProcess:
-    worker = multiprocessing.get_context("fork").Process(target=prepared.run, args=(storage, None))
+def started(take_part: TakesPart, storage: str) -> ForkProcess:
+    worker = multiprocessing.get_context("fork").Process(target=take_part, args=(storage, None))
     worker.start()
     return worker
 
@@ -149,7 +150,7 @@ def answered_alone() -> JointResult:
 def test_killed_workers_lose_no_finished_trial_and_the_answer_stays(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     request, alone = asked(), answered_alone()
     killer = Killer()
-    monkeypatch.setattr(search.joint.joint_search, "_together", killer.together)
+    monkeypatch.setattr(search.joint.joint_search, "run_together", killer.together)
     found = joint_search(request, source_of(request), device_of(request), storage=storage, workers=WORKERS)
     after = finished(Looker(storage).trials())
     assert killer.running > 0

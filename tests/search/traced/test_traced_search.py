@@ -50,7 +50,7 @@ def test_no_plan_is_below_its_bounds(setting: tuple[str, str, int, int]) -> None
     alone = [index for index, point in enumerate(space.points) if point.pp == 1]
     for index in {*alone, *np.random.default_rng(0).choice(len(space), 24, replace=False).tolist()}:
         case = plans.plain(space.plan(index))
-        own, found = step_bound(case, plans.simulator.library(case.plan)), case.simulate()
+        own, found = step_bound(case, plans.simulator.stage_library(case.plan)), case.simulate()
         assert 0.0 < bounds[index] <= own.seconds * TOLERANCE
         assert own.seconds <= found.step_time_s * TOLERANCE
         assert 0 < own.needed_bytes <= max(found.peak_memory_bytes)

@@ -49,7 +49,7 @@ def every_plan(space: TracedSpace, plans: TracedPlans) -> Iterator[Plan]:
             case = plans.plain(plain)
         except InputError:
             continue
-        for cut in cuts_of(case, plans.simulator.library(case.plan)):
+        for cut in cuts_of(case, plans.simulator.stage_library(case.plan)):
             own = replace(plain, pipeline=replace(plain.pipeline, partition=cut))
             for recompute in ("none", "optimal", "full"):
                 yield replace(own, memory=replace(own.memory, recompute=recompute))
