@@ -13,8 +13,10 @@ from types import MappingProxyType
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 from numpy.typing import NDArray
 
 from hardware_models.errors import InputError
@@ -178,6 +180,14 @@ def tornado_figure(effects: Sequence[tuple[str, float, float]], *, title: str = 
     handles, _ = axes.get_legend_handles_labels()
     _legend(figure, handles, title)
     return figure
+
+
+def plain_log_ticks(*axes: Axis) -> None:
+    """Logarithmic axes labelled 1, 2, 5, 10, ... in plain numbers, however short they are."""
+    for axis in axes:
+        axis.set_major_locator(LogLocator(base=10.0, subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def save_figure(figure: Figure, path: Path) -> None:

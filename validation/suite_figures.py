@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from hardware_models.units import GIB, MS_PER_S
-from simulator.figures import save_figure, timeline_figure
+from simulator.figures import plain_log_ticks, save_figure, timeline_figure
 from simulator.program import Kind, Stream
 from simulator.timeline import Span, Timeline
 from validation.suite_report import SuiteRow
@@ -33,6 +33,8 @@ def scatter_figure(rows: Sequence[SuiteRow]) -> Figure:
         ends = [points.min(), points.max()]
         axes.plot(ends, ends, color="black", linewidth=0.8)
         axes.set(xscale="log", yscale="log", xlabel=f"predicted {title}", ylabel=f"measured {title}")
+        axes.set_aspect("equal", adjustable="datalim")
+        plain_log_ticks(axes.xaxis, axes.yaxis)
     figure.axes[0].legend(fontsize=7)
     return figure
 

@@ -10,9 +10,10 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from hardware_models.csv_table import rows_of
+from simulator.figures import plain_log_ticks
 from validation.table_check import TableCheck
 
-SIZE_INCHES = (9.0, 4.5)
+SIZE_INCHES = (9.0, 4.8)
 PERCENT = 100.0
 _BAR, _MARK = "#56B4E9", "#D55E00"
 """Of Okabe and Ito, which readers with any colour vision tell apart."""
@@ -41,7 +42,7 @@ def scatter_figure(checks: Sequence[TableCheck]) -> Figure:
                     [y / x for x, y in zip(measured, predicted, strict=True)],
                     s=_DOT,
                     color=colour,
-                    label=check.path.stem,
+                    label=check.path.stem.replace("_", " "),
                     linewidths=0,
                 )
     for axis, quantity in zip(axes, ("step time, s", "peak memory, GB"), strict=True):
@@ -50,7 +51,9 @@ def scatter_figure(checks: Sequence[TableCheck]) -> Figure:
         axis.set_xscale("log")
         axis.set_xlabel(f"measured {quantity}")
         axis.set_ylabel("predicted / measured")
-        axis.legend(fontsize=5)
+        plain_log_ticks(axis.xaxis)
+    handles = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=7)
     return figure
 
 

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from search.joint.sampler_curves import OURS, CurvePoint
+from simulator.figures import plain_log_ticks
 
 COLOURS = MappingProxyType({OURS: "#0072B2", "tpe": "#D55E00", "nsga2": "#009E73", "random": "#CC79A7"})
 """Of Okabe and Ito, which readers with any colour vision tell apart."""
@@ -47,5 +48,6 @@ def _draw(axes: Axes, points: Sequence[CurvePoint]) -> None:
     found = [point.best_s for point in points if isfinite(point.best_s)]
     axes.set_ylim(min([*found, *(point.bound_s for point in points)]) * 0.97, min(found) * _HEADROOM)
     axes.set_xscale("log")
+    plain_log_ticks(axes.xaxis)
     axes.set_xlabel("simulated plans")
     axes.set_ylabel("best step time (s)")
