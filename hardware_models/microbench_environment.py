@@ -189,8 +189,14 @@ class GpuMonitor:
 
     def between(self, begin_s: float, end_s: float) -> dict[str, Any]:
         """Medians of the numbers and the union of the reasons between two times of `time.perf_counter`."""
-        rows = [row for at, row in list(self._samples) if begin_s <= at <= end_s and len(row) == len(self._fields)]
-        return summary_of(self._fields, rows)
+        return self.during([(begin_s, end_s)])
+
+    def during(self, intervals: Sequence[tuple[float, float]]) -> dict[str, Any]:
+        """The same over several intervals (begin, end) together."""
+        samples = [(at, row) for at, row in list(self._samples) if len(row) == len(self._fields)]
+        return summary_of(
+            self._fields, [row for at, row in samples if any(begin_s <= at <= end_s for begin_s, end_s in intervals)]
+        )
 
 
 def summary_of(fields: Sequence[str], rows: Sequence[Sequence[Any]]) -> dict[str, Any]:

@@ -42,17 +42,18 @@ def rank_correlation(predicted: Sequence[float], measured: Sequence[float]) -> f
 
     **Source**: Spearman 1904.
     """
-    ranks = [_ranks(np.asarray(values, dtype=np.float64)) for values in (predicted, measured)]
+    ranks = [mean_ranks(np.asarray(values, dtype=np.float64)) for values in (predicted, measured)]
     deviations = [each - each.mean() for each in ranks]
     scale = float(np.sqrt((deviations[0] ** 2).sum() * (deviations[1] ** 2).sum()))
     return float((deviations[0] * deviations[1]).sum()) / scale if scale else None
 
 
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def mean_ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ranks from 1, equal values sharing their mean rank."""
     _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
     last = np.cumsum(counts)
-    mean_ranks: NDArray[np.float64] = last - (counts - 1) / 2.0
-    return mean_ranks[inverse]
+    shared: NDArray[np.float64] = last - (counts - 1) / 2.0
+    return shared[inverse]
 
 
 def grouped(keys: Sequence[Hashable]) -> Mapping[Hashable, list[int]]:

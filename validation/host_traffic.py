@@ -17,7 +17,7 @@ from hardware_models.errors import InputError
 from simulator.host_schedule import INPUT, SHARED, Errand, HostSchedule, Part
 from simulator.program import Stream
 from simulator.tracing.block_run import OnSave
-from simulator.tracing.live_storages import resize_storage
+from simulator.tracing.live_storages import bytes_of, resize_storage
 from simulator.tracing.trace import Traced
 from validation.lanes import Lanes, LaneSpan
 from validation.optimizer import FusedOptimizer
@@ -172,7 +172,7 @@ class HostTraffic:
                 for name, own in zip(group.names, group.own, strict=True):
                     own.copy_(self._parameters[name])
             for name, buffer in self._home.items():
-                buffer.copy_(_flat(self._parameters[name]))
+                buffer.copy_(bytes_of(self._parameters[name]))
         self.lanes.drain()
         for name in self._home:
             resize_storage(self._parameters[name], 0)
@@ -185,7 +185,7 @@ class HostTraffic:
                 self._pool.give_back(buffer)
         for name, buffer in self._home.items():
             resize_storage(self._parameters[name], buffer.numel())
-            _flat(self._parameters[name]).copy_(buffer)
+            bytes_of(self._parameters[name]).copy_(buffer)
         self.begin()
 
     def begin(self) -> None:
@@ -247,7 +247,7 @@ class HostTraffic:
         else:
             away = self._leaving(part, x) if part.kind == "activations" else self._home_of(part)
             self._away[number] = away
-            pairs = [(buffer, _flat(tensor)) for buffer, tensor in zip(away.buffers, away.tensors, strict=True)]
+            pairs = [(buffer, bytes_of(tensor)) for buffer, tensor in zip(away.buffers, away.tensors, strict=True)]
         self._tokens[number] = self._copy(part, Stream.D2H, "store", pairs, (self.lanes.mark(),))
 
     def _leaving(self, part: Part, x: torch.Tensor | None) -> _Away:
@@ -278,7 +278,7 @@ class HostTraffic:
         away = self._away[number]
         for tensor, buffer in zip(away.tensors, away.buffers, strict=True):
             resize_storage(tensor, buffer.numel())
-        pairs = [(_flat(tensor), buffer) for buffer, tensor in zip(away.buffers, away.tensors, strict=True)]
+        pairs = [(bytes_of(tensor), buffer) for buffer, tensor in zip(away.buffers, away.tensors, strict=True)]
         self._tokens[number] = self._copy(part, Stream.H2D, "load", pairs, (self.lanes.mark(),))
 
     def _use(self, number: int) -> None:
@@ -325,11 +325,6 @@ class HostTraffic:
 
 def _span(part: Part, stream: Stream, label: str) -> LaneSpan:
     return LaneSpan(stream=stream, label=label, micro_batch=part.micro_batch, block=part.block, begin=None, end=None)
-
-
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
-    """All bytes of a tensor's storage in a row."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def _like(buffer: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

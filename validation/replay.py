@@ -1,7 +1,8 @@
 """Run a bundle on this machine: ``python -m validation.replay BUNDLE --out ARCHIVE [--device cuda]``.
 
-Needs the standard library, numpy and torch only. Each case gets a module of its own; what went wrong with one is written down and the next
-is run. The archive (zip) is rewritten after each case, so a run that is stopped keeps what it has; ``python -m validation.replay_suite report`` reads it.
+Needs the standard library, numpy and torch only. The cases of one model share its module, and are timed in rounds (`validation.case_rounds`); what went wrong with one is
+written down and the next is run. The archive (zip) is rewritten after each round, so a run that is stopped keeps what it has; ``python -m validation.replay_suite
+report`` reads it.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ import gc
 import json
 import sys
 import time
-import traceback
 import zipfile
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from functools import partial
+from math import inf
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -24,15 +25,8 @@ from hardware_models.errors import InputError
 from hardware_models.microbench import problem_of
 from hardware_models.microbench_environment import GpuMonitor, environment
 from hardware_models.microbench_yardstick import Yardstick
-from simulator.host_schedule import host_shares
-from simulator.sequence import check_sequence
-from simulator.timeline import Timeline
-from simulator.tracing.traced_model import TracedModel, traced_model
-from simulator.workload_json import workload_to_json
 from validation.bundle import BundleCase, read_bundle
-from validation.measure import StepTimes, interleaved_times
-from validation.session import ReplaySession
-from validation.step_runs import ScheduledRun, StepRun
+from validation.case_rounds import NOT_BEGUN, CaseRounds, MeasuredCase, attempt, groups_of, monitor_of
 
 CASE_FILE, ENVIRONMENT_FILE, WORKLOAD_FILE = "case-{:03d}.json", "environment.json", "workload-{:03d}.json"
 NO_GPU_REMEDY = "install a build of torch for CUDA and check the driver, or take --device cpu"
@@ -44,9 +38,9 @@ class Archive:
     def __init__(self, path: Path) -> None:
         self._path, self._files = path, dict[str, str]()
 
-    def add(self, name: str, table: Any) -> None:
-        """Adds a file and writes everything."""
-        self._files[name] = json.dumps(table)
+    def add(self, tables: Mapping[str, Any]) -> None:
+        """Adds files by name, or puts them in the place of what they were, and writes everything."""
+        self._files |= {name: json.dumps(table) for name, table in tables.items()}
         self._path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self._path.with_suffix(".part")
         with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as archive:
@@ -54,147 +48,78 @@ class Archive:
                 archive.writestr(known, text)
         temporary.replace(self._path)
 
-
-def run_of(session: ReplaySession, case: BundleCase) -> StepRun:
-    """The step that a case means, on a session's module.
-
-    Raises:
-        InputError: the sequence is not one of the model's blocks as they are traced here.
-    """
-    if case.kind == "plain":
-        return session.plain()
-    if case.kind != "plan":
-        return session.hand_made(case.kind, case.micro_batch)
-    blocks = len(session.traced(case.micro_batch).workload.blocks)
-    check_sequence(case.operations, blocks, source=f"bundle case {case.name}")
-    shares = host_shares(case.plan, blocks)
-    return session.scheduled(case.operations, case.micro_batch, shares if shares.any else None)
-
-
-def measure_case(case: BundleCase, *, device: str, steps: int, gradients: bool) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Everything measured of one case, and the workload that was traced on the device (None for kinds other than ``plan``)."""
-    started = time.perf_counter()
-    model: TracedModel = traced_model(case.model, batch=case.batch, seq_len=case.seq_len)
-    session = ReplaySession(model, device=device, optimizer=case.plan.precision.optimizer, precision=case.plan.precision.mode)
-    run = run_of(session, case)
-    memory = session.peak(run)
-    clock = time.perf_counter()
-    with GpuMonitor() if device == "cuda" else _Silence() as monitor:
-        times, speed = _timed(run, steps=steps, device=session.device)
-        state = monitor.between(clock, time.perf_counter())
-    found: dict[str, Any] = {
-        "name": case.name, "kind": case.kind, "step_time_s": times.to_json() | {"seconds": list(times.seconds)}, "allocated_bytes": memory.allocated_bytes,
-        "reserved_bytes": memory.reserved_bytes, "host_bytes": memory.host_bytes, "state": state, "yardstick_s": None if speed is None else speed.to_json(),
-    }  # fmt: skip
-    if isinstance(run, ScheduledRun):
-        found |= {"spans": spans_to_json(session.timeline(run)), "host_time_s": _host_times(session, run).to_json()}
-    if gradients:
-        found["gradients_match"] = [match.to_json() for match in session.match([(run, case.micro_batch)])[0]]
-    workload = session.traced(case.micro_batch).workload if case.kind in {"plan", "plain"} else None
-    found["elapsed_s"] = time.perf_counter() - started
-    return found, None if workload is None else workload_to_json(workload)
-
-
-class _YardstickStep:
-    """The yardstick in the place of a step."""
-
-    def __init__(self) -> None:
-        self._yardstick = Yardstick()
-
-    def inside(self) -> AbstractContextManager[None]:
-        """Nothing to prepare."""
-        return nullcontext()
-
-    def __call__(self) -> None:
-        """Once."""
-        self._yardstick.seconds()
-
-
-def _timed(run: StepRun, *, steps: int, device: torch.device) -> tuple[StepTimes, StepTimes | None]:
-    """Times of a step and, on a CPU, of the yardstick in turn with it."""
-    if device.type == "cuda":
-        return interleaved_times([run], repeats=steps, device=device)[0], None
-    times, speed = interleaved_times([run, _YardstickStep()], repeats=steps, device=device)
-    return times, speed
-
-
-def _host_times(session: ReplaySession, run: StepRun) -> StepTimes:
-    """Seconds until the host has given one step to the device, without waiting for it; on a CPU the step itself."""
-    seconds = []
-    with run.inside():
-        for _ in range(2):
-            session.wait()
-            begin = time.perf_counter()
-            run()
-            seconds.append(time.perf_counter() - begin)
-            session.wait()
-    return StepTimes(seconds=tuple(seconds[1:]))
-
-
-def spans_to_json(timeline: Timeline) -> list[list[Any]]:
-    """A row a span: stream, name, start and end in seconds."""
-    return [[span.stream.name, span.name, span.start_s, span.end_s] for span in timeline.spans]
-
-
-class _Silence:
-    """A monitor of a device that has none."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return
-
-    def between(self, _begin_s: float, _end_s: float) -> dict[str, Any]:
-        """Nothing."""
-        return {}
+    def add_cases(self, group: Sequence[MeasuredCase], monitor: GpuMonitor | None) -> None:
+        """Adds what is known of some cases."""
+        tables = {CASE_FILE.format(one.number): one.to_json(monitor) for one in group}
+        self.add(tables | {WORKLOAD_FILE.format(one.number): one.workload for one in group if one.workload is not None})
 
 
 def replay_bundle(
-    cases: Sequence[BundleCase],
-    out: Path,
-    *,
-    device: str,
-    steps: int,
-    gradients: bool = True,
-    time_limit_s: float | None = None,
-) -> int:
-    """Runs cases in order into an archive; the number of those that failed.
+    cases: Sequence[BundleCase], out: Path, *, device: str, rounds: int, gradients: bool = True, time_limit_s: float | None = None
+) -> int:  # fmt: skip
+    """Runs cases, model by model, into an archive; the number of those that failed or were not begun.
 
     Args:
         cases: to run.
         out: the archive.
         device: ``cpu`` or ``cuda``.
-        steps: timed steps of each.
+        rounds: timed steps of each.
         gradients: compare with the plain module.
-        time_limit_s: starts no case after so long; those not begun are written down as such.
+        time_limit_s: begins no case after so long, and no further round of a model once its share of the time, by its number of cases, is over.
     """
-    archive, started, failures = Archive(out), time.perf_counter(), 0
-    archive.add(ENVIRONMENT_FILE, environment(device))
-    for number, case in enumerate(cases):
-        if time_limit_s is not None and time.perf_counter() - started > time_limit_s:
-            archive.add(CASE_FILE.format(number), {"name": case.name, "kind": case.kind, "failed": "not begun: out of time"})
-            continue
-        try:
-            found, workload = measure_case(case, device=device, steps=steps, gradients=gradients)
-            if workload is not None:
-                archive.add(WORKLOAD_FILE.format(number), workload)
-            shown = f"{found['step_time_s']['median']:.4f} s, {found['allocated_bytes'] / 2**30:.3f} GiB"
-        except Exception as problem:  # noqa: BLE001 - one case that fails must not cost the others; it is written down whole
-            failures += 1
-            found = {
-                "name": case.name,
-                "kind": case.kind,
-                "failed": f"{type(problem).__name__}: {problem}",
-                "traceback": traceback.format_exc(),
-            }
-            shown = found["failed"].splitlines()[0]
-        archive.add(CASE_FILE.format(number), found)
-        print(f"{number + 1}/{len(cases)} {case.name}: {shown}", file=sys.stderr, flush=True)  # noqa: T201 - where only torch is
-        gc.collect()
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    return failures
+    archive, started = Archive(out), time.perf_counter()
+    archive.add({ENVIRONMENT_FILE: environment(device)})
+    yardstick = Yardstick() if device == "cpu" else None
+    end_s = inf if time_limit_s is None else started + time_limit_s
+    groups = groups_of(cases)
+    for position, group in enumerate(groups):
+        now = time.perf_counter()
+        share = len(group) / sum(len(other) for other in groups[position:])
+        measure_group(
+            group, archive, device=device, rounds=rounds, gradients=gradients, yardstick=yardstick, end_s=end_s,
+            deadline_s=now + share * (end_s - now),
+        )  # fmt: skip
+    return sum(one.failed for group in groups for one in group)
+
+
+def measure_group(
+    group: Sequence[MeasuredCase], archive: Archive, *, device: str, rounds: int, gradients: bool, yardstick: Yardstick | None, end_s: float,
+    deadline_s: float,
+) -> None:  # fmt: skip
+    """Measures the cases of one module into an archive.
+
+    Args:
+        group: of `groups_of`.
+        archive: gets what is known after each round.
+        device: ``cpu`` or ``cuda``.
+        rounds: at most.
+        gradients: compare with the plain module.
+        yardstick: of a CPU.
+        end_s: no case is begun after it (`time.perf_counter`).
+        deadline_s: no round but the first is.
+    """
+    measuring: CaseRounds | None = None
+    with monitor_of(device) as monitor:
+        for one in group:
+            if time.perf_counter() > end_s:
+                one.found = {"failed": NOT_BEGUN}
+                continue
+            try:
+                measuring = measuring or CaseRounds(group, device=device, yardstick=yardstick)
+            except Exception as problem:  # noqa: BLE001 - a model that cannot be built must not cost the others; it is written down whole
+                one.fail(problem)
+                continue
+            attempt(one, partial(measuring.examine, gradients=gradients))
+        if measuring is not None:
+            for _ in measuring.rounds(rounds, deadline_s):
+                archive.add_cases(group, monitor)
+        archive.add_cases(group, monitor)
+    for one in group:
+        print(f"{one.number + 1} {one.case.name}: {one.text}", file=sys.stderr, flush=True)  # noqa: T201 - where only torch is
+    del measuring
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -203,9 +128,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("bundles", nargs="+", type=Path, help="files that schedlab replay --bundle or the suite wrote")
     parser.add_argument("--out", required=True, type=Path, help="the archive (.zip) to write")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps of each case")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="timed steps of each case, one in every round over its model's cases"
+    )
     parser.add_argument("--no-gradients", action="store_true", help="do not compare gradients with the plain module")
-    parser.add_argument("--time-limit", type=float, help="seconds after which no case is begun")
+    parser.add_argument("--time-limit", type=float, help="seconds after which no case is begun; rounds are left out to keep it")
     options = parser.parse_args(arguments)
     if problem := problem_of(options.device):
         parser.error(f"--device {options.device}: {problem}; {NO_GPU_REMEDY}")
@@ -214,7 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except InputError as problem:
         parser.error(str(problem))
     failures = replay_bundle(
-        cases, options.out, device=options.device, steps=options.steps, gradients=not options.no_gradients, time_limit_s=options.time_limit
+        cases, options.out, device=options.device, rounds=options.steps, gradients=not options.no_gradients, time_limit_s=options.time_limit
     )  # fmt: skip
     print(f"{len(cases) - failures} of {len(cases)} cases ran: {options.out}", file=sys.stderr)  # noqa: T201
     return 1 if failures else 0

@@ -16,7 +16,8 @@ from validation.bundle import read_bundle, write_bundle
 from validation.command_line import hardware_option, reported, stderr
 from validation.suite_cases import suite_cases
 from validation.suite_figures import write_figures
-from validation.suite_report import suite_rows, suite_table, write_results
+from validation.suite_order import order_table
+from validation.suite_report import orders, suite_rows, suite_table, write_results
 
 
 @click.group(help=__doc__)
@@ -63,7 +64,7 @@ def report(bundle_path: Path, archive: Path, hardware_name: str, device: str, ou
     rows, environment = suite_rows(read_bundle(bundle_path), archive, profile)
     summary = write_results(rows, environment, profile, out)
     write_figures(rows, out)
-    return summary | {"_table": suite_table(rows)}
+    return summary | {"_table": f"{suite_table(rows)}\n{order_table(orders(rows))}"}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from simulator.sequence import Operation
 from simulator.timeline import Timeline
 from simulator.tracing.compute_mode import LOSS_SCALED
 from simulator.tracing.eight_bit_linear import check_eight_bit
+from simulator.tracing.live_storages import bytes_of, resize_storage, storage_of
 from simulator.tracing.trace import Traced, compiling, trace
 from simulator.tracing.traced_model import TracedModel, batch_size, micro_batches
 from validation.hand_made import HandMadeRun
@@ -26,6 +27,8 @@ from validation.optimizer import FusedOptimizer
 from validation.step_runs import PlainRun, ScheduledRun, StepOrder, StepRun
 
 _Run = TypeVar("_Run", bound=StepRun)
+_Gradients = tuple[torch.Tensor, list[torch.Tensor | None]]
+"""Loss and gradients, on the host."""
 DEFAULT_SEED = 0
 FIRST_LOSS_SCALE = 2.0**16
 """Source: torch 2.13, torch/amp/grad_scaler.py: ``init_scale``."""
@@ -82,6 +85,7 @@ class ReplaySession:
         self._traces: dict[int, Traced] = {}
         self._running: dict[int, Traced] = {}
         self._runs: list[StepRun] = []
+        self._expected: dict[int, _Gradients] = {}
         if precision in LOSS_SCALED:
             self.optimizer.loss_scale = FIRST_LOSS_SCALE
             self._halve_loss_scale()
@@ -150,6 +154,31 @@ class ReplaySession:
         self._runs.append(run)
         return run
 
+    @contextmanager
+    def once(self, run: _Run) -> Iterator[_Run]:
+        """A run that is forgotten afterwards, with the optimizer states that its steps have made."""
+        try:
+            yield run
+        finally:
+            self._runs.remove(run)
+            for optimizer in run.optimizers():
+                optimizer.forget_states()
+
+    def settle(self) -> None:
+        """Takes the module's tensors off the device and puts them back there, as they were when it was built, and gives what the allocator kept back to a GPU.
+
+        Steps that keep weights on the host leave them elsewhere in the allocator's segments, where they would hold memory of later steps.
+        """
+        own = {storage_of(tensor): tensor.detach() for tensor in (*self.module.parameters(), *self.module.buffers())}
+        kept = [bytes_of(tensor).to("cpu", copy=True) for tensor in own.values()]
+        for tensor in own.values():
+            resize_storage(tensor, 0)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        for tensor, value in zip(own.values(), kept, strict=True):
+            resize_storage(tensor, value.numel())
+            bytes_of(tensor).copy_(value)
+
     def match(self, cases: Sequence[tuple[StepRun, int]]) -> list[tuple[GradientsMatch, ...]]:
         """Loss and gradients of (run, micro-batch) pairs against the plain module.
 
@@ -164,7 +193,9 @@ class ReplaySession:
             against = [index for index, (_, size) in enumerate(cases) if reference_size in {size, self.global_batch}]
             if not against:
                 continue
-            expected = self._gradients(self.plain(reference_size))
+            if reference_size not in self._expected:
+                self._expected[reference_size] = self._gradients(self.plain(reference_size))
+            expected = self._expected[reference_size]
             for index in against:
                 run, size = cases[index]
                 name = "same micro-batches" if size == reference_size else "unsplit batch"
@@ -192,8 +223,7 @@ class ReplaySession:
             run()
             return run.timeline()
 
-    def _gradients(self, run: StepRun) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """Loss and gradients on the host."""
+    def _gradients(self, run: StepRun) -> _Gradients:
         with self._buffers_kept(), run.inside():
             torch.manual_seed(self.seed)
             loss = run.gradients().cpu()
@@ -212,8 +242,8 @@ class ReplaySession:
 
 def _compare(
     reference: str,
-    found: tuple[torch.Tensor, list[torch.Tensor | None]],
-    expected: tuple[torch.Tensor, list[torch.Tensor | None]],
+    found: _Gradients,
+    expected: _Gradients,
 ) -> GradientsMatch:
     (loss, gradients), (expected_loss, expected_gradients) = found, expected
     every = list(zip(gradients, expected_gradients, strict=True))

@@ -21,12 +21,9 @@ from simulator.simulate import Simulation, simulate, step_setting
 from simulator.workload import Workload
 from simulator.workload_json import workload_from_json
 from validation.bundle import BundleCase
-from validation.error_summary import rank_correlation
 from validation.replay import CASE_FILE, ENVIRONMENT_FILE, WORKLOAD_FILE
 from validation.replay_causes import Cause, cause_of, instruction_seconds
-
-TOLD_APART = 0.05
-"""Measured step times that differ by less than this are not asked to be in order."""
+from validation.suite_order import PlanOrder, order_table, orders_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,22 +155,16 @@ def predict(case: BundleCase, workload: Workload, device: DeviceProfile) -> Simu
 
 
 def summary_of(rows: Sequence[SuiteRow]) -> dict[str, Any]:
-    """Errors over all rows, and over pairs of plans of one model whether the faster is known beforehand.
-
-    ``spearman`` is the mean over models of the rank correlation between predicted and measured times; ``pairs_in_order`` the share of pairs that differ by
-    more than `TOLD_APART` in measured time whose order is predicted.
-    """
+    """Errors over all rows, and by model how well the order of its plans is known beforehand (`validation.suite_order`)."""
     times = np.abs([row.time_error for row in rows if row.time_error is not None])
     paired = np.array([row.paired_error for row in rows if row.paired_error is not None])
     memory = np.abs([row.memory_error for row in rows if row.memory_error is not None])
     reserved = np.abs([row.reserved_error for row in rows if row.reserved_error is not None])
     compared = [row.bitwise for row in rows if row.bitwise is not None and row.case.kind == "plan"]
-    orders = [found for model in dict.fromkeys(row.model for row in rows) if (found := _order(rows, model)) is not None]
     return {
         "num": len(rows), "num_failed": sum(bool(row.failed) for row in rows), "num_predicted": len(times),
         "time": _errors(times), "paired_time": _errors(np.abs(paired)), "paired_bias": float(np.mean(paired)) if len(paired) else None, "allocated": _errors(memory), "reserved": _errors(reserved), "num_compared": len(compared), "num_bitwise": sum(compared),
-        "spearman": float(np.mean([one[0] for one in orders])) if orders else None,
-        "pairs_in_order": sum(one[1] for one in orders) / max(1, sum(one[2] for one in orders)), "num_pairs": sum(one[2] for one in orders),
+        "order": [one.to_json() for one in orders(rows)],
     }  # fmt: skip
 
 
@@ -185,21 +176,13 @@ def _errors(errors: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float] |
     )
 
 
-def _order(rows: Sequence[SuiteRow], model: str) -> tuple[float, int, int] | None:
-    """Rank correlation, pairs in order, pairs told apart, of one model's plans; None for fewer than two."""
-    chosen = [
-        row for row in rows if row.model == model and row.predicted is not None and not row.failed and row.case.kind == "plan"
-    ]
-    measured = np.array([row.measured_s for row in chosen])
-    predicted = np.array([row.predicted.step_time_s for row in chosen if row.predicted is not None])
-    pairs = [
-        (i, j) for i in range(len(chosen)) for j in range(i) if abs(measured[i] / measured[j] - 1) > TOLD_APART
-    ]  # fmt: skip
-    if not pairs:
-        return None
-    right = sum((measured[i] > measured[j]) == (predicted[i] > predicted[j]) for i, j in pairs)
-    correlation = rank_correlation(predicted.tolist(), measured.tolist())
-    return None if correlation is None else (correlation, int(right), len(pairs))
+def orders(rows: Sequence[SuiteRow]) -> tuple[PlanOrder, ...]:
+    """Of every model's plans, and of all: by the times measured, which were taken in turn."""
+    times: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        if row.predicted is not None and not row.failed and row.case.kind == "plan":
+            times.setdefault(row.model, []).append((row.predicted.step_time_s, row.measured["step_time_s"]["median"]))
+    return orders_of(times)
 
 
 def suite_table(rows: Sequence[SuiteRow]) -> str:
@@ -270,7 +253,11 @@ def write_results(rows: Sequence[SuiteRow], environment: Mapping[str, Any], devi
     for name, table in tables.items():
         with whole_file(out / name) as temporary:
             temporary.write_text(json.dumps(table, indent=1), encoding="utf-8")
-    for name, text in {"table.md": suite_table(rows), "memory.md": memory_table(rows)}.items():
+    for name, text in {
+        "table.md": suite_table(rows),
+        "memory.md": memory_table(rows),
+        "order.md": order_table(orders(rows)),
+    }.items():
         with whole_file(out / name) as temporary:
             temporary.write_text(text, encoding="utf-8")
     return summary

@@ -94,3 +94,8 @@ class LiveStorages(TorchDispatchMode):
 def storage_of(tensor: torch.Tensor) -> int:
     """Identity of a tensor's storage, valid while it is alive."""
     return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 - torch's only storage identity
+
+
+def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    """All bytes of a tensor's storage in a row."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())

@@ -84,7 +84,7 @@ def test_an_unknown_model_of_the_suite_is_named(device: DeviceProfile) -> None:
 def test_a_run_suite_is_reported_with_plans_and_figures(cases: list[BundleCase], device: DeviceProfile, tmp_path: Path) -> None:
     wanted = ("mlp: plain", "mlp: full", "mlp: all on host", "mlp: checkpoint+save_on_cpu")
     chosen = [case for case in cases if case.name in wanted]
-    assert replay_bundle(chosen, tmp_path / "results.zip", device="cpu", steps=2) == 0
+    assert replay_bundle(chosen, tmp_path / "results.zip", device="cpu", rounds=2) == 0
     rows, environment = suite_rows(chosen, tmp_path / "results.zip", device)
     summary = write_results(rows, environment, device, tmp_path / "out")
     assert (summary["num"], summary["num_predicted"], summary["num_bitwise"], summary["num_compared"]) == (4, 3, 2, 2)
@@ -100,7 +100,7 @@ def test_a_run_suite_is_reported_with_plans_and_figures(cases: list[BundleCase],
     assert "| mlp: all on host |" in table
     assert "bitwise" in table
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "environment.json", "instructions.json", "measured.json", "memory.md", "plans", "predicted.json", "summary.json", "table.md",
+        "environment.json", "instructions.json", "measured.json", "memory.md", "order.md", "plans", "predicted.json", "summary.json", "table.md",
     }  # fmt: skip
     assert len(list((tmp_path / "out" / "plans").iterdir())) == 4
     assert json.loads((tmp_path / "out" / "summary.json").read_text())["rows"][0]["name"] == "mlp: plain"
@@ -119,7 +119,7 @@ def test_a_run_suite_is_reported_with_plans_and_figures(cases: list[BundleCase],
 def test_an_archive_of_another_bundle_is_refused(cases: list[BundleCase], device: DeviceProfile, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file; run the bundle"):
         suite_rows(cases, tmp_path / "none.zip", device)
-    replay_bundle(cases[:1], tmp_path / "results.zip", device="cpu", steps=1, time_limit_s=-1.0)
+    replay_bundle(cases[:1], tmp_path / "results.zip", device="cpu", rounds=1, time_limit_s=-1.0)
     rows, _ = suite_rows(cases, tmp_path / "results.zip", device)
     assert rows[0].failed == "not begun: out of time"
     assert "failed: not begun" in suite_table(rows)
