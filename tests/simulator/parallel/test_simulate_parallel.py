@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -51,13 +52,16 @@ PLANS = {
     "chimera": plan_of(pp=4, schedule="chimera"),
     "dualpipe": plan_of(pp=4, schedule="dualpipe", num_microbatches=16),
 }
-RESULTS = {name: simulated(plan) for name, plan in PLANS.items()}
+
+
+@cache
+def simulated_plan(name: str) -> ParallelSimulation:
+    return simulated(PLANS[name])
 
 
 @pytest.fixture(params=PLANS)
 def result(request: pytest.FixtureRequest) -> ParallelSimulation:
-    found: ParallelSimulation = RESULTS[request.param]
-    return found
+    return simulated_plan(request.param)
 
 
 def test_engines_agree(result: ParallelSimulation) -> None:

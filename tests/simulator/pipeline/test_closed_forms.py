@@ -104,9 +104,8 @@ def test_v_family_at_its_own_memory(ranks: int) -> None:
 
 @pytest.mark.slow
 def test_v_family_at_all_sizes() -> None:
-    for ranks in RANKS:
-        for batches in {2 * ranks + 1, 4 * ranks, 256}:
-            check_v_family(ranks, batches)
+    for ranks, batches in [*((ranks, 2 * ranks + 1) for ranks in RANKS), *sizes(4)]:
+        check_v_family(ranks, batches)
 
 
 @pytest.mark.parametrize("ranks", [4, 7, 8, 12, 16])
