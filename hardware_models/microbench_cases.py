@@ -14,6 +14,8 @@ from hardware_models.kernel import KernelClass
 ATEN = torch.ops.aten
 _IMAGE_CHANNELS = 3
 """Inputs with so many channels are data: no gradient is asked for them."""
+_NARROW = 128
+"""Channels up to which the widest axis of a product is no feature axis, but the points of a field that a layer maps one by one."""
 _WIDE_SIDE = 56
 """Positions a side above which pointwise convolutions are layers of neural operators, which have a bias."""
 
@@ -108,8 +110,15 @@ def _gemm_cases(full: bool) -> Iterator[tuple[KernelClass, str, tuple[int, ...],
     if full:
         sizes += [(m, n, k) for m in (128, 512, 2048) for n in (384, 1536, 6144) for k in (384, 1536, 6144)]
         sizes += [(8192, 1024, 1024), (32, 2048, 8192), (32, 8192, 2048)]
-    for m, n, k in sizes:
+    pointwise = [(16384, n, k) for n, k in ((16, 32), (32, 16), (32, 64), (64, 32), (1, 64), (64, 1), (128, 64))]
+    if full:
+        pointwise += [
+            (points, n, k) for points in (4096, 65536) for n, k in ((32, 32), (64, 20), (24, 48), (48, 96), (1, 128), (64, 64))
+        ]
+        pointwise += [(4096, 128, 256), (4096, 256, 128)]
+    for m, n, k in sizes + pointwise:
         yield "gemm", "addmm", (m, n, k), 2 * m * n * k, on(_addmm, m, n, k)
+    weights = [(n, k, points) for points, n, k in pointwise]
     if full:
         vocabulary_sizes += [
             (1024, 30001, 768),
@@ -118,7 +127,7 @@ def _gemm_cases(full: bool) -> Iterator[tuple[KernelClass, str, tuple[int, ...],
             (50001, 1024, 1024),
             (512, 32000, 1024),
         ]
-    for m, n, k in sizes + vocabulary_sizes:
+    for m, n, k in sizes + vocabulary_sizes + pointwise + weights:
         yield "gemm", "mm", (m, n, k), 2 * m * n * k, on(_mm, m, n, k)
 
 
@@ -131,12 +140,14 @@ def _addmm(pool: Pool, m: int, n: int, k: int) -> Call:
 def _mm(pool: Pool, m: int, n: int, k: int) -> Call:
     """Layout by role: the widest of m, n, k is the feature axis that tells forward, input gradient or weight gradient.
 
-    n widest: a forward without bias (NT) as in a language-model head; m widest: a weight gradient (TN); else input gradient (NN).
+    n widest: a forward without bias (NT) as in a language-model head; m widest: a weight gradient (TN); else input gradient (NN). Where the others are narrow the widest axis is
+    that of points: summed over in a weight gradient (k, TN), kept in an input gradient (m, NN).
     """
+    narrow = sorted((m, n, k))[1] <= _NARROW
     if n > max(m, k):
         a, weight = pool.tensor(m, k), pool.tensor(n, k)
         return Call(run=lambda: torch.mm(a, weight.t()), reads=(a, weight))
-    if m > max(n, k):
+    if k > max(m, n) if narrow else m > max(n, k):
         a, b = pool.tensor(k, m), pool.tensor(k, n)
         return Call(run=lambda: torch.mm(a.t(), b), reads=(a, b))
     a, b = pool.tensor(m, k), pool.tensor(k, n)
@@ -266,6 +277,8 @@ def _fft_cases(full: bool) -> Iterator[tuple[str, tuple[int, ...], str, Build]]:
         (64, 128, 128),
         (1024, 32, 32),
         (32, 256, 256),
+        (256, 40, 40),
+        (512, 24, 24),
         (128, 85, 85),
         (640, 128, 128),
         (16, 1024),
@@ -273,6 +286,7 @@ def _fft_cases(full: bool) -> Iterator[tuple[str, tuple[int, ...], str, Build]]:
         (64, 8192),
     ]
     if full:
+        sizes += [(256, 24, 96), (128, 56, 56), (32, 192, 192)]  # two and other primes
         sizes += [(1024, 64, 64), (16, 512, 512), (128, 421, 421), (64, 160, 160), (16, 64, 64, 64), (2048, 256), (512, 8192)]
     for size in sizes:  # dtypes are those of the results
         dims = tuple(range(1, len(size)))

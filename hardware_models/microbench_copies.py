@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -31,7 +32,9 @@ _MOST_KERNELS = 500
 """Below the depth of the launch queue (about 1000), so that all are enqueued before the first starts."""
 _ADDED_ELEMENTS = 2**26
 _PRODUCT_SIZE = 4096
-_CPU_ADDED_ELEMENTS = 2**20
+_CPU_ADDED_ELEMENTS = 2**24
+_CPU_TURN_BYTES = 2**28
+"""Of the buffers on either side that a CPU's copies take in turn: more than its caches hold."""
 _CPU_PRODUCT_SIZE = 512
 
 Run = Callable[[], object]
@@ -184,8 +187,18 @@ def _thread_seconds(lanes: Mapping[str, Run]) -> dict[str, float]:
 
 
 def _cpu_copies(size: int) -> Mapping[str, Run]:
-    here, there = ([torch.ones(size, dtype=torch.uint8) for _ in range(2)] for _ in range(2))
-    up, down = (lambda: here[0].copy_(there[0])), (lambda: there[1].copy_(here[1]))
+    """Copies whose places are as cold as those of a step, which sends each tensor once: every copy takes the next pair of many buffers."""
+    here, there = (torch.ones(max(2, _CPU_TURN_BYTES // size), size, dtype=torch.uint8) for _ in range(2))
+    ups, downs = (cycle(range(first, len(here), 2)) for first in range(2))
+
+    def up() -> None:
+        place = next(ups)
+        here[place].copy_(there[place])
+
+    def down() -> None:
+        place = next(downs)
+        there[place].copy_(here[place])
+
     return {"h2d": up, "d2h": down, "pageable_h2d": up, "pageable_d2h": down}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -180,9 +181,24 @@ def _attention(operator: Any, args: Sequence[Any], out: Any) -> list[Kernel]:
 
 
 def _fft(name: str, args: Sequence[Any], out: Any) -> list[Kernel]:
+    """The transform, after a copy of its operand where the axes that are not transformed do not run through memory as one.
+
+    **Source**: torch 2.13, aten/src/ATen/native/mkl/SpectralOps.cpp and cuda/SpectralOps.cpp (``_exec_fft``): these axes, longest stride first, are made one by ``reshape``.
+    """
     signal = out if name == "_fft_c2r" else args[0]
     lengths = [signal.shape[dim] for dim in args[1]]
-    return [_kernel("fft", name, (signal.numel() // max(1, prod(lengths)), *lengths), args, out)]
+    transform = _kernel("fft", name, (signal.numel() // max(1, prod(lengths)), *lengths), args, out)
+    return [*_collected(args[0], args[1]), transform]
+
+
+def _collected(operand: torch.Tensor, dims: Sequence[int]) -> list[Kernel]:
+    """That copy; none where there is nothing to do."""
+    transformed = [dim % operand.ndim for dim in dims]
+    kept = [axis for axis in _memory_order(operand) if axis not in transformed]
+    if all(operand.stride(outer) == operand.stride(inner) * operand.shape[inner] for outer, inner in pairwise(kept)):
+        return []
+    name = _copy_name("clone", _memory_order(operand), (*kept, *transformed))
+    return [_kernel("copy", name, (operand.numel(),), (operand,), operand)]
 
 
 def _embedding(name: str, args: Sequence[Any], out: Any) -> list[Kernel]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import pytest
+import torch
 
+from hardware_models import microbench_copies
 from hardware_models.calibration_device import copy_engine, duplex_efficiency, line_of
 from hardware_models.microbench_copies import COPY_BYTES, Bench, admitted_sizes, copy_timings, cpu_copy_timings, slowdown
 
@@ -122,7 +124,22 @@ def test_buffers_take_a_tenth_of_what_is_free() -> None:
     assert admitted_sizes(COPY_BYTES, host_bytes=2**40, device_bytes=2**10) == ()
 
 
-def test_copies_of_a_cpu_have_every_key_of_a_gpus() -> None:
+def test_copies_of_a_cpu_take_buffers_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(microbench_copies, "_CPU_TURN_BYTES", 2**14)
+    places: list[tuple[int, int]] = []
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda to, source: places.append((to.data_ptr(), source.data_ptr())))
+    copies = microbench_copies._cpu_copies(2**12)
+    for name in ("h2d", "d2h"):
+        places.clear()
+        for _ in range(4):
+            copies[name]()
+        assert places[:2] == places[2:], "half of the four buffers are each direction's, and after them come the first again"
+        assert len({place for pair in places for place in pair}) == 4
+
+
+def test_copies_of_a_cpu_have_every_key_of_a_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(microbench_copies, "_CPU_TURN_BYTES", 2**22)
+    monkeypatch.setattr(microbench_copies, "_CPU_ADDED_ELEMENTS", 2**18)
     rows = cpu_copy_timings(quick=True)
     assert [row["bytes"] for row in rows] == [2**20, 2**26]
     assert all(row["h2d_s"] > 0 and row["duplex_s"] > 0 for row in rows)

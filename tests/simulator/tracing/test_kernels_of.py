@@ -145,6 +145,24 @@ def test_fourier_transforms_by_the_length_of_the_signal() -> None:
 
 
 @pytest.mark.parametrize(
+    ("strides", "copies"),
+    [
+        ((1024, 256, 16, 1), []),  # in order
+        ((1024, 1, 64, 4), ["transposed_copy"]),  # channels innermost: samples and channels are no one axis
+        ((256, 512, 16, 1), []),  # channels outermost: they still are
+        ((2048, 256, 16, 1), ["_to_copy"]),  # every other sample
+    ],
+)
+def test_a_transform_collects_the_axes_that_it_leaves(strides: tuple[int, ...], copies: list[str]) -> None:
+    x = torch.as_strided(random(4096), (2, 4, 16, 16), strides)
+    found = kernels(lambda: torch.fft.rfft2(x))
+    assert [one.op for one in found] == [*copies, "_fft_r2c"]
+    assert all(
+        (one.shape, one.read_bytes, one.written_bytes) == ((x.numel(),), 4 * x.numel(), 4 * x.numel()) for one in found[:-1]
+    )
+
+
+@pytest.mark.parametrize(
     "function",
     [
         lambda x: x.view(2, 6), lambda x: x.t(), lambda x: x[1:], lambda x: x.detach(), lambda x: x.expand(2, 3, 4),
