@@ -35,7 +35,10 @@ def slowable(slowdown: Floats) -> Integers:
     """Streams (of any device) that another one slows, the lowest first; -1 behind the last."""
     streams, found = np.full(len(slowdown) + 1, -1, dtype=np.int64), 0
     for one in range(len(slowdown)):
-        if slowdown[one].max() > 1.0:
+        slowed = False
+        for other in range(len(slowdown)):
+            slowed = slowed or slowdown[one, other] > 1.0
+        if slowed:
             streams[found] = one
             found += 1
     return streams
@@ -121,30 +124,42 @@ def settle_shared(
     Args:
         number: room for one number a link, all -1; left so.
     """
-    moving = state[running[:num_running]] == MOVING
-    queues, flows = running[:num_running][moving], names[:num_running][moving]
-    order = np.argsort(flows)
-    queues, rows = queues[order], row[flows[order]]
-    inside = _reached(rows, touched, route_offsets, routes)
-    queues, rows = queues[inside], rows[inside]
-    touched[:] = False
-    rates = _shared_rates(rows, limit[rows] * share[queues], number, route_offsets, routes, link_rate)
-    for i in range(len(queues)):
+    queues, flows, moving = np.empty(num_running, dtype=np.int64), np.empty(num_running, dtype=np.int64), 0
+    for k in range(num_running):
+        if state[running[k]] == MOVING:
+            place = moving  # in the order of the instructions; sorting by numpy would take longer to compile than the engine
+            while place > 0 and flows[place - 1] > names[k]:
+                queues[place], flows[place] = queues[place - 1], flows[place - 1]
+                place -= 1
+            queues[place], flows[place] = running[k], names[k]
+            moving += 1
+    inside = _reached(flows[:moving], row, touched, route_offsets, routes)
+    rows, limits, found = np.empty(moving, dtype=np.int64), np.empty(moving), 0
+    for i in range(moving):
+        if inside[i]:
+            rows[found], queues[found] = row[flows[i]], queues[i]
+            limits[found] = limit[rows[found]] * share[queues[found]]
+            found += 1
+    for link in range(len(touched)):
+        touched[link] = False
+    rates = _shared_rates(rows[:found], limits[:found], number, route_offsets, routes, link_rate)
+    for i in range(found):
         go_on(queues[i], rates[i], now, speed, left, since_s, num_running, ends, names, running, place_of)
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def _reached(rows: Integers, touched: Flags, route_offsets: Integers, routes: Integers) -> Flags:
-    """Which of the moving transfers share touched links, directly or through others; ``touched`` grows to all their links."""
-    inside = np.zeros(len(rows), dtype=np.bool_)
+def _reached(flows: Integers, row: Integers, touched: Flags, route_offsets: Integers, routes: Integers) -> Flags:
+    """Which of the moving transfers (by instruction) share touched links, directly or through others; ``touched`` grows to all their links."""
+    inside = np.zeros(len(flows), dtype=np.bool_)
     grows = True
     while grows:
         grows = False
-        for i in range(len(rows)):
-            for position in range(route_offsets[rows[i]], route_offsets[rows[i] + 1]):
+        for i in range(len(flows)):
+            its_row = row[flows[i]]
+            for position in range(route_offsets[its_row], route_offsets[its_row + 1]):
                 if not inside[i] and touched[routes[position]]:
                     inside[i] = grows = True
-                    touch(rows[i], touched, route_offsets, routes)
+                    touch(its_row, touched, route_offsets, routes)
     return inside
 
 
@@ -154,7 +169,8 @@ def _shared_rates(
 ) -> Floats:
     """Max-min fair rates of transfers that share links with no others: links are numbered anew, so that `fill` sees these only."""
     offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-    offsets[1:] = np.cumsum(route_offsets[rows + 1] - route_offsets[rows])
+    for i in range(len(rows)):
+        offsets[i + 1] = offsets[i] + route_offsets[rows[i] + 1] - route_offsets[rows[i]]
     links, capacity, known = np.empty(offsets[-1], dtype=np.int64), np.empty(offsets[-1]), 0
     for i in range(len(rows)):
         for k in range(offsets[i + 1] - offsets[i]):
@@ -164,6 +180,7 @@ def _shared_rates(
                 known += 1
             links[offsets[i] + k] = number[link]
     for i in range(len(rows)):
-        number[routes[route_offsets[rows[i]] : route_offsets[rows[i] + 1]]] = -1
+        for position in range(route_offsets[rows[i]], route_offsets[rows[i] + 1]):
+            number[routes[position]] = -1
     rates: Floats = fill(offsets, links, capacity[:known], np.ones(len(rows)), limits)
     return rates

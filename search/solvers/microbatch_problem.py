@@ -133,7 +133,7 @@ def makespan_s(problem: MicrobatchProblem, choice: Choice, arrays: OrderArrays |
         for rank in range(problem.order.num_ranks)
         for action in problem.passes(rank)
     ]
-    _, end, _ = play_cells(*arrays, np.array(duration), problem.comm_s)
+    _, end, _ = play_cells(*arrays, np.array(duration, dtype=np.float64), float(problem.comm_s))
     return float(end.max())
 
 

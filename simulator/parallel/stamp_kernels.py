@@ -58,7 +58,8 @@ def waits_kernel(  # noqa: C901, PLR0912 - one branch for each member of `templa
         begins = block == first_block[rank[block]]
         before = -1 if begins else block - 1
         if begins:
-            recent_left[:], recent_sent[:] = -1, -1
+            for place in range(_RECENT):
+                recent_left[place], recent_sent[place] = -1, -1
         for k in range(instructions[mine + 1] - instructions[mine]):
             n, start = base[block] + k, size
             for position in range(waits.offsets[instructions[mine] + k], waits.offsets[instructions[mine] + k + 1]):
@@ -105,7 +106,8 @@ def _append(out: Integers, size: int, value: int) -> tuple[Integers, int]:
         return out, size
     if size == len(out):
         grown = np.empty(2 * size, dtype=np.int64)
-        grown[:size] = out
+        for place in range(size):  # not a slice: its check of shapes would take longer to compile than all else here
+            grown[place] = out[place]
         out = grown
     out[size] = value
     return out, size + 1
@@ -141,5 +143,6 @@ def _tidy(out: Integers, start: int, size: int) -> int:
 def _remember(recent: Integers, lists: Lists, template: int, base: int) -> None:
     """Appends a template's transfers to the rank's last ones."""
     for position in range(lists.offsets[template], lists.offsets[template + 1]):
-        recent[:-1] = recent[1:].copy()
-        recent[-1] = base + lists.values[position]
+        for place in range(_RECENT - 1):
+            recent[place] = recent[place + 1]
+        recent[_RECENT - 1] = base + lists.values[position]

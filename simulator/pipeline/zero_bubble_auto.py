@@ -75,7 +75,7 @@ def _best_wave_order(
         time=np.ascontiguousarray(times.per_rank(num_ranks)[: len(_KINDS)]),
         comm=times.comm_s,
         memory=np.array([1.0, weight_share - 1.0, -weight_share]),
-        limit=memory_limit,
+        limit=float(memory_limit),  # a whole number would compile the heuristic again
     )
     best_span, best = np.inf, None
     for choices in _choices(int(min(memory_limit + MEMORY_SLACK, num_microbatches))):
