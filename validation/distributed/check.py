@@ -37,9 +37,6 @@ def _check_whole_modules(plan: Plan) -> None:
     if parallel.pp > 1:
         rule = f"tensor parallelism is replayed without a pipeline, but got pp = {parallel.pp}"
         remedy = "take pp = 1, or tp = 1"
-    elif memory.zero_stage == 1:
-        rule = "ZeRO 1 is replayed of whole parameters, which tensor parallelism splits"
-        remedy = "take memory.zero_stage 0, 2 or 3, or tp = 1"
     elif memory.recompute not in BLOCK_RECOMPUTES or memory.block:
         rule = "a rank runs the module as it is, whose layers all keep alike"
         remedy = 'take memory.recompute = "none", "selective" or "full", and no [[memory.block]]'

@@ -252,6 +252,7 @@ def module_step(model: TracedModel, plan: Plan, *, num_microbatches: int, gloo: 
         peak = peak_memory(step, rank.resident, device=torch.device("cpu"))
         with _StepReader({rank.mesh.get_group(axis).group_name: axis for axis in rank.mesh.mesh_dim_names or ()}) as reader:
             rank.gradients()
+            rank.gather()
         sizes = [(part.numel(), part.numel() * part.element_size()) for part in rank.optimizer.parameters]
     updates = optimizer_elements_pass(sizes, optimizer=plan.precision.optimizer).kernels
     return ModuleStep(
