@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,7 @@ from search.joint.layer_tables import LayerTable
 from search.joint.played_step_kernels import Passes, StageSeconds
 from simulator.parallel.gradient_sync import GradientSync
 from simulator.parallel.order_blocks import order_blocks
-from simulator.parallel.simulate_parallel import STAGING_CHUNKS, WEIGHT_SHARE
+from simulator.parallel.simulate_parallel import WEIGHT_SHARE
 from simulator.pipeline.action import Order
 
 Floats = NDArray[np.float64]
@@ -43,8 +42,6 @@ class Stages:
     """Parameters that may live on the host."""
     largest: Floats
     """Parameters of the largest piece."""
-    staged_bytes: Floats
-    """Of what a micro-batch keeps, at least, what is in other chunks than any two of those that passes are staged in."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,25 +56,6 @@ class Held:
     """1 where a rank holds a stage; shape (ranks, stages)."""
     passes: Floats
     """Micro-batches that a rank runs through a stage; same shape."""
-
-
-class Copies(NamedTuple):
-    """What a pass of each stage leaves on the host or takes from there; shape (stages,) each."""
-
-    kept_bytes: Floats
-    staged_bytes: Floats
-    """Of these, at least, what is in other chunks than any two of those that a pass is staged in."""
-    fetched_bytes: Floats
-    """Parameters, of a forward or a backward pass."""
-
-
-class HostRates(NamedTuple):
-    """Bytes/s of a rank's way to its host and back."""
-
-    down: float
-    up: float
-    both: float
-    """Together, host memory included."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,18 +98,14 @@ def no_sync(count: int) -> Sync:
     )
 
 
-def stage_seconds(
-    stages: Stages, sync: Sync, share: float, extra: Floats | float, copies: Copies | None, rates: HostRates
-) -> StageSeconds:
+def stage_seconds(stages: Stages, sync: Sync, share: float, extra: Floats | float) -> StageSeconds:
     """Times of passes: of a share of a micro-batch, with ``extra`` seconds of a micro-batch made again."""
-    none = np.zeros(len(stages.dense))
+    lead: Floats = share * extra * np.ones(len(stages.dense))
     return StageSeconds(
         forward=share * stages.forward_s, forward_compute=share * (stages.compute_s - stages.back_compute_s),
-        backward=share * (stages.backward_s + extra), backward_compute=share * (stages.back_compute_s + extra), weight=share * stages.weight_s,
-        chunks=sync.chunks, gather=sync.gather_s * sync.gather_early, first=sync.first_s, first_back=sync.first_back_s, reduce=sync.reduce_s * sync.reduce_early,
-        leave=copies.kept_bytes / rates.down if copies else none, leave_inside=copies.staged_bytes / rates.down if copies else none,
-        come=copies.kept_bytes / rates.up if copies else none, come_inside=copies.staged_bytes / rates.up if copies else none,
-        fetch=copies.fetched_bytes / rates.up if copies else none,
+        backward=share * stages.backward_s + lead, backward_compute=share * stages.back_compute_s + lead, weight=share * stages.weight_s,
+        chunks=sync.chunks, gather=sync.gather_s * sync.gather_early, first=sync.first_s, first_back=sync.first_back_s,
+        reduce=sync.reduce_s * sync.reduce_early, lead=lead,
     )  # fmt: skip
 
 
@@ -148,18 +122,7 @@ def stages_of_cut(table: LayerTable, cut: tuple[int, ...]) -> Stages:
         cut=cut, forward_s=sums(table.forward_s), backward_s=sums(table.backward_s), weight_s=sums(table.weight_s), compute_s=sums(table.compute_s), back_compute_s=sums(table.back_compute_s), edges=edges,
         elements=sums(table.elements), dense=sums(table.dense_elements), kept_bytes=sums(table.kept_bytes), cheap_bytes=sums(table.cheap_bytes), moved=sums(table.moved_elements),
         largest=np.array([pieces[first:end].max(initial=0.0) for first, end in pairwise(edges.tolist())]),
-        staged_bytes=_staged_bytes(table, edges),
     )  # fmt: skip
-
-
-def _staged_bytes(table: LayerTable, edges: NDArray[np.int64]) -> Floats:
-    """A chunk has an even share of the layers, rounded up, one more for a cut inside of layers, and what the ends keep."""
-    layers = np.diff(table.kept_bytes)[1:-1]
-    own = np.diff(np.clip(edges, 1, len(layers) + 1))
-    chunk = np.ceil(own / STAGING_CHUNKS) + 1
-    ends = np.diff(table.kept_bytes[edges]) - np.diff(table.kept_bytes[np.clip(edges, 1, len(layers) + 1)])
-    found: Floats = np.maximum(0.0, np.diff(table.kept_bytes[edges]) - 2.0 * chunk * layers.max(initial=0.0) - ends)
-    return found
 
 
 def held_of(order: Order) -> Held:

@@ -12,6 +12,8 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 FORWARD, INPUT_GRADIENT, WEIGHT_GRADIENT, FULL_BACKWARD = 0, 1, 2, 3
 """As `simulator.pipeline.order_arrays.KIND_CODES`."""
+AHEAD = 2
+"""Chunks by which what a chunk takes from the host may come ahead; `simulator.parallel.offload.STAGED_CHUNKS`."""
 _NOT_YET = -1.0
 
 
@@ -54,16 +56,28 @@ class StageSeconds(NamedTuple):
     first_back: Floats
     reduce: Floats
     """Gradients, all buckets, behind the last pass that makes them."""
+    lead: Floats
+    """Of the backward pass's compute, what comes before gradients are made."""
+
+
+class Staged(NamedTuple):
+    """Passes in chunks, beside which copies to and from the host travel. Seconds of each chunk in the order in which the pass runs them; shape (stages, chunks)."""
+
+    num: Ints
+    """Chunks of each stage; 0: its passes are not staged. Shape (stages,)."""
+    forward: Floats
+    """Compute, as the next two."""
+    backward: Floats
+    returned: Floats
+    """Of a backward pass that leaves weights' gradients to another one."""
     leave: Floats
-    """Activations on their way to the host, of a forward pass."""
-    leave_inside: Floats
-    """Of these, at least, what has left before the pass ends."""
+    """Activations on their way to the host, when a chunk has run forward."""
     come: Floats
-    """The same on their way back, of the backward pass that takes them."""
-    come_inside: Floats
-    """Of these, at least, what does not come before the pass begins."""
+    """The same on their way back, before it runs backward."""
     fetch: Floats
-    """Parameters from the host, of a forward or a backward pass."""
+    """Parameters from the host, before a chunk runs forward."""
+    again: Floats
+    """The same before it runs backward."""
 
 
 class Slowdown(NamedTuple):
@@ -73,6 +87,11 @@ class Slowdown(NamedTuple):
     """Of compute beside traffic of data parallelism."""
     traffic: float
     """Of that traffic beside compute."""
+
+    @property
+    def price(self) -> float:
+        """Seconds by which compute ends later for each second (alone) of traffic beside it; at most 1, as neither takes more than half of a device."""
+        return self.traffic * (1.0 - 1.0 / self.compute)
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
@@ -110,22 +129,23 @@ def _durations(seconds: StageSeconds, stage: int, kind: int) -> tuple[float, flo
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
 def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; parts of it would pass ten arrays on
-    passes: Passes, seconds: StageSeconds, message_s: float, waits: bool, every: bool, apart: bool, slowdown: Slowdown
-) -> tuple[Floats, Floats]:
+    passes: Passes, seconds: StageSeconds, staged: Staged, message_s: float, waits: bool, every: bool, each: bool, slowdown: Slowdown
+) -> tuple[Floats, Floats]:  # fmt: skip
     """When each rank begins its first pass, and when it has run all and its gradients are reduced; infinite where the order is stuck. Shape (ranks,) each.
 
     **Model**: a pass begins when the rank is free and its input is there; one that gathers parameters also when the first of them have come, and it ends no sooner than the last ones have. Traffic of data
-    parallelism goes one after the other on a rank; beside compute both are slower, beside what else a pass waits for and while the rank is idle it is as fast as alone. Copies to the host go one
-    after the other, and so do copies from there: a forward pass begins when all have left but those of the last one, and a pass ends when its own have come, which leave the host when the pass before it has begun.
-    Passes are staged by chunks, two of which may travel outside them.
+    parallelism goes one after the other on a rank; beside compute both are slower, beside what else a pass waits for and while the rank is idle it is as fast as alone. A bucket of gradients goes when it is made.
+    Copies to the host go one after the other, and so do copies from there. A chunk that runs forward waits until all that has left the rank but for the last copy is on the host; what a chunk takes from the host comes at most
+    two chunks ahead and not before the rank could begin the pass before this one, activations not before they have left.
 
     Args:
         passes: of the order.
-        seconds: of passes.
+        seconds: of passes; of staged ones what they wait for besides compute, and traffic.
+        staged: passes in chunks.
         message_s: from the end of a pass to the arrival of its result on another rank.
         waits: whether a rank waits for its messages.
         every: ZeRO 3: each pass gathers parameters and each backward pass reduces gradients, in turn; else parameters are asked for at the step's start.
-        apart: gradients of a backward pass are reduced while it goes on, in parts that are not known: as early as can be, and without slowing it down.
+        each: gradients go bucket by bucket in every backward pass that reduces them, not only in the last one of a stage.
         slowdown: of compute and traffic beside each other.
     """
     ranks = len(passes.first) - 1
@@ -133,7 +153,10 @@ def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; par
     done, free, begun = passes.first[:-1].copy(), np.zeros(ranks), np.zeros(ranks)
     clock, asked, came, wanted = np.zeros(ranks), np.zeros(ranks), np.zeros(ranks), np.zeros(ranks)
     # traffic of a rank in seconds alone: asked for, done by the time of the rank's clock, gathered for the passes so far
-    left, left_before, arrived, last_begin = np.zeros(ranks), np.zeros(ranks), np.zeros(ranks), np.zeros(ranks)
+    left, left_before, arrived, called = np.zeros(ranks), np.zeros(ranks), np.zeros(ranks), np.zeros(ranks)
+    # copies of a rank: when all have left, all but the last one; when all have come; when it could begin the pass before
+    ran = np.zeros(staged.forward.shape[1])
+    gone = np.zeros((stages, batches if staged.num.any() else 0, staged.forward.shape[1]))
     there, back = np.full((stages, batches), _NOT_YET), np.full((stages, batches), _NOT_YET)
     if not every:
         for rank in range(ranks):
@@ -151,8 +174,7 @@ def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; par
                 if source == _NOT_YET:
                     break
                 begin = max(free[rank], source + (message_s if other else 0.0))
-                if kind == FORWARD:
-                    begin = max(begin, left_before[rank])
+                called_before, called[rank] = called[rank], begin
                 compute, waited = _durations(seconds, stage, kind)
                 target = 0.0
                 if (every and kind != WEIGHT_GRADIENT) or (not every and passes.opens[n] and seconds.gather[stage] > 0.0):
@@ -165,44 +187,48 @@ def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; par
                     wanted[rank] += seconds.gather[stage]
                     target = wanted[rank]
                     begin = max(begin, clock[rank] + max(0.0, ahead - came[rank]))
-                came[rank] = min(asked[rank], came[rank] + begin - clock[rank])
-                clock[rank] = begin
                 if n == passes.first[rank]:
                     begun[rank] = begin
-                inside = 0.0
-                if kind == FORWARD and seconds.leave[stage] > 0.0:
-                    left_before[rank] = left[rank]
-                    inside = max(left[rank], begin) + seconds.leave_inside[stage]
-                    left[rank] = max(left[rank], begin) + seconds.leave[stage]
-                copied = (
-                    0.0 if kind == WEIGHT_GRADIENT else seconds.fetch[stage] + (seconds.come[stage] if kind != FORWARD else 0.0)
-                )
-                if copied > 0.0:
-                    gone = (
-                        there[stage, batch] if kind != FORWARD and seconds.fetch[stage] == 0.0 else 0.0
-                    )  # before it has left nothing comes back
-                    arrived[rank] = max(arrived[rank], last_begin[rank], gone) + copied
-                    if kind != FORWARD:
-                        inside = begin + seconds.come_inside[stage]
-                last_begin[rank] = begin
                 closes = passes.closes[n] and kind != FORWARD
                 reduced = seconds.reduce[stage] if closes or (every and kind >= WEIGHT_GRADIENT) else 0.0
-                parts = seconds.chunks[stage] if closes and kind == FULL_BACKWARD else 1
-                if apart and reduced > 0.0:
-                    took, beside = _together(compute, asked[rank] - came[rank], slowdown)
-                    clock[rank] += took
-                    came[rank] += beside + min(reduced, took - beside * slowdown.traffic)
-                    asked[rank] += reduced
-                    parts = 0
-                for _ in range(parts):
-                    took, beside = _together(compute / parts, asked[rank] - came[rank], slowdown)
-                    clock[rank] += took
+                buckets = seconds.chunks[stage] if kind == FULL_BACKWARD and (closes or each) else 1
+                chunks = staged.num[stage] if kind != WEIGHT_GRADIENT else 0
+                if chunks == 0:
+                    came[rank] = min(asked[rank], came[rank] + begin - clock[rank])
+                    clock[rank] = begin
+                    lead = seconds.lead[stage] if kind == FULL_BACKWARD else 0.0
+                    for part in range(buckets):
+                        own = (compute - lead) / buckets + (lead if part == 0 else 0.0)
+                        took, beside = _together(own, asked[rank] - came[rank], slowdown)
+                        clock[rank] += took
+                        came[rank] += beside
+                        asked[rank] += reduced / buckets
+                buckets = min(buckets, chunks)
+                for turn in range(chunks):
+                    sooner = called_before if turn < AHEAD else ran[turn - AHEAD]
+                    if kind == FORWARD:
+                        own, fetch = staged.forward[stage, turn], staged.fetch[stage, turn]
+                        begin = max(begin, left_before[rank])
+                    else:
+                        own = staged.backward[stage, turn] if kind == FULL_BACKWARD else staged.returned[stage, turn]
+                        fetch = staged.again[stage, turn]
+                    if fetch > 0.0:
+                        arrived[rank] = max(arrived[rank], sooner) + fetch
+                        begin = max(begin, arrived[rank])
+                    if kind != FORWARD and staged.come[stage, turn] > 0.0:
+                        sooner = max(sooner, gone[stage, batch, chunks - 1 - turn])
+                        arrived[rank] = max(arrived[rank], sooner) + staged.come[stage, turn]
+                        begin = max(begin, arrived[rank])
+                    begin = max(begin, clock[rank])
+                    came[rank] = min(asked[rank], came[rank] + begin - clock[rank])
+                    took, beside = _together(own, asked[rank] - came[rank], slowdown)
+                    clock[rank] = ran[turn] = begin + took
                     came[rank] += beside
-                    asked[rank] += reduced / parts
-                copied_by = max(inside, arrived[rank]) if copied > 0.0 else inside
-                if copied_by > clock[rank]:
-                    came[rank] = min(asked[rank], came[rank] + copied_by - clock[rank])
-                    clock[rank] = copied_by
+                    if turn >= chunks - buckets:
+                        asked[rank] += reduced / buckets
+                    if kind == FORWARD and staged.leave[stage, turn] > 0.0:
+                        left_before[rank] = left[rank]
+                        left[rank] = gone[stage, batch, turn] = max(left[rank], clock[rank]) + staged.leave[stage, turn]
                 made = clock[rank] + waited  # what another rank gets does not wait for gathered parameters
                 end = max(made, clock[rank] + target - came[rank])
                 came[rank] = min(asked[rank], came[rank] + end - clock[rank])

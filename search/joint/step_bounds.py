@@ -4,7 +4,10 @@
 (`played_step_kernels`). Each rank holds what its order says at each moment (those at which it holds most): bytes beyond its room must be made again, which takes the least time that the layers allow
 (`LayerTable`), or travel to the host and back within the step. For several stages a rank, what is made again counts on the rank as a whole.
 
-What goes to the host leaves behind forward passes, which wait for all but the last of it, and comes back before backward passes end (`played_step_kernels`).
+Passes beside which activations or parameters travel to the host and back run chunk by chunk (`staged_passes`), each with the copies that it waits for.
+
+**Traffic of data parallelism**: whatever a rank makes again, and whenever: a second of traffic takes c = t (1 - 1 / k) seconds from compute that it goes beside (both take t and k times as long), c <= 1, or none where the rank computes nothing:
+before its first pass (b), beside the E seconds of collectives that passes wait for, or while it waits, which is dearer. So with U seconds of passes and D of traffic a rank is over after b + U + c max(0, D - E - b) at the earliest.
 
 **Not counted**: slow-down of compute beside messages and copies, links that are shared, what ZeRO 3 hides of its first gathers, the host's launches, what a running pass adds to what it keeps. All of these only add.
 """
@@ -22,10 +25,8 @@ from search.joint.bounds import limits_of
 from search.joint.layer_tables import LayerTable, LayerTables, Split
 from search.joint.memory_variants import memory_variants
 from search.joint.played_stages import (
-    Copies,
     Floats,
     Held,
-    HostRates,
     Stages,
     Sync,
     held_of,
@@ -37,6 +38,7 @@ from search.joint.played_stages import (
 )
 from search.joint.played_step_kernels import Slowdown, play_step
 from search.joint.sharded_parameters import ShardedSeconds
+from search.joint.staged_passes import StagedTables, not_staged
 from simulator.model_source import ModelSource
 from simulator.parallel.default_cut import partition_of
 from simulator.parallel.gradient_sync import MOST_CHUNKS, PARAMETERS_SHARDED, GradientSync, StageLoad, gradient_sync
@@ -80,10 +82,7 @@ class StepBounds:
         path = host_path(self.request.cluster)
         factors = overlap_of(self.device, self.request.cluster)
         self._slowdown = Slowdown(compute=factors.compute_under_collectives, traffic=factors.collectives_under_compute)
-        self._host_bytes_per_s = path.dram_bytes_per_s
-        self._rates = HostRates(
-            down=path.to_host_bytes_per_s, up=path.to_device_bytes_per_s, both=min(path.both_bytes_per_s, path.dram_bytes_per_s)
-        )
+        self._path, self._staged = path, StagedTables(tables, path)
         self._alive: dict[int, object] = {}
         """Orders and models whose identity stands for them below."""
         self._cuts: dict[Hashable, Stages] = {}
@@ -119,14 +118,21 @@ class StepBounds:
         plans = [replace(plan, memory=memory) for memory in memories]
         least: dict[Hashable, float] = {}
         for one in plans:  # of those alike in what decides cut and traffic, once
+            memory = one.memory
             key = (
-                one.memory.optimizer_offload,
-                one.memory.grad_offload,
-                bool(one.memory.weight_offload),
-                one.memory.recompute == "full",
+                memory.optimizer_offload,
+                memory.grad_offload,
+                bool(memory.weight_offload),
+                memory.recompute == "full",
+                _is_staged(memory),
             )
             if key not in least:
-                least[key] = self._played(one, order, split, self._stages(one, order, split.table), np.zeros(order.num_ranks))
+                stages = self._stages(one, order, split.table)
+                least[key] = (
+                    self._passes(one, order, split, stages)
+                    if _is_staged(memory)
+                    else self._played(one, order, split, stages, np.zeros(order.num_ranks))
+                )
         if min(least.values(), default=best_s) >= best_s:
             return [Bound(min(least.values()), 0)] * len(plans)
         return [self._bound(one, order, split, best_s) for one in plans]
@@ -135,23 +141,22 @@ class StepBounds:
         """Seconds that none of a point's plans is below, by its passes in their order alone: no data parallelism, no memory; arguments as for `bounds`."""
         self._alive[id(order)] = order
         split, ways = self.tables.split(plan), self._ways_to_cut(plan)
-        message_s = split.message_s(1.0 / order.microbatch_parts)
-        whole = (id(order), id(split.table), message_s, tuple(held for held, _ in ways))
+        whole = (id(order), id(split.table), split.message_s(1.0 / order.microbatch_parts), tuple(held for held, _ in ways))
         if whole not in self._alone:
-            least = NOT_POSSIBLE
-            for _, memory in ways:
-                stages = self._stages(replace(plan, memory=memory), order, split.table)
-                key = (id(order), id(stages), message_s)
-                if key not in self._plays:
-                    seconds = stage_seconds(
-                        stages, no_sync(order.num_stages), 1.0 / order.microbatch_parts, 0.0, None, self._rates
-                    )
-                    self._plays[key] = play_step(
-                        passes_of(order), seconds, message_s, waits_for_messages(plan), False, False, self._slowdown
-                    )
-                least = min(least, float(self._plays[key][1].max()))
-            self._alone[whole] = least
+            plans = [replace(plan, memory=memory) for _, memory in ways]
+            self._alone[whole] = min(self._passes(one, order, split, self._stages(one, order, split.table)) for one in plans)
         return self._alone[whole]
+
+    def _passes(self, plan: Plan, order: Order, split: Split, stages: Stages) -> float:
+        """Seconds of a plan's passes in their order alone."""
+        message_s = split.message_s(1.0 / order.microbatch_parts)
+        key = (id(order), id(stages), message_s)
+        if key not in self._plays:
+            seconds = stage_seconds(stages, no_sync(order.num_stages), 1.0 / order.microbatch_parts, 0.0)
+            self._plays[key] = play_step(
+                passes_of(order), seconds, not_staged(order.num_stages), message_s, waits_for_messages(plan), False, False, self._slowdown
+            )  # fmt: skip
+        return float(self._plays[key][1].max())
 
     def _ways_to_cut(self, plan: Plan) -> list[tuple[Hashable, Memory]]:
         """Ways to save memory that may come to different cuts into stages, by what decides these."""
@@ -170,17 +175,17 @@ class StepBounds:
         return self._stages(plan, order, self.tables.table(_plain(plan))).cut
 
     def _bound(self, plan: Plan, order: Order, split: Split, best_s: float) -> Bound:
-        stages = self._stages(plan, order, split.table)
-        found = self._played(plan, order, split, stages, np.zeros(order.num_ranks))
+        stages, staged = self._stages(plan, order, split.table), _is_staged(plan.memory)
+        found = 0.0 if staged else self._played(plan, order, split, stages, np.zeros(order.num_ranks))
         if found >= best_s:
             return Bound(found, 0)
         again, needed = self._again(plan, order, split.table, stages)
         if needed:
             return Bound(NOT_POSSIBLE, needed)
-        if plan.memory.activation_offload or plan.memory.weight_offload:
-            found = max(found, self._copied(plan, order, stages))
-        if found < best_s and (again.any() or plan.memory.activation_offload or plan.memory.weight_offload):
-            found = max(found, self._played(plan, order, split, stages, again, self._copies(plan, order, stages)))
+        if staged:
+            found = self._copied(plan, order, stages)
+        if found < best_s and (again.any() or staged):
+            found = max(found, self._played(plan, order, split, stages, again))
         return Bound(found, 0)
 
     def _stages(self, plan: Plan, order: Order, table: LayerTable) -> Stages:
@@ -224,55 +229,48 @@ class StepBounds:
             found += DTYPE_BYTES[dtype] * (held.owns * stages.largest).max(axis=1)
         return found
 
-    def _copies(self, plan: Plan, order: Order, stages: Stages) -> Copies:
-        """Seconds of a pass's copies to and from the host."""
-        memory, width = plan.memory, DTYPE_BYTES[STORED_AS[plan.precision.compute]]
-        shards = plan.parallel.shard_ranks if memory.zero_stage >= PARAMETERS_SHARDED else 1
-        part = _ALMOST * float(memory.activation_offload) / order.microbatch_parts * (memory.recompute == "none")
-        fetched = _ALMOST * float(memory.weight_offload) * width / shards
-        return Copies(
-            kept_bytes=part * stages.kept_bytes, staged_bytes=part * stages.staged_bytes, fetched_bytes=fetched * stages.moved
-        )
-
     def _copied(self, plan: Plan, order: Order, stages: Stages) -> float:
         """Least seconds of a rank's copies, all of them together."""
-        copies, held = self._copies(plan, order, stages), held_of(order)
-        kept = held.passes @ copies.kept_bytes * order.microbatch_parts
-        fetched = 2.0 * (held.passes @ copies.fetched_bytes)
-        rates = self._rates
-        ways = (kept / rates.down, (kept + fetched) / rates.up, (2.0 * kept + fetched) / rates.both)
+        staged, passes, path = self._staged.of(plan, order, stages), held_of(order).passes, self._path
+        kept = passes @ staged.sent_bytes * order.microbatch_parts
+        fetched = 2.0 * (passes @ staged.fetched_bytes) * order.microbatch_parts
+        both = min(path.both_bytes_per_s, path.dram_bytes_per_s)
+        ways = (kept / path.to_host_bytes_per_s, (kept + fetched) / path.to_device_bytes_per_s, (2.0 * kept + fetched) / both)
         return float(max(seconds.max() for seconds in ways))
 
-    def _played(
-        self, plan: Plan, order: Order, split: Split, stages: Stages, again: Floats, copies: Copies | None = None
-    ) -> float:
-        alone, held = order.num_stages == order.num_ranks and order.weight_copies == 1.0, held_of(order)
+    def _played(self, plan: Plan, order: Order, split: Split, stages: Stages, again: Floats) -> float:
+        alone, held, memory = order.num_stages == order.num_ranks and order.weight_copies == 1.0, held_of(order), plan.memory
         share = 1.0 / order.microbatch_parts
         message_s = split.message_s(share)
         sync = self._sync(plan, order, split, stages)
-        away = (plan.memory.activation_offload, plan.memory.weight_offload) if copies else ()
-        apart = _sends_to_host(plan.memory)
-        key = (id(order), id(stages), id(sync), message_s, again.tobytes() if alone else b"", away, apart)
+        away = (memory.activation_offload, memory.weight_offload, memory.recompute) if _is_staged(memory) else ()
+        each = bool(memory.grad_offload and memory.optimizer_offload)
+        key = (id(order), id(stages), id(sync), message_s, again.tobytes() if alone else b"", away, each)
+        every = memory.zero_stage >= PARAMETERS_SHARDED
         if key not in self._plays:
             extra = again[[ranks[0] for ranks in order.ranks_of_stage]] if alone else 0.0
-            seconds = stage_seconds(stages, sync, share, extra, copies, self._rates)
-            sharded = plan.memory.zero_stage >= PARAMETERS_SHARDED
+            seconds = stage_seconds(stages, sync, share, extra)
+            staged = self._staged.of(plan, order, stages).played if away else not_staged(order.num_stages)
             self._plays[key] = play_step(
-                passes_of(order), seconds, message_s, waits_for_messages(plan), sharded, apart, self._slowdown
+                passes_of(order), seconds, staged, message_s, waits_for_messages(plan), every, each, self._slowdown
             )
         begin, end = self._plays[key]
-        busy = held.passes @ (stages.forward_s + stages.backward_s)
+        compute, passes = held.passes @ stages.compute_s, held.passes @ (stages.forward_s + stages.backward_s)
+        spoken = passes - compute
         if not alone:
-            busy = busy + held.passes.max(axis=1) * again
+            passes = passes + held.passes.max(axis=1) * again
+            spoken = spoken + np.minimum(held.passes.max(axis=1) * again, spoken)
+        early = held.owns @ (sync.reduce_s * sync.reduce_early + sync.gather_s * sync.gather_early) * (not every)
+        beside = self._slowdown.price * np.maximum(0.0, early - spoken - begin)
         late = held.owns @ (sync.reduce_s * ~sync.reduce_early + sync.gather_s * ~sync.gather_early)
         updated = self._update_s(plan) * (held.owns @ stages.dense)
-        return float((np.maximum(end, begin + busy) + late + updated).max())
+        return float((np.maximum(end, begin + passes + beside) + late + updated).max())
 
     def _update_s(self, plan: Plan) -> float:
         """Least seconds of the optimizer's step for each parameter of a rank, wherever it runs."""
         dtype = STORED_AS[plan.precision.compute]
         states = static_memory(1.0, 0.0, plan, dtype=dtype).states
-        host = host_update(plan, [1.0], width=DTYPE_BYTES[dtype]).moved_bytes / self._host_bytes_per_s
+        host = host_update(plan, [1.0], width=DTYPE_BYTES[dtype]).moved_bytes / self._path.dram_bytes_per_s
         return self.limits.update_s * states + host
 
     def _sync(self, plan: Plan, order: Order, split: Split, stages: Stages) -> Sync:
@@ -332,13 +330,9 @@ class StepBounds:
         return self._stage_syncs[key]
 
 
-def _sends_to_host(memory: Memory) -> bool:
-    """Passes that copies stand beside hand on their gradients in other parts than buckets, sooner or later: what that slows down is not known."""
-    return bool(memory.activation_offload or memory.weight_offload or memory.grad_offload)
-
-
-_ALMOST = 1.0 - 1e-6
-"""Copies of rounded bytes may be a little less than what is asked for."""
+def _is_staged(memory: Memory) -> bool:
+    """Whether passes run in chunks, beside which copies travel."""
+    return bool(memory.activation_offload or memory.weight_offload)
 
 
 def _plain(plan: Plan) -> Plan:

@@ -18,7 +18,7 @@ from simulator.parallel.fused_kernels import column_products
 from simulator.parallel.host_dispatch import dispatch_of, host_seconds, with_dispatch
 from simulator.parallel.host_python import python_seconds
 from simulator.parallel.recompute import fit_framework
-from simulator.parallel.stages import Stage, StageCost, stage_cost
+from simulator.parallel.stages import ChunkCost, Stage, StageCost, chunk_costs, stage_cost
 from simulator.plan import Batch, Memory, Parallel, Plan, Precision, Runtime
 from simulator.precision import STORED_AS, price_in
 from simulator.presets import TransformerConfig, build_workload
@@ -44,6 +44,7 @@ class PricedModel:
     price: Price
     prices: PassPrices
     _costs: dict[Hashable, StageCost] = field(default_factory=dict)
+    _chunks: dict[Hashable, tuple[ChunkCost, ...]] = field(default_factory=dict)
     _once: dict[str, object] = field(default_factory=dict)
 
     def stage_cost(self, stage: Stage, operations: Sequence[Operation]) -> StageCost:
@@ -55,6 +56,13 @@ class PricedModel:
             host = host_seconds(stage, operations, dispatch_of(self.device), runtime, python)
             self._costs[key] = with_dispatch(stage_cost(stage, operations, self.prices), host)
         return self._costs[key]
+
+    def chunk_costs(self, stage: Stage, operations: Sequence[Operation], *, most: int) -> tuple[ChunkCost, ...]:
+        """Of a stage's passes in at most so many chunks (`stages.chunk_costs`); stages of the same blocks share them."""
+        key = (tuple(map(id, stage.blocks)), stage.receives, stage.sends, tuple(operations), most)
+        if key not in self._chunks:
+            self._chunks[key] = chunk_costs(stage, operations, self.prices, most=most)
+        return self._chunks[key]
 
     def attention_s(self) -> float:
         """Seconds of one layer's attention kernels, forward."""

@@ -37,7 +37,7 @@ from simulator.parallel.priced_model import PricedModel, priced_model
 from simulator.parallel.recompute import stage_sequences
 from simulator.parallel.shared_adapters import crossing_streams
 from simulator.parallel.simulation import ParallelSimulation
-from simulator.parallel.stages import ChunkCost, Stage, chunk_costs, stages_of
+from simulator.parallel.stages import ChunkCost, Stage, stages_of
 from simulator.parallel.torch_buffers import pipeline_bytes, stream_pool_bytes, with_pool
 from simulator.parallel.variants import stage_variants
 from simulator.parallel.wire_format import WireFormat
@@ -151,7 +151,7 @@ class Assembly:
     def _chunks(self) -> tuple[tuple[ChunkCost, ...], ...]:
         """Passes of each stage as offloaded bytes travel beside them."""
         return tuple(
-            chunk_costs(stage, own, self.prices, most=STAGING_CHUNKS)
+            self.model.chunk_costs(stage, own, most=STAGING_CHUNKS)
             for stage, own in zip(self.stages, self.operations, strict=True)
         )
 
