@@ -141,7 +141,7 @@ def plan_of(row: PublishedRow, facts: FrameworkFacts, *, layers: int, has_expert
     compute = _precision(row, facts, assumed)
     return Plan(
         parallel=Parallel(
-            tp=tp, pp=pp, dp=dp, cp=cp, ep=ep if has_experts else 1, virtual_stages=chunks, sequence_parallel=_sequence_parallel(row, facts, tp=tp, assumed=assumed)
+            tp=tp, pp=pp, dp=dp, cp=cp, ep=ep if has_experts else 1, virtual_stages=chunks, sequence_parallel=_sequence_parallel(row, facts, tp=tp, assumed=assumed), cp_method=facts.cp_method,
         ),
         batch=batch,
         pipeline=Pipeline(schedule=schedule, partition=_partition(layers, pp * chunks) if pp > 1 else None),

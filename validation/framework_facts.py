@@ -10,6 +10,7 @@ from hardware_models.errors import InputError
 
 GradientFormat = Literal["fp32", "half"]
 FlashPort = Literal["cuda", "triton"]
+ContextMethod = Literal["ring", "all-to-all"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,8 @@ class FrameworkFacts:
     """In which its first FlashAttention was written."""
     overlap_tp: bool = False
     """Tensor-parallel collectives travel beside the products that they feed."""
+    cp_method: ContextMethod = "ring"
+    """How context parallel ranks exchange what attention needs."""
     selective_is: str = "selective"
     """What its word ``selective`` means: that, or ``full`` where it checkpoints whole layers."""
     sequence_parallel: bool = True
@@ -125,6 +128,11 @@ FRAMEWORKS_KNOWN: tuple[FrameworkFacts, ...] = (
         "qwen/qwen3_llm_pretrain.py), user buffers for tensor parallelism (llama/llama31_llm_pretrain.py: userbuffers_fp8_h100_h16384_tp8_cp2_mbs1_seqlen8192), recompute_granularity "
         "None (qwen3; no recompute_* in WorkloadBaseConfig of H100's Llama 3 70B and 405B); CUDA graphs of H100's runs are off, or of networks only (cuda_graph_scope); "
         "attention by cuDNN, as fast as the third FlashAttention",
+    ),
+    FrameworkFacts(
+        name="Megatron-core of SimuMax", pattern=r"megatron-lm 0\.14.*23e00ed", runtime="megatron-core", flash_generation=3, cp_method="all-to-all", vocab_multiple=128,
+        source="MooreThreads/SimuMax simu_tools/megatron_scripts/scripts/run_pretrain_deepseekv2.sh and run_pretrain_llama3.sh @1b8ca90bec: --cp-comm-type a2a, --accumulate-allreduce-grads-in-fp32, "
+        "--clip-grad 1.0, experts' input padded to a capacity factor of 1; else as Megatron-core",
     ),
     FrameworkFacts(
         name="Megatron-core", pattern=r"megatron(?!-style)", runtime="megatron-core", flash_generation=3, vocab_multiple=128,

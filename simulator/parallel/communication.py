@@ -15,6 +15,7 @@ from simulator.parallel.mesh import Mesh, two_steps
 from simulator.parallel.overlapped_products import HalfProducts, TensorOverlap, together_seconds
 from simulator.parallel.parameter_gathers import DEEPSPEED
 from simulator.parallel.stages import Stage
+from simulator.parallel.torch_ring import FLOAT_BYTES, TORCH_RING, TorchRing
 from simulator.plan import Plan
 from simulator.presets import TransformerConfig
 from simulator.workload import Block
@@ -27,12 +28,17 @@ _LOSS_REDUCTIONS = 3
 _LOSS_BYTES = 4
 _ALL_TO_ALLS = 4
 """Of attention under all-to-all context parallelism: query, key, value, result (Jacobs et al. 2023, DeepSpeed Ulysses)."""
+_COPIES_AROUND = 2
+"""Of a tensor that changes between tokens and heads: parts for each rank laid out before the exchange, what came put in order behind it (``flash_attn_a2a_communicate``, NVIDIA/TransformerEngine
+transformer_engine/pytorch/attention/dot_product_attention/context_parallel.py, 2.x; ``single_all_to_all``, DeepSpeed deepspeed/sequence/layer.py)."""
 _EXPERT_EXCHANGES = 2
 """Dispatch and combine."""
 _ATTENTION_BACKWARD = 2.5
 """Time of attention's backward pass over its forward pass: five products instead of two (Dao 2023, FlashAttention-2, section 3)."""
 _HIERARCHICAL = DEEPSPEED
 """Frameworks that exchange tokens inside nodes first and then across where that is faster (Rajbhandari et al. 2022, DeepSpeed-MoE, arXiv 2201.05596, section 5.2)."""
+_WAYS = 2
+"""A copy reads and writes."""
 _RING_BACKWARD = 2
 """Keys and values, and their gradients, go round in the backward pass (Liu et al. 2023, Ring Attention)."""
 
@@ -88,6 +94,11 @@ class Behind:
         return together_seconds(product_s, collective_s, self.factors) - product_s
 
 
+def _free(_size_bytes: float) -> float:
+    """A copy that nobody prices."""
+    return 0.0
+
+
 class Communication:
     """Prices of a plan's communication on a mesh.
 
@@ -104,7 +115,7 @@ class Communication:
     DTensor copies it into order where it is split inside samples (`simulator.parallel.framework`).
 
     A ring of context parallelism passes keys and values on while their block of attention computes (`together_seconds`); the last block waits for nothing. Each rank holds an early and a
-    late piece of the sequence, so that causal blocks take equal times (zig-zag; Brandon et al. 2023, arXiv 2311.09431; Megatron-core and torch do so).
+    late piece of the sequence, so that causal blocks take equal times (zig-zag; Brandon et al. 2023, arXiv 2311.09431; Megatron-core and torch do so). torch's ring gathers all keys first (`torch_ring`).
     Experts exchange the tokens of the busiest rank (`Experts.load`).
 
     **Not modelled**: the second all-gather that sequence parallelism needs for weight gradients (it is overlapped); tokens that go once to a node for several of its experts.
@@ -115,6 +126,7 @@ class Communication:
         beside: Beside | None = None, copy_s: Callable[[float], float] | None = None,
     ) -> None:  # fmt: skip
         self.copy_s = copy_s if copy_s is not None and lays_out_gathers(plan) else None
+        self.moved_s = copy_s or _free
         self.plan, self.mesh, self.config, self.behind, self.beside = plan, mesh, config, behind, beside
         self.element_bytes, self.factors = DTYPE_BYTES[dtype], factors
         self.tokens = (plan.batch.micro_batch or 1) * seq_len // plan.parallel.cp
@@ -256,8 +268,21 @@ class Communication:
             query = head_bytes * config.heads / tp
             sizes = (query, keys / 2, keys / 2, query)
             assert len(sizes) == _ALL_TO_ALLS
-            return sum(self.seconds("cp", "all_to_all", size) for size in sizes)
+            return sum(self.seconds("cp", "all_to_all", size) + _COPIES_AROUND * self.moved_s(size) for size in sizes)
+        block_s = attention_s * (_ATTENTION_BACKWARD if backward else 1.0) / cp
+        if self.plan.runtime.framework in TORCH_RING:
+            ring = self._torch_ring()
+            return ring.backward_s(block_s) if backward else ring.forward_s(block_s)
         rounds = _RING_BACKWARD if backward else 1
         step_s = collective_seconds("send_recv", keys * rounds, self.mesh.neighbours("cp"), self.mesh.cluster)
-        block_s = attention_s * (_ATTENTION_BACKWARD if backward else 1.0) / cp
         return (cp - 1) * (together_seconds(block_s, step_s, self.factors) - block_s)
+
+    def _torch_ring(self) -> TorchRing:
+        cp, config = self.plan.parallel.cp, self.config
+        elements = self.tokens * config.dim_per_head * config.heads // self.plan.parallel.tp
+        passed = 2.0 * elements * FLOAT_BYTES
+        return TorchRing(
+            ranks=cp, elements=elements, width=self.element_bytes, compiled=self.plan.runtime.compile, factors=self.factors,
+            gather_s=self.seconds("cp", "all_gather", 2.0 * elements * self.element_bytes * cp), moved_s=lambda size: self.moved_s(size / _WAYS),
+            pass_s=collective_seconds("send_recv", passed, self.mesh.neighbours("cp"), self.mesh.cluster),
+        )  # fmt: skip

@@ -29,7 +29,7 @@ OPERATORS: Mapping[str, Operators] = MappingProxyType(
         "aa-scaling@fused-norm": Operators(norm=True, attention_inputs=True, gathered_logits=True),
         "megatron-core": Operators(norm=True, gated=True, rotary=True, routed=True, attention_inputs=True, loss=True),
         "megatron-core@2023": Operators(attention_inputs=True, loss=True),
-        "torchtitan": Operators(alternate=True, gathers_once=True, sharded_loss=True),
+        "torchtitan": Operators(repeated_keys=True, alternate=True, gathers_once=True, sharded_loss=True),
         "megatron-lm@2021": Operators(attention_inputs=True, loss=True),
     }
 )
@@ -41,7 +41,7 @@ Aleph-Alpha/scaling @01b9d21dba: ``attention_qkv_in_one`` (src/scaling/core/nn/a
 (arXiv 2311.05610): RMS norm by flash-attn's kernel in the runs that name it.
 torchtitan: ``selective_ac_option = "op"`` saves attention and every odd ``mm`` of a layer (torchtitan/models/llama/parallelize_llama.py, 2024-12, ``_get_custom_policy``); a layer's
 attention half has an even number of them. Layers are checkpointed whole, the head is not. Inputs are gathered by DTensor, whose products save what they were given (``apply_tp``:
-``PrepareModuleInput``); the loss is computed in parallel (``loss_parallel``, torch/distributed/tensor/parallel/loss.py), eagerly. Compiled layers keep no result that their backward pass does not
+``PrepareModuleInput``); keys and values are repeated for each head (``repeat_kv``, torchtitan/models/llama/model.py); the loss is computed in parallel (``loss_parallel``, torch/distributed/tensor/parallel/loss.py), eagerly. Compiled layers keep no result that their backward pass does not
 read, whatever the policy names (torch/_functorch/partitioners.py: a cut between what is made and what the backward pass needs).
 """
 ALLOCATORS: Mapping[str, AllocatorSettings] = MappingProxyType({"torchtitan": AllocatorSettings(expandable_segments=True)})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from hardware_models.kernel import Kernel
 from simulator.presets.tape import FLOAT, pointwise
@@ -12,10 +13,22 @@ from simulator.workload import Block, BlockOption, Pass
 _SCALE_AND_MASK = frozenset({"mul", "add"})
 _FUSED_TRAFFIC = 3
 """Accesses of a sum on its own, two reads and a write: behind dropout in one kernel only the read of the residual stream is left, a third of them."""
-_ACCUMULATION_SHARE = 0.5
-"""Part of the added traffic that lengthens a product which adds to a float32 matrix: 0.52 median (quartiles 0.29 and 0.63) over 55 shapes on A100 PCIe, each against its
-shape without, at 85% of the memory's bandwidth; B200 scatters more: 0.75 (0.20 and 1.46) over 129. MooreThreads/SimuMax configs/system @4dcaae513b, rows with
-``accumulate=True, out_dtype=fp32``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AccumulationShares:
+    """Parts of the added traffic that lengthen products which add to a float32 matrix."""
+
+    plain: float
+    grouped: float
+    """Of experts' products, one after the other."""
+
+
+_USUAL_SHARES = AccumulationShares(plain=0.5, grouped=0.5)
+_SHARES: Mapping[str, AccumulationShares] = MappingProxyType({"blackwell": AccumulationShares(plain=0.75, grouped=1.0)})
+"""By architecture. Plain products: 0.52 median (quartiles 0.29 and 0.63) over 55 shapes on A100 PCIe, 0.75 (0.20 and 1.46) over 129 on B200, each against its shape without, at 85% of the memory's bandwidth. Grouped ones, against
+this project's price of the product alone: nothing is hidden on B200 (1.16; 0.97 and 1.27 over 20 shapes), at most half on A100 (4 shapes). Others are taken as A100. MooreThreads/SimuMax configs/system @4dcaae513b,
+rows with ``accumulate=True`` and float32 results."""
 _PRODUCT_BYTES = 2
 """Per element, written by a product that adds to nothing."""
 
@@ -64,20 +77,25 @@ def without(run: Pass, dropped: Collection[int]) -> Pass:
     return Pass(kernels=tuple(run.kernels[n] for n in left), memory=memory)
 
 
-def accumulating(option: BlockOption, elements: int, *, width: int = 4) -> BlockOption:
+def accumulating(
+    option: BlockOption, elements: int, *, width: int = 4, architecture: str = "", grouped: bool = False
+) -> BlockOption:
     """The option whose products add to gradients of so many elements.
 
-    **Model**: no kernel of its own; the product takes longer by half of what moving the added bytes takes: a gradient read and written instead of two bytes written.
+    **Model**: no kernel of its own; the product takes longer by a share of what moving the added bytes takes: a gradient read and written instead of two bytes written.
 
     Args:
         option: one way to run a block.
         elements: of its parameters.
         width: bytes of a gradient.
+        architecture: of the device, which decides the share.
+        grouped: most of the parameters are experts'.
     """
     if not elements:
         return replace(option, backward_accumulate=option.backward)
-    share = round(elements * _ACCUMULATION_SHARE * (2 * width - _PRODUCT_BYTES) / 2 / 4)
-    added: Kernel = pointwise("add_", max(1, share), FLOAT)
+    shares = _SHARES.get(architecture, _USUAL_SHARES)
+    share = shares.grouped if grouped else shares.plain
+    added: Kernel = pointwise("add_", max(1, round(elements * share * (2 * width - _PRODUCT_BYTES) / 2 / 4)), FLOAT)
     return replace(option, backward_accumulate=replace(option.backward, kernels=(*option.backward.kernels, added)))
 
 

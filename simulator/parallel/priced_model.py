@@ -108,7 +108,7 @@ def _priced_model(
         config, micro_batch=batch.micro_batch or 1, seq_len=seq_len, dtype=dtype, tp=parallel.tp, cp=parallel.cp, ep=parallel.ep,
         sequence_parallel=parallel.sequence_parallel and parallel.tp > 1, flash_attention=runtime.flash_attention, operators=operators_of(plan),
     )  # fmt: skip
-    fitted = fit_framework(made, plan, config, dtype=dtype, seq_len=seq_len)
+    fitted = fit_framework(made, plan, config, dtype=dtype, seq_len=seq_len, architecture=device.value.architecture)
     if precision.compute == "fp8":
         tokens = (batch.micro_batch or 1) * seq_len // parallel.cp
         fitted = eight_bit_workload(fitted, plan, config, device.value, tokens=tokens)

@@ -61,7 +61,9 @@ class CoreAttentionSection(Section):
         return tuple(dict.fromkeys(kept))
 
 
-def fit_framework(workload: Workload, plan: Plan, config: TransformerConfig, *, dtype: str, seq_len: int) -> Workload:
+def fit_framework(
+    workload: Workload, plan: Plan, config: TransformerConfig, *, dtype: str, seq_len: int, architecture: str = ""
+) -> Workload:
     """The workload as a plan's framework runs it: what its ``selective`` keeps, how it adds gradients up.
 
     Its fused kernels: `simulator.parallel.fused_kernels`.
@@ -71,17 +73,21 @@ def fit_framework(workload: Workload, plan: Plan, config: TransformerConfig, *, 
     made: dict[int, Block] = {}
     for block in workload.blocks:
         if id(block) not in made:
-            made[id(block)] = _fitted(block, plan, config, dtype=dtype, seq_len=seq_len)
+            made[id(block)] = _fitted(block, plan, config, dtype=dtype, seq_len=seq_len, architecture=architecture)
     return replace(workload, blocks=tuple(made[id(block)] for block in workload.blocks))
 
 
-def _fitted(block: Block, plan: Plan, config: TransformerConfig, *, dtype: str, seq_len: int) -> Block:
+def _fitted(block: Block, plan: Plan, config: TransformerConfig, *, dtype: str, seq_len: int, architecture: str) -> Block:
     options = block.options[:1]
     if block.name == "attention" and _recomputes_cores(plan):
         options = _core_attention(plan, config, dtype=dtype, seq_len=seq_len).options
     if plan.runtime.framework in FUSED_ACCUMULATION:
         width = GRADIENT_BYTES[plan.precision.grads]
-        options = tuple(accumulating(option, block.parameter_elements, width=width) for option in options)
+        grouped = block.name == "experts"
+        options = tuple(
+            accumulating(option, block.parameter_elements, width=width, architecture=architecture, grouped=grouped)
+            for option in options
+        )
         if block.name == "head" and plan.runtime.framework in TRANSFORMER_ENGINE:
             size_bytes = max(
                 (event.delta_bytes for event in options[0].backward.memory if event.buffer in _GRADIENTS), default=0

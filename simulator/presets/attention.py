@@ -25,8 +25,11 @@ def attention_half(tape: Tape, setting: Setting, x: Value) -> Value:
     config = setting.config
     normed = x if config.post_norm else norm(tape, setting, x, "attention_norm")
     query, key, value = _latent(tape, setting, normed) if config.latent is not None else _heads(tape, setting, normed)
+    repeated = setting.flash_attention and setting.operators.repeated_keys and setting.heads > setting.kv_heads
+    if repeated and config.latent is None:
+        key, value = (_repeated_heads(tape, part, setting.heads // setting.kv_heads) for part in (key, value))
     size = AttentionShape(
-        batch=setting.micro_batch, heads=setting.heads, kv_heads=setting.heads if config.latent is not None else setting.kv_heads,
+        batch=setting.micro_batch, heads=setting.heads, kv_heads=setting.heads if config.latent is not None or repeated else setting.kv_heads,
         query_len=setting.local_len, kv_len=setting.seq_len, head_dim=config.dim_per_head, value_dim=config.value_dim_per_head,
         causal=config.causal,
     )  # fmt: skip
@@ -135,8 +138,11 @@ def _contiguous(tape: Tape, x: Value, repeats: int, size: AttentionShape) -> Val
     """Heads made the outer axis by a copy, key-value heads repeated; a batch of one needs no copy to be strided so."""
     if repeats == 1 and size.batch == 1:
         return x
-    if repeats == 1:
-        return clone(tape, x)
+    return clone(tape, x) if repeats == 1 else _repeated_heads(tape, x, repeats)
+
+
+def _repeated_heads(tape: Tape, x: Value, repeats: int) -> Value:
+    """Each head copied so many times, side by side; the gradients of its copies are summed."""
     out = tape.new("clone", (x.shape[0], repeats * x.shape[-1]), x.dtype)
     tape.record("repeat", kernels=(copy("clone", out.elements, x.dtype),), inputs=(x,), outputs=(out,),
                 gradients=(Gradient(targets=(x,), kernels=(reduction("sum", x.elements, repeats, x.dtype),)),))  # fmt: skip

@@ -19,6 +19,8 @@ class Operators:
     """Experts weight their tokens within the activation, so that their results are not kept, and sum them in the stream's dtype; the router reads the stream in its own dtype."""
     attention_inputs: bool = False
     """Query, key and value are one product whatever the configuration says."""
+    repeated_keys: bool = False
+    """Keys and values that a group of heads shares are copied for each of its heads before fused attention, which then knows no groups; gradients of the copies are summed."""
     alternate: bool = False
     """``selective`` keeps every second result of a linear layer only, the first, third, ... of each half, and of layers only: head and loss run once. A layer's halves are one
     region: what lies between them is made again, or, where tensor parallelism scatters it, kept as the scattered sum."""

@@ -227,3 +227,15 @@ def test_gathered_logits_cost_each_rank_the_whole_loss() -> None:
     assert {op: next(one for one in head.discard.kernels if one.op == op) for op in loss} == loss
     assert sum(kernel.op == "cat" for kernel in head.discard.kernels) == 1
     assert not any(kernel.op == "cat" for kernel in alone.discard.kernels)
+
+
+def test_repeated_keys_are_copied_for_each_head_and_their_gradients_summed() -> None:
+    """70B: keys and values of 8 heads become those of 64; attention keeps 1 + 1 of the stream in place of 2/8, and its kernel knows no groups."""
+    config = replace(preset("llama3-70b"), layers=2)
+    shared, repeated = (named(build(config, Operators(repeated_keys=flag)), "attention").options[0] for flag in (False, True))
+    kept = [sum(tensor.size_bytes for tensor in option.saved) for option in (shared, repeated)]
+    assert kept[1] - kept[0] == SEQ * 8192 * 2 * 2 * 7 // 8
+    (kernel,) = [one for one in repeated.forward.kernels if one.kernel_class == "attention"]
+    assert kernel.shape[1:3] == (64, 64)
+    summed = [one for one in repeated.backward.kernels if one.op == "sum" and one not in shared.backward.kernels]
+    assert [one.shape for one in summed] == [(SEQ * 1024, 8)] * 2

@@ -319,3 +319,14 @@ def test_gate_and_up_sum_their_input_gradients_each_where_the_trainer_does(frame
     assert exposed(split, "network", backward=True, config=config).tp_s == pytest.approx(
         exposed(split, "network", config=config).tp_s
     )
+
+
+def test_torchs_ring_gathers_keys_of_all_heads_and_passes_gradients_in_float32() -> None:
+    """Nothing to hide behind and copies for nothing: the gather of four ranks' keys and values; backward that and four messages of twice the bytes."""
+    plan = plan_of(cp=4, framework="torchtitan")
+    keys = 2 * SEQ_LEN // 4 * HIDDEN * BF16
+    gather_s = seconds(plan, "all_gather", 4 * keys, num_ranks=4, ranks_per_node=4)
+    pass_s = seconds(plan, "send_recv", 2 * keys, num_ranks=2, ranks_per_node=2)
+    assert exposed(plan, "attention").cp_s == pytest.approx(gather_s, rel=1e-12)
+    assert exposed(plan, "attention", backward=True).cp_s == pytest.approx(gather_s + 4 * pass_s, rel=1e-12)
+    assert exposed(plan, "attention", attention_s=10.0, backward=True).cp_s == pytest.approx(pass_s, rel=1e-9)
