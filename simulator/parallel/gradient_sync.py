@@ -9,7 +9,7 @@ from hardware_models.network.cluster import CommGroup
 from hardware_models.network.collectives import collective_seconds
 from hardware_models.units import DTYPE_BYTES
 from simulator.parallel.communication import Communication
-from simulator.parallel.framework import AA_SCALING
+from simulator.parallel.framework import AA_SCALING, TRANSFORMER_ENGINE
 from simulator.parallel.memory import GRADIENT_BYTES
 from simulator.parallel.mesh import Mesh, two_steps
 from simulator.parallel.parameter_gathers import (
@@ -22,12 +22,18 @@ from simulator.parallel.parameter_gathers import (
     pieces_of,
     prefetched_units,
 )
+from simulator.parallel.recompute import MEGATRON
 from simulator.parallel.wire_format import WireFormat
 from simulator.plan import Plan
 
 WHOLE_SUMS = AA_SCALING
 """Frameworks that sum all gradients on all replicas, in float32, whatever ZeRO leaves each rank to update: flattened, divided, cast, summed, cast and copied back (``allreduce_no_retain``;
 Aleph-Alpha/scaling @01b9d21dba src/scaling/core/optimizer/allreduce.py, ``Optimizer.step`` of optimizer.py)."""
+DIVIDED_FIRST = MEGATRON
+"""Frameworks that divide gradients by the number of replicas in a pass of its own before they are summed (``allreduce_gradients``, Megatron-LM v2.5 megatron/model/distributed.py; ``Bucket.start_grad_sync``,
+megatron/core/distributed/grad_buffer.py, 2023; ``gradient_scaling_factor``, megatron/core/distributed/param_and_grad_buffer.py, 0.14)."""
+CHECKED_FIRST = TRANSFORMER_ENGINE
+"""Frameworks that take each bucket's norm before that, to find what is no number (``check_for_nan_in_grad`` of the same file, 0.14, on unless ``--no-check-for-nan-in-loss-and-grad``)."""
 _FLOAT_BYTES = 4
 BUCKET_BYTES = 40_000_000 * 4
 """Gradients of a bucket unless the plan says: Megatron-core's 40 million elements, in float32."""
@@ -88,7 +94,8 @@ def gradient_sync(
     ranks share one copy, gradients are scattered among them and the shards summed over the copies; parameters are gathered among them only. ZeRO 3 gathers and
     scatters unit by unit in each pass (`parameter_gathers`).
 
-    Where a framework sums all of them everywhere (`WHOLE_SUMS`), ZeRO spares no traffic of gradients.
+    Where a framework sums all of them everywhere (`WHOLE_SUMS`), ZeRO spares no traffic of gradients. Before that, some read them for their norm (`CHECKED_FIRST`), or read and write them to divide them
+    (`DIVIDED_FIRST`).
 
     FSDP2 copies parameters out of the buffer that they are gathered in, on the compute stream, and gradients into one (`FLAT_BUFFERS`). Collectives over lists (`list_seconds`)
     clear the result first; their copies are kernels of a rank's part each, behind the collective or before it.
@@ -146,10 +153,23 @@ class Replicas:
         self.flat = plan.runtime.framework in FLAT_BUFFERS
         self.shards = plan.parallel.shard_ranks if self.sharded else 1
         self.whole = self.shards == plan.parallel.dp * plan.parallel.cp
-        self.everywhere = plan.runtime.framework in WHOLE_SUMS
+        framework, whole = plan.runtime.framework, plan.memory.zero_stage < GRADIENTS_SHARDED
+        self.everywhere, self.divided, self.checked = (
+            framework in WHOLE_SUMS,
+            whole and framework in DIVIDED_FIRST,
+            whole and framework in CHECKED_FIRST,
+        )
 
     def reduce_s(self, elements: float) -> float:
-        """Of gradients: summed, each rank keeping what ZeRO leaves it."""
+        """Of gradients: made ready and summed, each rank keeping what ZeRO leaves it."""
+        return self._prepared_s(elements) + self._reduced_s(elements)
+
+    def _prepared_s(self, elements: float) -> float:
+        """Looked through, divided by the number of replicas."""
+        read = self.grads * (self.checked + self.divided)
+        return self.wire.pass_s(elements, read_bytes=read, written_bytes=self.grads * self.divided) if read else 0.0
+
+    def _reduced_s(self, elements: float) -> float:
         if self.everywhere:
             experts = (
                 self._summed_everywhere_s(elements * self.parts, self.mesh.expert_group(self.distance)) if self.parts else 0.0

@@ -131,7 +131,7 @@ def test_what_cannot_be_expressed_is_named(changes: dict[str, str], reason: str)
 @pytest.mark.parametrize(
     ("framework", "name"),
     [
-        ("Megatron-LM 2021", "Megatron-LM of 2021 and 2022"), ("Megatron-LM 2021 + DeepSpeed ZeRO-3", "Megatron-LM with DeepSpeed ZeRO-3, 2021"), ("Megatron-LM 0.14 (commit 23e00ed)", "Megatron-core"),
+        ("Megatron-LM 2021", "Megatron-LM of 2021 and 2022"), ("Megatron-LM 2021 + DeepSpeed ZeRO-3", "Megatron-LM with DeepSpeed ZeRO-3, 2021"), ("Megatron-LM 0.14 (commit 23e00ed)", "Megatron-core of SimuMax"),
         ("Megatron-DeepSpeed (BigScience, BLOOM 176B tuning)", "Megatron-DeepSpeed of BigScience"), ("AA-Scaling (Aleph Alpha, Megatron-style)", "AA-Scaling"), ("Composer/llm-foundry (PyTorch FSDP)", "llm-foundry"),
         ("PyTorch FSDP + torch.compile (IBM fms-fsdp)", "FMS-FSDP"), ("PyTorch FSDP", "PyTorch FSDP"), ("Megatron-LM 285068c8", "Megatron-LM of 2023"), ("torchtitan (PyTorch FSDP2/DTensor)", "torchtitan"), ("Megatron-LM fork (sail-sg)", "Megatron-LM fork of Zero Bubble"),
         ("Megatron-Bridge (Megatron-Core), container 26.06", "Megatron-Bridge"), ("DeepSpeed ZeRO-Infinity", "DeepSpeed"),

@@ -28,7 +28,7 @@ ACROSS = {"num_ranks": 4, "ranks_per_node": 1, "concurrent_groups": 8}
 
 
 def plan(*, dp: int = 32, dp_shard: int | None = None, zero_stage: int = 1, ep: int = 1, prefetch: int | None = None) -> Plan:
-    own = plan_of(dp=dp, ep=ep, zero_stage=zero_stage)
+    own = plan_of(dp=dp, ep=ep, zero_stage=zero_stage, framework="deepspeed")
     runtime = replace(own.runtime, bucket_bytes=1 << 40, prefetch_blocks=prefetch)
     return replace(own, parallel=replace(own.parallel, dp_shard=dp_shard), runtime=runtime)
 
@@ -53,6 +53,21 @@ def test_hybrid_shards_scatter_inside_and_sum_across(zero_stage: int) -> None:
     expected = seconds("reduce_scatter", 4.0 * ELEMENTS, NODE) + seconds("all_reduce", 0.5 * ELEMENTS, ACROSS)
     assert own.reduce_s == pytest.approx(expected, rel=1e-12)
     assert own.gather_s == pytest.approx(seconds("all_gather", 2.0 * ELEMENTS, NODE), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("framework", "read", "written"),
+    [("megatron-core", 8, 4), ("megatron-core@2023", 4, 4), ("megatron-lm@2021", 4, 4), ("pytorch", 0, 0)],
+)
+def test_megatron_divides_gradients_before_it_sums_them_and_its_core_looks_for_what_is_no_number(
+    framework: str, read: int, written: int
+) -> None:
+    """Four bytes an element read for the norm, four read and four written to divide them."""
+    bare = plan(zero_stage=0)
+    own = replace(bare, runtime=replace(bare.runtime, framework=framework))
+    wire = WireFormat(comm="same", price=price_in("bf16", load_hardware(cluster_of(own).device)))
+    expected = wire.pass_s(ELEMENTS, read_bytes=read, written_bytes=written) if read else 0.0
+    assert synced(own).reduce_s - synced(bare).reduce_s == pytest.approx(expected, rel=1e-9)
 
 
 def test_all_ranks_in_one_group_is_the_default() -> None:
