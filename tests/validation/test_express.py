@@ -44,6 +44,14 @@ def test_layers_that_leave_one_out_at_either_end() -> None:
     assert chunked.plan.pipeline.partition == (0, *[1] * 22, 0)
 
 
+@pytest.mark.parametrize(
+    ("framework", "method"), [("Megatron-LM 0.14 (commit 23e00ed)", "all-to-all"), ("Megatron-LM 0.13", "ring")]
+)
+def test_context_parallelism_exchanges_as_the_framework_was_run(framework: str, method: str) -> None:
+    found = express(row_of(framework=framework, n_gpus="16", cp="2"))
+    assert (found.plan.parallel.cp, found.plan.parallel.cp_method) == (2, method)
+
+
 def test_what_one_row_leaves_blank_other_rows_of_the_model_state() -> None:
     blank, stated = row_of(n_layers=""), row_of(row_id="t:2")
     found = express(blank, [blank, stated])
