@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import linalg
 
 from hardware_models.gridded import Evidence, GriddedCurve
 from hardware_models.physical_law import Floats, Integers, PhysicalLaw, Sizes, coordinates, law_seconds
@@ -119,7 +120,11 @@ def robust_weights(gram: Floats, residuals: Floats, noise: float) -> tuple[Float
     trust = np.ones(len(target))
     solution: Floats = target
     for _ in range(_REWEIGHTINGS):
-        solution = np.asarray(np.linalg.solve(gram + np.diag(noise**2 / trust + _JITTER), target), dtype=np.float64)
+        system = gram.copy()
+        system.flat[:: len(target) + 1] += noise**2 / trust + _JITTER
+        # symmetric, so that it is factored in place if it is handed on as columns
+        factor = linalg.cho_factor(system.T, overwrite_a=True, check_finite=False)
+        solution = np.asarray(linalg.cho_solve(factor, target, check_finite=False), dtype=np.float64)
         misfit = target - gram @ solution
         trust = (FREEDOM + 1.0) / (FREEDOM + (misfit / noise) ** 2)
     return solution, centre

@@ -21,7 +21,7 @@ ROOMS = {
     "simpy": ("simulator/engine_simpy.py",),
     "optuna": ("search/*",),
     "matplotlib": ("*figures.py",),
-    "scipy": ("search/solvers/*",),
+    "scipy": ("search/solvers/*", "hardware_models/gridded_fit.py"),
     "numba": ("*_kernels.py",),
     "torch": ("simulator/tracing/*", "simulator/models/*", "hardware_models/microbench*.py", "validation/*"),
 }

@@ -19,8 +19,6 @@ from hardware_models.pricing import price
 
 @pytest.fixture(scope="module")
 def raw_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import torch
-
     from hardware_models.microbench import measure
     from hardware_models.microbench_cases import heavy_cases
     from hardware_models.microbench_light import light_cases
@@ -31,20 +29,9 @@ def raw_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         case for case in light_cases("float32", full=False) if case.op in {"add", "cat", "adamw"} and case.shape[0] < 2**18
     ]
     told: list[float] = []
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # barriers between threads starve on a machine that runs other things
-    try:
-        measure(
-            path,
-            quick=True,
-            cases=cases,
-            time_limit_s=15.0,
-            num_rounds=3,
-            pool_bytes=2**25,
-            progress=lambda _what, fraction: told.append(fraction),
-        )
-    finally:
-        torch.set_num_threads(threads)
+    measure(
+        path, quick=True, cases=cases, time_limit_s=15.0, num_rounds=3, pool_bytes=2**25, progress=lambda _what, fraction: told.append(fraction)
+    )  # fmt: skip
     assert told == sorted(told)
     assert all(0 <= fraction <= 1 for fraction in told)
     return path

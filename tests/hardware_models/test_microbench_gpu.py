@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -58,7 +58,7 @@ def small_grid(size: GridSize) -> list[Case]:
 
 
 @pytest.fixture(autouse=True)
-def _fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(microbench_gpu, "PROBE_SHAPE", (128, 128, 128))
     monkeypatch.setattr(microbench_gpu, "_STORE_EVERY_S", 0.0)
     monkeypatch.setattr(microbench_gpu, "_COPY_PROBE_BYTES", 2**22)
@@ -66,10 +66,6 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(microbench_modes, "_CALLS", 24)
     monkeypatch.setattr(microbench_gpu, "_LOAD_S", {True: 0.01, False: 0.01})
     monkeypatch.setattr(microbench_gpu, "host_memory", lambda: {"copy_bytes_per_s": 1e10})
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # barriers between threads starve on a machine that runs other things
-    yield
-    torch.set_num_threads(threads)
 
 
 def run(path: Path, counts: dict[str, int], **values: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache, partial
 from types import MappingProxyType
 
@@ -35,15 +34,6 @@ SHARES = MappingProxyType({
 })  # fmt: skip
 """Fractions of activations, weights and optimizer states."""
 MODELS = ("residual-mlp", "transformer", "convolution-net", "spectral", "shared-layer", "frozen-middle", "class-token")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On tensors of this size, threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def shares_of(name: str, num_blocks: int) -> HostShares:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -40,15 +39,6 @@ def outcome(module: nn.Module, loss: Tensor) -> Result:
     """Loss, gradients, buffers and the generator's state after a step."""
     gradients = {name: value.grad for name, value in module.named_parameters()}
     return loss, gradients, dict(module.named_buffers()), torch.get_rng_state()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """On tensors of this size, threads only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def chosen(name: str, num_microbatches: int) -> dict[str, tuple[Operation, ...]]:

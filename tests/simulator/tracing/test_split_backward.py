@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,14 +22,6 @@ MODELS = (
     "frozen-middle",
     "transposing",
 )
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def gradients(trace_of: Traced, module: nn.Module, inputs: dict[str, Tensor], *, split: bool) -> dict[str, Tensor | None]:
