@@ -104,6 +104,10 @@ def device_table(
         table |= {key: entry[key] for key in _CARRIED if key in entry}
     if yardstick_s is not None:
         table["yardstick_s"] = _value(raw, yardstick_s, "products and sums of one size, between kernels")
+    if "checkpoint_policy" in host:
+        table["checkpoint_policy_s"] = _value(
+            raw, host["checkpoint_policy"]["operator_s"], "a chain of tiny operators, checkpointed by a policy and plain"
+        )
     copies = copy_engine(raw["host"].get("copies") or ())
     return table | (_cuda_sections(raw) if cuda else {}) | ({} if copies is None else {"copy_engine": copies})
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from hardware_models.microbench_timing import Stopwatch
 
 _NUM_OPS = 100
+_VIEWED_OPS = 4
+"""Operators of a link of `_ViewedChain`: a view, a product, two others."""
 _TINY = 4
 _SUSTAINED_SIZE = 512
 _SUSTAINED_SHARE = 0.4
@@ -33,10 +37,10 @@ class _TinyChain(torch.nn.Module):
 
 
 def host_timings(device: str, *, time_limit_s: float) -> dict[str, Any]:
-    """Of a CPU: dispatch seconds per kernel (forward, backward) and the rate under sustained load."""
+    """Of a CPU: dispatch seconds per kernel (forward, backward), what selective checkpointing costs, and the rate under sustained load."""
     stopwatch = Stopwatch(device)
     return {
-        "dispatch": dispatch(device, stopwatch), "sustained": sustained(stopwatch, duration_s=_SUSTAINED_SHARE * time_limit_s),
+        "dispatch": dispatch(device, stopwatch), "checkpoint_policy": checkpoint_policy(), "sustained": sustained(stopwatch, duration_s=_SUSTAINED_SHARE * time_limit_s),
     }  # fmt: skip
 
 
@@ -65,6 +69,52 @@ def dispatch(device: str, stopwatch: Stopwatch, *, repeats: int = 15) -> Mapping
     return {
         "forward_s": sorted(forward)[quartile], "backward_s": sorted(backward)[quartile], "operator_s": sorted(bare)[quartile],
     }  # fmt: skip
+
+
+class _ViewedChain(torch.nn.Module):
+    """A hundred operators on a tiny matrix, a view beside every two kernels, as in layers of products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(_TINY, _TINY))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The chain."""
+        for _ in range(_NUM_OPS // _VIEWED_OPS):
+            x = torch.mm(x, self.weight.t())
+            x = x + self.weight
+            x = x * x
+        return x
+
+
+def _keep_products(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operator.overloadpacket.__name__ == "mm" else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def checkpoint_policy(*, repeats: int = 15) -> Mapping[str, float]:
+    """Host seconds of torch's selective checkpointing for each operator that its policy is asked about, forward and again backward: ``operator_s``.
+
+    **Model**: forward and backward passes of a chain of tiny operators, less those of the chain as it is and another forward pass of it, by twice the number of operators.
+    """
+    graph = fx.symbolic_trace(_ViewedChain())
+    x = torch.ones(_TINY, _TINY, requires_grad=True)
+    ways: Mapping[str, Callable[[], torch.Tensor]] = {
+        "plain": lambda: graph(x), "again": lambda: graph(x),
+        "policy": lambda: checkpoint(graph, x, use_reentrant=False, context_fn=partial(create_selective_checkpoint_contexts, _keep_products)),
+    }  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(repeats):
+        for name, run in ways.items():
+            begin = time.perf_counter()
+            y = run()
+            if name != "again":
+                y.sum().backward()
+            seconds[name].append(time.perf_counter() - begin)
+            x.grad = None
+            graph.zero_grad()
+    plain_s, again_s, policy_s = (sorted(seconds[name])[repeats // 4] for name in ("plain", "again", "policy"))
+    calls = 2 * (_VIEWED_OPS * (_NUM_OPS // _VIEWED_OPS))
+    return {"operator_s": max(0.0, policy_s - plain_s - again_s) / calls}
 
 
 def _bare_operator(x: torch.Tensor) -> float:

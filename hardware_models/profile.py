@@ -157,6 +157,8 @@ class DeviceProfile:
     """Theoretical rate of all of the device's peer links together, one direction."""
     workspace_bytes: int = 0
     """What the product library takes of the allocator's memory at its first call, per stream."""
+    checkpoint_policy_s: float = 0.0
+    """Seconds of the host for each operator that selective checkpointing asks its policy about; 0 where that was not measured."""
     yardstick_s: float = 0.0
     """Seconds of `hardware_models.microbench_yardstick` while kernels were measured, by the same statistic as theirs; 0 where not known."""
     light: BandwidthRamp | None = None

@@ -88,7 +88,7 @@ def load_profile(folder: Path) -> DeviceProfile:
 
 
 _REQUIRED = ("memory_bytes", "memory_bandwidth_bytes_per_s", "dispatch_s", "launch_s", "context_bytes")
-_OPTIONAL = ("l2_bytes", "boost_clock_hz", "tdp_w", "peer_bytes_per_s", "workspace_bytes", "yardstick_s")
+_OPTIONAL = ("l2_bytes", "boost_clock_hz", "tdp_w", "peer_bytes_per_s", "workspace_bytes", "yardstick_s", "checkpoint_policy_s")
 _NAMES = ("architecture", "compute_capability", "memory_kind", "host_link", "peer_link")
 
 

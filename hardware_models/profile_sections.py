@@ -166,6 +166,7 @@ class DeviceFile(Section):
     tdp_w: PowerSection | None = None
     peer_bytes_per_s: RateSection | None = None
     workspace_bytes: BytesSection | None = None
+    checkpoint_policy_s: SecondsSection | None = None
     yardstick_s: SecondsSection | None = None
     light: LightSection | None = None
     host_dispatch: HostDispatchSection | None = None

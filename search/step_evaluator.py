@@ -10,7 +10,7 @@ from search.sequence_levels import SequenceLevels, sequence_levels, timing_workl
 from simulator import engine_compiled
 from simulator.host_planner import host_schedule
 from simulator.host_schedule import HostSchedule, HostShares
-from simulator.lower import PassPrices, lower, resident_bytes
+from simulator.lower import PassPrices, lower, policy_seconds, resident_bytes
 from simulator.lower_host import device_resident, host_lanes
 from simulator.optimizer_states import OPTIMIZER_STATES, STEP_COUNT_BYTES
 from simulator.precision import price_in
@@ -55,7 +55,7 @@ class StepEvaluator:
 
     def __init__(self, workload: Workload, device: DeviceProfile, setting: StepSetting) -> None:
         self.workload, self.device, self.setting = workload, device, setting
-        self.prices = PassPrices(price_in(setting.precision, device))
+        self.prices = PassPrices(price_in(setting.precision, device), policy_s=policy_seconds(device))
         self._timing = timing_workload(workload)
         self._known: dict[tuple[tuple[Operation, ...], HostShares | None], Candidate] = {}
         self._levels: dict[tuple[Operation, ...], SequenceLevels] = {}

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hardware_models.kernel import Kernel
+from hardware_models.profile import DeviceProfile
 from simulator.builder import Builder
 from simulator.host_schedule import HostSchedule, updated_groups
 from simulator.lower_host import HostIssuer, HostLanes, device_resident
@@ -24,10 +25,15 @@ Price = Callable[[Sequence[Kernel]], NDArray[np.float64]]
 
 
 class PassPrices:
-    """Times within passes; each distinct pass is priced once for the life of this object."""
+    """Times within passes; each distinct pass is priced once for the life of this object.
 
-    def __init__(self, price: Price) -> None:
-        self._price = price
+    Args:
+        price: of kernels.
+        policy_s: of the host for each of a pass's ``policy_calls``, which its kernels wait for (`policy_seconds`); they are taken to lie evenly between them.
+    """
+
+    def __init__(self, price: Price, *, policy_s: float = 0.0) -> None:
+        self._price, self._policy_s = price, policy_s
         self._offsets: dict[int, tuple[Pass, NDArray[np.float64]]] = {}
         self._derived: dict[Hashable, Any] = {}
 
@@ -35,8 +41,7 @@ class PassPrices:
         """Start time of each kernel within a pass, and last the pass's duration; shape (kernels + 1,)."""
         key = id(run)
         if key not in self._offsets:
-            times = self._price(run.kernels) if run.kernels else np.zeros(0)
-            self._offsets[key] = (run, np.concatenate(([0.0], np.cumsum(times))))
+            self._keep(run, self._price(run.kernels) if run.kernels else np.zeros(0))
         return self._offsets[key][1]
 
     def once(self, key: Hashable, derive: Callable[[], Derived]) -> Derived:
@@ -53,11 +58,24 @@ class PassPrices:
         end = 0
         for run in new:
             first, end = end, end + len(run.kernels)
-            self._offsets[id(run)] = (run, np.concatenate(([0.0], np.cumsum(times[first:end]))))
+            self._keep(run, times[first:end])
+
+    def _keep(self, run: Pass, times: NDArray[np.float64]) -> None:
+        if run.policy_calls and len(times):
+            times = times + self._policy_s * run.policy_calls / len(times)
+        self._offsets[id(run)] = (run, np.concatenate(([0.0], np.cumsum(times))))
 
     def seconds(self, run: Pass) -> float:
         """Duration of a pass."""
         return float(self.offsets(run)[-1])
+
+
+def policy_seconds(device: DeviceProfile) -> float:
+    """What a step's kernels wait for at each operator that selective checkpointing asks its policy about.
+
+    **Not modelled**: GPUs, whose kernels wait for the host only where it is slower than they are.
+    """
+    return device.checkpoint_policy_s if device.kind == "cpu" else 0.0
 
 
 def resident_bytes(workload: Workload, *, num_microbatches: int, optimizer: str) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from simulator import engine_compiled, engine_simpy
 from simulator.exposed_time import exposed_times
 from simulator.host_planner import host_schedule
 from simulator.host_schedule import HostSchedule, HostShares, host_shares
-from simulator.lower import PassPrices, lower, optimizer_pass
+from simulator.lower import PassPrices, lower, optimizer_pass, policy_seconds
 from simulator.lower_host import host_lanes
 from simulator.optimizer_states import OPTIMIZER_STATES
 from simulator.plan import Plan
@@ -169,7 +169,7 @@ def simulate(
             workload, operations, setting.host, num_microbatches=setting.num_microbatches, optimizer_states=OPTIMIZER_STATES[setting.optimizer]
         )  # fmt: skip
     program = lower(
-        workload, operations, PassPrices(price_in(setting.precision, device)), num_microbatches=setting.num_microbatches,
+        workload, operations, PassPrices(price_in(setting.precision, device), policy_s=policy_seconds(device)), num_microbatches=setting.num_microbatches,
         optimizer=setting.optimizer, host=host, lanes=None if host is None else host_lanes(device),
     )  # fmt: skip
     record = ENGINES[engine](program)

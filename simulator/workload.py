@@ -42,6 +42,8 @@ class Pass:
 
     kernels: tuple[Kernel, ...]
     memory: tuple[MemoryEvent, ...]
+    policy_calls: int = 0
+    """Operators, views too, that selective checkpointing asks its policy about, in Python (`hardware_models.profile.DeviceProfile.checkpoint_policy_s`)."""
 
     @property
     def flops(self) -> int:

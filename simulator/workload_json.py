@@ -65,6 +65,7 @@ def _option_from_json(table: dict[str, Any]) -> BlockOption:
 def _pass_to_json(run: Pass) -> dict[str, Any]:
     """Rows of values, in the order of the fields."""
     return {
+        "policy_calls": run.policy_calls,
         "kernels": [[getattr(kernel, name) for name in _KERNEL] for kernel in run.kernels],
         "memory": [[getattr(event, name) for name in _EVENT] for event in run.memory],
     }
@@ -74,5 +75,5 @@ def _pass_from_json(table: dict[str, Any]) -> Pass:
     kernels = (dict(zip(_KERNEL, row, strict=True)) for row in table["kernels"])
     return Pass(
         kernels=tuple(Kernel(**kernel | {"shape": tuple(kernel["shape"])}) for kernel in kernels),
-        memory=tuple(MemoryEvent(**dict(zip(_EVENT, row, strict=True))) for row in table["memory"]),
-    )
+        memory=tuple(MemoryEvent(**dict(zip(_EVENT, row, strict=True))) for row in table["memory"]), policy_calls=table.get("policy_calls", 0),
+    )  # fmt: skip

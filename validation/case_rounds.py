@@ -89,6 +89,12 @@ def groups_of(cases: Sequence[BundleCase]) -> list[list[MeasuredCase]]:
     return list(groups.values())
 
 
+def expected_seconds(group: Sequence[MeasuredCase]) -> float:
+    """Of one round over a group, as predicted; a case without a prediction takes as long as the others on average, a second where none has one."""
+    known = [float(one.case.predicted["step_time_s"]) for one in group if one.case.predicted]
+    return len(group) * (sum(known) / len(known) if known else 1.0)
+
+
 def run_of(session: ReplaySession, case: BundleCase) -> StepRun:
     """The step that a case means, on a session's module.
 

@@ -26,7 +26,7 @@ from hardware_models.microbench import problem_of
 from hardware_models.microbench_environment import GpuMonitor, environment
 from hardware_models.microbench_yardstick import Yardstick
 from validation.bundle import BundleCase, read_bundle
-from validation.case_rounds import NOT_BEGUN, CaseRounds, MeasuredCase, attempt, groups_of, monitor_of
+from validation.case_rounds import NOT_BEGUN, CaseRounds, MeasuredCase, attempt, expected_seconds, groups_of, monitor_of
 
 CASE_FILE, ENVIRONMENT_FILE, WORKLOAD_FILE = "case-{:03d}.json", "environment.json", "workload-{:03d}.json"
 NO_GPU_REMEDY = "install a build of torch for CUDA and check the driver, or take --device cpu"
@@ -65,7 +65,7 @@ def replay_bundle(
         device: ``cpu`` or ``cuda``.
         rounds: timed steps of each.
         gradients: compare with the plain module.
-        time_limit_s: begins no case after so long, and no further round of a model once its share of the time, by its number of cases, is over.
+        time_limit_s: begins no case after so long, and no further round of a model once its share of the time, by what its steps are predicted to take, is over.
     """
     archive, started = Archive(out), time.perf_counter()
     archive.add({ENVIRONMENT_FILE: environment(device)})
@@ -74,7 +74,7 @@ def replay_bundle(
     groups = groups_of(cases)
     for position, group in enumerate(groups):
         now = time.perf_counter()
-        share = len(group) / sum(len(other) for other in groups[position:])
+        share = expected_seconds(group) / sum(map(expected_seconds, groups[position:]))
         measure_group(
             group, archive, device=device, rounds=rounds, gradients=gradients, yardstick=yardstick, end_s=end_s,
             deadline_s=now + share * (end_s - now),

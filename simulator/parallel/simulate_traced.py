@@ -13,7 +13,7 @@ from hardware_models.network.cluster import Cluster
 from hardware_models.pricing import Price, price_together
 from hardware_models.profile import DeviceProfile
 from simulator.exposed_time import exposed_times
-from simulator.lower import PassPrices
+from simulator.lower import PassPrices, policy_seconds
 from simulator.parallel.traced_step import TracedStep, lower_traced_step
 from simulator.plan import Plan
 from simulator.precision import PRODUCTS_IN, STORED_AS, price_in
@@ -166,7 +166,7 @@ def pass_prices(plan: Plan, device: DeviceProfile, *, slowdown: float = 1.0) -> 
         result: NDArray[np.float64] = slowdown * priced(kernels)
         return result
 
-    return PassPrices(seconds)
+    return PassPrices(seconds, policy_s=slowdown * policy_seconds(device))
 
 
 def _kernels(step: TracedStep) -> list[Kernel]:

@@ -58,6 +58,8 @@ class BlockTape:
     inbox: list[torch.Tensor]
     again: bool
     """Whether its backward pass runs operators of the forward pass again (option ``selective``)."""
+    policy_calls: int = 0
+    """Operators about which that option asked its policy."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -119,15 +121,16 @@ class MicroBatch:
             if x is not None:
                 anchor = torch.empty(0, device=x.device, requires_grad=True)
                 x = _Boundary.apply(anchor, x, inbox)  # type: ignore[no-untyped-call]
-            arguments = self.arguments(block, x)
+            arguments, asked = self.arguments(block, x), list[str]()
             with (
                 nullcontext() if on_save is None else own_storages(arguments, on_save),
                 compute_mode(self.precision, self._device),
             ):
-                y, *carried = _run(block, arguments, option)
+                y, *carried = _run(block, arguments, option, asked)
             del arguments
         self._carry(block, carried)
-        return y.detach(), BlockTape(block=block, edge=get_gradient_edge(y), inbox=inbox, again=option != "all")
+        tape = BlockTape(block=block, edge=get_gradient_edge(y), inbox=inbox, again=option != "all", policy_calls=len(asked))
+        return y.detach(), tape
 
     def backward(self, tape: BlockTape, grad: torch.Tensor) -> torch.Tensor | None:
         """Gradient of the boundary before the block (None for the first); parameters' gradients go to ``.grad``."""
@@ -222,7 +225,8 @@ def views_replayed() -> AbstractContextManager[object]:
     return _force_original_view_tracking(True)
 
 
-def _run(block: BlockGraph, arguments: list[Any], option: str) -> tuple[Any, ...]:
+def _run(block: BlockGraph, arguments: list[Any], option: str, asked: list[str]) -> tuple[Any, ...]:
+    """The block's results; ``asked`` gets the operators about which ``selective`` asks its policy."""
     if option == "all":
         return block.graph(*arguments)
     position = block.arguments.index("x") if "x" in block.arguments else None
@@ -235,9 +239,13 @@ def _run(block: BlockGraph, arguments: list[Any], option: str) -> tuple[Any, ...
             arguments[position] = None
         return result
 
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        asked.append(operator.overloadpacket.__name__)
+        return selective_policy(context, operator, *args, **kwargs)
+
     x, contexts = (
         (None if position is None else arguments[position]),
-        partial(create_selective_checkpoint_contexts, selective_policy),
+        partial(create_selective_checkpoint_contexts, policy),
     )
     result: tuple[Any, ...] = checkpoint(
         run, x, use_reentrant=False, context_fn=contexts, preserve_rng_state=block.uses_randomness

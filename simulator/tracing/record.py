@@ -201,6 +201,7 @@ class RecordedRun:
         self.recorder = recorder or Recorder()
         self.input_serial = self.output_serial = self.grad_serial = self.grad_input_serial = -1
         self.kept: frozenset[int] = frozenset()
+        self.policy_calls = 0
         self.packed: list[int] = []
         """Serials of the block's own storages in the order in which autograd first saves them."""
         self.waiting: frozenset[int] = frozenset()
@@ -227,6 +228,7 @@ class RecordedRun:
             with self.recorder:
                 self.recorder.phase = Phase.FORWARD
                 y, *tapes = micro_batch.save(block, x, option, lambda tensor: self.packed.append(self.recorder.serial(tensor)))
+                self.policy_calls = tapes[0].policy_calls
                 self._name_outputs(micro_batch, y)
                 self.recorder.phase = Phase.LET_GO
                 grad = _like(y)
@@ -276,12 +278,9 @@ class RecordedRun:
         for event in events:
             net[event.serial] = net.get(event.serial, 0) + event.delta_bytes
         memory = tuple(
-            MemoryEvent(
-                kernel=event.kernel, buffer=self._buffer(phase, event.serial, net[event.serial]), delta_bytes=event.delta_bytes
-            )
-            for event in events
-        )
-        return Pass(kernels=tuple(self.recorder.kernels[phase]), memory=memory)
+            MemoryEvent(kernel=one.kernel, buffer=self._buffer(phase, one.serial, net[one.serial]), delta_bytes=one.delta_bytes) for one in events
+        )  # fmt: skip
+        return Pass(kernels=tuple(self.recorder.kernels[phase]), memory=memory, policy_calls=self.policy_calls)
 
     def weights_pass(self) -> Pass:
         """The kernels and events of the weights' phase; what arrived before and is a parameter's gradient as it stands becomes one at its end."""

@@ -43,6 +43,7 @@ def test_raw_file_holds_samples_and_environment(raw_path: Path) -> None:
     assert raw["environment"]["torch"]
     assert raw["host"]["dispatch"]["forward_s"] > 0
     assert [len(samples) for samples in raw["yardstick_s"]] == [3] * len(raw["results"][::25])
+    assert 0.0 < raw["host"]["checkpoint_policy"]["operator_s"] < 1e-2
     row = next(row for row in raw["results"] if row["op"] == "add")
     assert (row["read_bytes"], row["written_bytes"]) == (8 * row["shape"][0], 4 * row["shape"][0])
     assert all(sample > 0 for row in raw["results"] for sample in row["samples_s"])
@@ -54,6 +55,7 @@ def test_fitted_profile_prices_what_was_measured(raw_path: Path, tmp_path: Path)
     assert profile.kind == "cpu"
     marks = sorted(sample for samples in raw["yardstick_s"] for sample in samples)
     assert marks[0] <= profile.yardstick_s <= marks[-1]
+    assert profile.checkpoint_policy_s == raw["host"]["checkpoint_policy"]["operator_s"]
     assert {curve.group for curve in profile.curves} >= {"mm", "addmm", "add", "cat", "adamw"}
     assert (tmp_path / "provenance.toml").exists()
     from hardware_models.kernel import Kernel

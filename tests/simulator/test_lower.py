@@ -9,10 +9,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from hardware_models.catalogue import load_hardware
 from hardware_models.errors import InputError
 from hardware_models.kernel import Kernel
 from simulator import engine_simpy
-from simulator.lower import PassPrices, lower, optimizer_pass, resident_bytes
+from simulator.lower import PassPrices, lower, optimizer_pass, policy_seconds, resident_bytes
 from simulator.program import Kind, MemoryClass, Program
 from simulator.sequence import Operation, checkpoint_blocks, keep_all, parse_sequence
 from simulator.simulate import static_peak_bytes
@@ -180,6 +181,19 @@ def test_each_pass_is_priced_once() -> None:
     assert len(calls) <= distinct + 5, "the optimizer's pass is made anew"
     assert prices.offsets(WORKLOAD.blocks[0].discard).tolist() == [0, 1, 3]
     assert prices.seconds(run(0)) == 0
+
+
+def test_kernels_wait_for_what_a_policy_takes_the_host() -> None:
+    prices = PassPrices(lambda kernels: np.ones(len(kernels)), policy_s=0.5)
+    plain = WORKLOAD.blocks[0].discard
+    asked = replace(plain, policy_calls=6)
+    assert len(plain.kernels) == 2
+    assert prices.offsets(plain).tolist() == [0, 1, 2]
+    prices.fill([asked])
+    assert prices.offsets(asked).tolist() == [0, 1 + 6 * 0.5 / 2, 2 * (1 + 6 * 0.5 / 2)]
+    assert prices.offsets(replace(asked)).tolist() == prices.offsets(asked).tolist()
+    cpu = load_hardware("a100-sxm-80gb").changed(kind="cpu", checkpoint_policy_s=3e-5)
+    assert (policy_seconds(cpu), policy_seconds(cpu.changed(kind="cuda"))) == (3e-5, 0.0)
 
 
 def test_an_illegal_sequence_is_refused() -> None:

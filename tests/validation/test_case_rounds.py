@@ -19,7 +19,7 @@ from simulator.tracing.live_storages import bytes_of
 from simulator.tracing.traced_model import traced_model
 from validation import case_rounds
 from validation.bundle import BundleCase
-from validation.case_rounds import CaseRounds, MeasuredCase, groups_of
+from validation.case_rounds import CaseRounds, MeasuredCase, expected_seconds, groups_of
 from validation.replay import Archive
 from validation.session import ReplaySession
 
@@ -99,6 +99,13 @@ def test_cases_share_a_module_unless_it_is_another_one() -> None:
         replace(PLAIN, kind="checkpoint"), replace(PLAIN, batch=8), replace(PLAIN, plan=replace(plan, precision=Precision(optimizer="sgd"))),
     ]  # fmt: skip
     assert [[one.number for one in group] for group in groups_of(others)] == [[0, 3], [1], [2], [4], [5]]
+
+
+def test_a_model_gets_time_by_what_its_steps_take() -> None:
+    plan, hand_made = replace(PLAIN, predicted={"step_time_s": 0.3}), replace(PLAIN, kind="checkpoint")
+    (group,) = groups_of([plan, plan, hand_made])
+    assert expected_seconds(group) == pytest.approx(0.9)
+    assert expected_seconds(group[2:]) == 1.0
 
 
 def test_what_was_not_timed_is_said_in_the_archive(tmp_path: Path) -> None:

@@ -104,6 +104,15 @@ def test_an_unknown_option_is_a_key_error() -> None:
         blocks_of("residual-mlp")[1][0].option("nothing")
 
 
+def test_selective_says_how_often_it_asks_its_policy() -> None:
+    block = blocks_of("residual-mlp")[1][1]
+    plain, selective = block.option("all"), block.option("selective")
+    assert (plain.forward.policy_calls, plain.backward.policy_calls, block.discard.policy_calls) == (0, 0, 0)
+    calls = selective.forward.policy_calls
+    assert selective.backward.policy_calls == selective.backward_accumulate.policy_calls == calls
+    assert len(selective.forward.kernels) < calls < 4 * len(selective.forward.kernels), "of each operator, views among them"
+
+
 def test_a_block_that_changes_a_product_in_place_has_no_selective_option() -> None:
     stem, *layers, _ = blocks_of("convolution-net")[1]
     assert [option.name for option in stem.options] == ["all"], "relu_ overwrites the convolution's result"
