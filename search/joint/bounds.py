@@ -35,6 +35,7 @@ from hardware_models.units import DTYPE_BYTES
 from search.joint.bounds_kernels import (
     ALL,
     BOTH_WAYS,
+    CLOSE,
     LOOPED,
     ONE,
     ONE_CHUNK,
@@ -203,4 +204,4 @@ def time_bound(
         gradient_bytes=size(own.gradients), state_bytes=size(own.states), away_gradient_bytes=size(own.away_gradients), away_s=size(own.away_s),
     )  # fmt: skip
     tables = stacked([table], [] if sharded_s is None else [sharded_s])
-    return float(least_times(tables, case, limits, high)[0])
+    return float(least_times(tables, case, limits, high, CLOSE)[0])

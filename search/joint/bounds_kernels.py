@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
-NARROW = 1e-11
-"""Part of a time to which the interval is halved between one that no cut reaches and one that some cut does."""
+CLOSE = 1e-11
+"""Part of a time to which a single bound is looked for."""
+WIDEN = 1.25
+"""Steps in which a time that some cut reaches is looked for above one that none does."""
 LONGEST = 100.0
 """Times that all passes take one after the other: plans that cannot fit in so long a step are taken not to fit."""
 ONE, WARM_UP, ALL, TWICE = 0, 1, 2, 3
@@ -243,7 +245,7 @@ def _uneven_s(forward_s: Floats, backward_s: Floats, case: Case, n: int) -> floa
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
-def least_times(tables: Tables, case: Case, limits: Limits, most_s: float) -> Floats:
+def least_times(tables: Tables, case: Case, limits: Limits, most_s: float, narrow: float) -> Floats:
     """Seconds that no plan of each case is below; ``most_s`` where none is below that, which is all that is found out then.
 
     Args:
@@ -251,6 +253,7 @@ def least_times(tables: Tables, case: Case, limits: Limits, most_s: float) -> Fl
         case: shapes of pipelines and what they hold.
         limits: of device and trainer.
         most_s: no bound is looked for above it.
+        narrow: part of a time to which the interval is halved between one that no cut reaches and one that some cut does.
     """
     found = np.empty(len(case.table))
     for n in range(len(found)):
@@ -260,11 +263,15 @@ def least_times(tables: Tables, case: Case, limits: Limits, most_s: float) -> Fl
         if case.shape[n] != ONE_CHUNK:
             found[n] = min(most_s, _several_s(tables, case, n, limits, high))
             continue
-        if not _all_fit(high, tables, case, n, limits):
+        low = whole_s / case.ranks[n]
+        reached = low
+        while reached < high and not _all_fit(reached, tables, case, n, limits):
+            low, reached = reached, min(high, WIDEN * (reached + case.message_s[n]))
+        if reached >= high and not _all_fit(high, tables, case, n, limits):
             found[n] = most_s
             continue
-        low = whole_s / case.ranks[n]
-        while high - low > NARROW * high:
+        high = reached
+        while high - low > narrow * high:
             middle = 0.5 * (low + high)
             if _all_fit(middle, tables, case, n, limits):
                 high = middle

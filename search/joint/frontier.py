@@ -10,8 +10,9 @@ import numpy as np
 
 from search.joint.batch_study import NOTHING, BatchOutcome
 from search.joint.best_first import BestFirst
-from search.joint.bounded_space import BoundedSpace, Floats, Ints, groups_of
+from search.joint.bounded_space import BoundedSpace, Floats, Ints
 from search.joint.evaluate import Evaluator
+from search.joint.points import groups_of
 from search.joint.processes import num_processes, shared_out
 
 STEP = 256
@@ -59,11 +60,12 @@ class Frontier:
         self._shared = multiprocessing.RawValue("d", known_s)
         """Time of the best plan that any process has found."""
 
-    def dive(self, end: float) -> BatchOutcome | None:
+    def dive(self, end: float, *, raises: bool = True) -> BatchOutcome | None:
         """Simulates plans, the least bound first, up to `DIVE` of them; then raises the bounds of all points that could beat the best of these. All processors take part.
 
         Args:
             end: moment (`time.monotonic`) at which no other bound is raised.
+            raises: whether bounds are raised once the plans are simulated.
 
         Returns:
             What came of it; None where few points could beat the known plan: the study looks at them anyway.
@@ -76,7 +78,7 @@ class Frontier:
 
         def part(number: int) -> tuple[Floats, float, BatchOutcome]:
             self.bound_s = np.where(part_of == number, whole, NOTHING)
-            outcome = self._dive_alone(DIVE // count, end)
+            outcome = self._dive_alone(DIVE // count, end, raises=raises)
             return self.bound_s[part_of == number], self.known_s, outcome
 
         found = shared_out(part, range(count))
@@ -86,7 +88,7 @@ class Frontier:
         self.known_s = min(known_s for _, known_s, _ in found)
         return reduce(lambda one, other: one.joined(other), (outcome for _, _, outcome in found))
 
-    def _dive_alone(self, most: int, end: float) -> BatchOutcome:
+    def _dive_alone(self, most: int, end: float, *, raises: bool) -> BatchOutcome:
         queue, rows = BestFirst(self.evaluator, self.known_s), np.arange(len(self.bound_s))
         while queue.num_simulated < most and queue.plan is None and time.monotonic() <= end:
             queue.incumbent = self.known_s = min(queue.incumbent, self._shared.value)
@@ -107,7 +109,8 @@ class Frontier:
             self.bound_s[point] = seconds
         self.known_s = queue.incumbent
         self._tell()
-        self._raise_all(end)
+        if raises:
+            self._raise_all(end)
         return queue.outcome(NOTHING)
 
     def _tell(self) -> None:
@@ -129,7 +132,7 @@ class Frontier:
         if not len(rows):
             return
         if self._raised[rows[0]] == _PRICED:
-            self._play(rows)
+            self._play(rows, end)
             return
         for point in rows.tolist():
             if time.monotonic() > end:
@@ -138,9 +141,13 @@ class Frontier:
             self.bound_s[point] = max(self.bound_s[point], refined.least_s)
             self._raised[point] = _REFINED
 
-    def _play(self, rows: Ints) -> None:
-        """Points that differ in what does not change their passes are played once."""
+    def _play(self, rows: Ints, end: float) -> None:
+        """Points that differ in what does not change their passes are played once; bounds of those for which there is no time stay as they are."""
         first, group_of = groups_of(self.space.points.take(rows), _PLAYED_COLUMNS)
-        seconds = np.array([self.evaluator.alone_s(int(rows[one])) for one in first.tolist()])
+        seconds = np.zeros(len(first))
+        for place, one in enumerate(first.tolist()):
+            if time.monotonic() > end:
+                break
+            seconds[place] = self.evaluator.alone_s(int(rows[one]))
         self.bound_s[rows] = np.maximum(self.bound_s[rows], seconds[group_of])
         self._raised[rows] = _PLAYED

@@ -5,8 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import numpy as np
 
 from hardware_models.errors import InfeasibleError, InputError
 from hardware_models.profile import DeviceProfile
@@ -14,7 +16,7 @@ from hardware_models.units import format_bytes
 from search.gap import CERTIFIED_GAP, relative_gap
 from search.joint.batch_study import NOTHING, BatchOutcome, JointStudyResult, Progress, run_batches, value_of
 from search.joint.best_first import BestFirst
-from search.joint.bounded_space import BoundedSpace, Floats, bounded_space
+from search.joint.bounded_space import BoundedSpace, FirstBounds, Floats
 from search.joint.evaluate import Evaluator
 from search.joint.experts import Expert, experts
 from search.joint.explain import Contribution, contributions
@@ -33,6 +35,12 @@ from simulator.plan_file import plan_from_dict, plan_to_dict
 
 FEW_PLANS = 32
 """Of experts' rules, up to which one process looks at them."""
+PRICING = 0.5
+"""Part of the time left that goes into prices: bounds by arithmetic hold for what is not priced then."""
+SCOUTED = 128
+"""Ways to split a model whose plans are simulated before the others are priced."""
+MANY_SCOUTED = 4
+"""Times as many must be open for that to pay."""
 LEAST_MEMORY_S = 20.0
 """That a search with a time limit looks for the least memory that would do, where nothing fits."""
 
@@ -177,18 +185,22 @@ def joint_search(
     started = time.perf_counter()
     space = joint_space(request)
     evaluator = Evaluator(space, source, device)
-    baselines = _baselines(evaluator, experts(request))
-    known = min((one for one in baselines if one.fits), key=lambda one: one.step_time_s, default=None)
-    known_s = known.step_time_s if known else NOTHING
-    bounded = bounded_space(space, device, evaluator.tables, most_s=known.step_time_s if known else None)
     end = NOTHING if time_limit_s is None else time.monotonic() + max(0.0, time_limit_s - (time.perf_counter() - started))
+    baselines = _baselines(evaluator, experts(request), end)
+    known = min((one for one in baselines if one.fits), key=lambda one: one.step_time_s, default=None)
+    first = FirstBounds(space, device, evaluator.tables)
+    scouted = _scouted(first, evaluator, known.step_time_s if known else NOTHING, end) if sampled is None else None
+    known_s = min(
+        known.step_time_s if known else NOTHING, NOTHING if scouted is None or scouted.value is None else scouted.value
+    )
+    bounded = first.price(known_s, end=_part_of_time(end, PRICING))
     frontier = Frontier(bounded, evaluator, known_s)
-    probed = frontier.dive(end) if sampled is None else None
+    probed = _joined(scouted, frontier.dive(end)) if sampled is None else None
     prepared = _Prepared(
         evaluator=evaluator,
         bounded=bounded,
         bound_s=frontier.bound_s,
-        request=_text(request, device),
+        request=f"{_text(request, device)} in order {bounded.digest()}",
         known_s=frontier.known_s,
         sampled=sampled,
     )
@@ -202,6 +214,25 @@ def joint_search(
         plan=plan, simulation=simulation, study=study, lower_bound_s=min(simulation.step_time_s, study.progress.lower_bound), space_size=len(space),
         elapsed_s=time.perf_counter() - started, num_probed=probed.num_simulated if probed else 0, baselines=baselines, expert=known, differences=contributions(plan, known.plan, evaluator.forecast) if known else (),
     )  # fmt: skip
+
+
+def _scouted(first: FirstBounds, evaluator: Evaluator, known_s: float, end: float) -> BatchOutcome | None:
+    """What plans of the first `SCOUTED` splits came to; None: so few are open that all of them are priced at once, or there is no time."""
+    if first.num_open_splits(known_s) < MANY_SCOUTED * SCOUTED:
+        return None
+    bounded = first.price(known_s, end=_part_of_time(end, PRICING), most_splits=SCOUTED)
+    priced = replace(bounded, bound_s=np.where(first.priced, bounded.bound_s, NOTHING))
+    return Frontier(priced, evaluator, known_s).dive(_part_of_time(end, PRICING), raises=False)
+
+
+def _part_of_time(end: float, part: float) -> float:
+    """The moment at which such a part of the time from now to the end is over."""
+    now = time.monotonic()
+    return now + part * (end - now) if end < NOTHING else NOTHING
+
+
+def _joined(one: BatchOutcome | None, other: BatchOutcome | None) -> BatchOutcome | None:
+    return one.joined(other) if one is not None and other is not None else one or other
 
 
 def _best_plan(study: JointStudyResult, probed: BatchOutcome | None, known: Baseline | None) -> Plan | None:
@@ -231,12 +262,16 @@ def _infeasible(evaluator: Evaluator, study: JointStudyResult, *, limited: bool)
     )
 
 
-def _baselines(evaluator: Evaluator, rules: Sequence[Expert]) -> tuple[Baseline, ...]:
-    """Of all rules, in their order."""
+def _baselines(evaluator: Evaluator, rules: Sequence[Expert], end: float) -> tuple[Baseline, ...]:
+    """Of all rules, in their order; after the end (`time.monotonic`) no other plan is simulated by a process that knows one that fits."""
     count = num_processes() if sum(len(one.plans) for one in rules) > FEW_PLANS else 1
 
     def part(number: int) -> list[Baseline | None]:
-        return [_baseline(evaluator, one) for one in rules[number::count]]
+        found: list[Baseline | None] = []
+        for rule in rules[number::count]:
+            late = any(one is not None and one.fits for one in found) and time.monotonic() > end
+            found.append(None if late else _baseline(evaluator, rule, end))
+        return found
 
     found: list[Baseline | None] = [None] * len(rules)
     for number, own in enumerate(shared_out(part, range(count))):
@@ -244,23 +279,25 @@ def _baselines(evaluator: Evaluator, rules: Sequence[Expert]) -> tuple[Baseline,
     return tuple(one for one in found if one is not None)
 
 
-def _baseline(evaluator: Evaluator, expert: Expert) -> Baseline | None:
+def _baseline(evaluator: Evaluator, expert: Expert, end: float) -> Baseline | None:
     """The fastest plan of a rule that fits; None where the simulator refuses all of its plans."""
     found: Baseline | None = None
     for least_s, plan in sorted(((evaluator.bound_s(plan), plan) for plan in expert.plans), key=lambda one: one[0]):
-        if found is not None and least_s >= found.step_time_s:
+        if found is not None and (least_s >= found.step_time_s or time.monotonic() > end):
             break
         with suppress(InputError, InfeasibleError):
             result = evaluator.below(plan, found.step_time_s if found else NOTHING)
             if result.fits and (found is None or result.step_time_s < found.step_time_s):
                 found = _as_baseline(expert, plan, result, fits=True)
-    return found or _beyond(evaluator, expert)
+    return found or _beyond(evaluator, expert, end)
 
 
-def _beyond(evaluator: Evaluator, expert: Expert) -> Baseline | None:
-    """The fastest plan of a rule of which none fits."""
+def _beyond(evaluator: Evaluator, expert: Expert, end: float) -> Baseline | None:
+    """The fastest plan of a rule of which none fits, as far as there is time."""
     tried: list[tuple[Plan, ParallelSimulation]] = []
     for plan in expert.plans:
+        if time.monotonic() > end:
+            break
         with suppress(InputError, InfeasibleError):
             tried.append((plan, evaluator.simulate(plan, reserved=False)))
     tried.sort(key=lambda one: one[1].step_time_s)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -147,25 +148,36 @@ class LayerTables:
             )
         return self._splits[key]
 
-    def price(self, plans: Sequence[Plan]) -> None:
-        """Makes the tables of many plans at once, on all processors."""
+    def price(self, plans: Sequence[Plan], *, end: float = float("inf")) -> int:
+        """Makes the tables of many plans at once, on all processors.
+
+        Args:
+            plans: in the order in which their tables are wanted.
+            end: moment (`time.monotonic`) at which no other model is priced.
+
+        Returns:
+            How many of the plans, from the first on, have their tables now.
+        """
+        keys = [_keys(plan, mesh_of(plan, self.request.cluster)) for plan in plans]
         wanted: dict[Hashable, dict[Hashable, Plan]] = {}
-        for plan in plans:
-            model, key = _keys(plan, mesh_of(plan, self.request.cluster))
+        for plan, (model, key) in zip(plans, keys, strict=True):
             if key not in self._tables:
                 wanted.setdefault(model, {})[key] = plan
-        models, processes = list(wanted.values()), num_processes()
-        if len(models) < FEW_MODELS or processes == 1:
-            return  # each is made when it is asked for
+        models = list(wanted.values())
+        processes = num_processes() if len(models) >= FEW_MODELS else 1
 
         def priced(part: Sequence[Mapping[Hashable, Plan]]) -> list[tuple[Hashable, LayerTable]]:
-            return [
-                (key, self._table_of(plan, mesh_of(plan, self.request.cluster))) for one in part for key, plan in one.items()
-            ]
+            found = []
+            for one in part:
+                if time.monotonic() > end:
+                    break
+                found += [(key, self._table_of(plan, mesh_of(plan, self.request.cluster))) for key, plan in one.items()]
+            return found
 
         for found in shared_out(priced, [models[first::processes] for first in range(processes)]):
             for key, table in found:
                 self._tables.setdefault(key, table)
+        return next((place for place, (_, key) in enumerate(keys) if key not in self._tables), len(plans))
 
     def _table_of(self, plan: Plan, mesh: Mesh) -> LayerTable:
         priced, key = _keys(plan, mesh)

@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 Column = NDArray[np.int32]
+Ints = NDArray[np.int64]
+_MOST_CODE = 2**62
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,3 +63,20 @@ def crossed(points: Points, name: str, values: Sequence[int]) -> Points:
     columns = {field.name: np.tile(getattr(points, field.name), repeats) for field in fields(points)}
     columns[name] = np.repeat(np.array(values, dtype=np.int32), count)
     return Points(**columns)
+
+
+def groups_of(points: Points, names: tuple[str, ...]) -> tuple[Ints, Ints]:
+    """First row of each different combination of columns of points, and which combination each row has."""
+    return groups([getattr(points, name) for name in names])
+
+
+def groups(columns: Sequence[NDArray[np.integer]]) -> tuple[Ints, Ints]:
+    """The same of arrays of numbers from 0 on, which are made one number."""
+    code, most = np.zeros(len(columns[0]), dtype=np.int64), 1
+    for column in columns:
+        width = int(column.max()) + 1
+        if most * width >= _MOST_CODE:
+            code, most = np.unique(code, return_inverse=True)[1].ravel(), len(code)
+        code, most = code * width + column, most * width
+    _, first, inverse = np.unique(code, return_index=True, return_inverse=True)
+    return first, inverse.ravel()

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from hardware_models.network.cluster import Cluster
 from hardware_models.network.collectives import collective_seconds
 from search.joint.bounds import SPLIT, PipelineShape
-from search.joint.bounds_kernels import Case, Limits, Tables, least_times
+from search.joint.bounds_kernels import CLOSE, Case, Limits, Tables, least_times
 from search.traced.space import TracedPoint, TracedSpace
 from simulator.lower import PassPrices
 from simulator.optimizer_states import OPTIMIZER_STATES
@@ -153,7 +153,7 @@ class ChainBounds:
             room_bytes=float(request.room_bytes), activation_bytes_per_s=0.0, parameter_bytes_per_s=0.0, states_leave=False, activations_leave=False,
             parameters_leave=False, recomputes=True, update_s=_UPDATE_PASSES / request.device.memory_bandwidth_bytes_per_s, slow_compute=0.0, slow_collectives=0.0,
         )  # fmt: skip
-        computed = least_times(self._stacked(), case, limits, most_s)
+        computed = least_times(self._stacked(), case, limits, most_s, CLOSE)
         exchanged = [
             self._exchanged_s(point, plan, self._found[row]) for point, plan, row in zip(points, plans, rows, strict=True)
         ]

@@ -7,9 +7,10 @@ from math import hypot
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hardware_models.best_rates import best_rate_seconds
 from hardware_models.catalogue import catalogue_names, load_hardware
 from hardware_models.errors import InputError
 from hardware_models.kernel import Kernel
@@ -369,3 +370,22 @@ def test_convolutions_of_a_published_step_leave_room_for_the_rest() -> None:
         if place or op != "convolution_backward_input"
     ]
     assert 1 / 3 < price(kernels, A100).sum() / (256 / 2470) < 2 / 3
+
+
+@pytest.mark.parametrize("name", GPUS)
+@given(m=size, n=size, k=size, heads=st.integers(1, 64), length=st.integers(2, 20_000), batch=st.integers(1, 64))
+@settings(max_examples=12, deadline=None)
+def test_no_price_is_below_the_best_rate(name: str, m: int, n: int, k: int, heads: int, length: int, batch: int) -> None:
+    profile = load_hardware(name)
+    dtype = next(dtype for dtype in ("bfloat16", "float16") if dtype in profile.peak_flops_per_s)
+    kernels = [
+        gemm_kernel(m, n, k, dtype),
+        batched(batch, m, n, k, dtype=dtype),
+        batched(batch, m, n, k, op="_grouped_mm", dtype=dtype),
+        attention_kernel(batch, heads, heads, length, length, 128, dtype, causal=True),
+    ]
+    least, found = best_rate_seconds(kernels, profile), price(kernels, profile)
+    assert (least[:3] > 0.0).all()
+    assert (least <= found).all()
+    large = gemm_kernel(8192, 8192, 8192, dtype)
+    assert best_rate_seconds([large], profile)[0] > 0.5 * priced(large, profile, sustained=True)
