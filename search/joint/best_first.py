@@ -125,11 +125,11 @@ class BestFirst:
             self._take(one)
 
     def settle(self, end: float) -> None:
-        """Asks the allocator about simulated plans, the fastest first, until one fits: the best so far, though others in the queue may be better."""
+        """Asks the allocator about simulated plans, the fastest first, until one fits: the best so far, though others in the queue may be better. Time is not looked at before one is known."""
         timed = sorted(one for one in self._queue if one.known != BOUNDED)
         self._queue = [one for one in self._queue if one.known == BOUNDED]
         heapq.heapify(self._queue)
-        while timed and timed[0].seconds < self.incumbent and time.monotonic() <= end:
+        while timed and timed[0].seconds < self.incumbent and (time.monotonic() <= end or self.plan is None):
             one = heapq.heappop(timed)
             if one.known == FITS:
                 self._take(one)

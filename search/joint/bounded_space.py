@@ -31,7 +31,6 @@ CASES = 4096
 NARROW = 1e-6
 """Part of a time up to which the least one is looked for: the bound is the lower end."""
 _SPLIT_COLUMNS = ("tp", "cp", "pp", "dp", "ep", "micro_batch", "placement", "cp_method", "compute")
-_HELD_COLUMNS = ("tp", "cp", "pp", "dp", "ep", "zero_stage", "compute")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +67,8 @@ class FirstBounds:
         self.bound_s = self._crude.alone()
         self.priced = np.zeros(len(space), np.bool_)
         """Of each point: whether its bound rests on prices."""
+        self._below_s = np.full(len(space), np.nan)
+        """Time below which it was last looked for."""
 
     def num_open_splits(self, most_s: float) -> int:
         """Ways to split the model that arithmetic leaves below a time."""
@@ -83,7 +84,7 @@ class FirstBounds:
             most_splits: ways to split the model that are priced; None: all.
         """
         np.maximum(self.bound_s, self._crude.with_collectives(most_s), out=self.bound_s)
-        rows = np.flatnonzero((self.bound_s < most_s) & ~self.priced)
+        rows = np.flatnonzero((self.bound_s < most_s) & (self._below_s != most_s))
         rows = rows[np.argsort(self.bound_s[rows], kind="stable")]
         if len(rows):
             first, split_of = groups_of(self.space.points.take(rows), _SPLIT_COLUMNS)
@@ -103,7 +104,8 @@ class FirstBounds:
         rules = _Splits(self.tables, self.sharded, gathers=bool((points.zero_stage == PARAMETERS_SHARDED).any()))
         for plan in plans:
             rules.add(plan)
-        heldings, held_of = groups_of(points, _HELD_COLUMNS)
+        replicas = points.dp.astype(np.int64) * points.cp
+        heldings, held_of = groups([replicas, points.zero_stage, points.compute])
         held = [
             held_bytes(space.request.trainer, space.plan(int(rows[one])), space.request.cluster) for one in heldings.tolist()
         ]
@@ -148,7 +150,7 @@ class FirstBounds:
         for number, seconds in enumerate(shared_out(bounded, [in_order[number::count] for number in range(count)])):
             found[in_order[number::count]] = seconds
         self.bound_s[rows] = np.maximum(self.bound_s[rows], found[group_of])
-        self.priced[rows] = True
+        self.priced[rows], self._below_s[rows] = True, most_s
 
 
 class _Splits:

@@ -8,8 +8,8 @@ with these, so either they or the way back counts.
     T >= max_r( start_r + max(m (F_r + B_r + R_r) + tail_r, m (F_r + B_r - W_r) + back_r) )     split ones
 
 The least over all cuts: for one chunk a rank, each stage in turn takes as many pieces as a time allows (more pieces behind a stage never make the next one's share smaller), and
-that time is halved. For several chunks, and for stages on two ranks, the mean over ranks counts, one micro-batch's way through all stages, and that the rank with the head has
-at least one whole layer a stage.
+that time is halved. For several chunks, and for stages on two ranks, the mean over ranks counts (R_r and tail_r of the mean rank: both are convex in what a rank holds, as long as all
+ranks save memory in one way), one micro-batch's way through all stages, and that the rank with the head has at least one whole layer a stage.
 
 **Memory.** A rank holds its parameters, gradients and optimizer states (as ZeRO shards them) and what at least k_r micro-batches keep: with n_r bytes beyond the device's room, each must keep
 n_r / k_r less. R_r is the least time of making that again (`LayerTable`). Or activations and parameters leave as fast as the host link carries them in time T, or the optimizer's states do, and

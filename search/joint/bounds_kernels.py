@@ -208,6 +208,7 @@ def _several_s(tables: Tables, case: Case, n: int, limits: Limits, most_s: float
     )  # fmt: skip
     if more == np.inf:
         return float(np.inf)
+    found = max(found, mean + more)
     if case.shape[n] in (LOOPED, VEE):
         found = max(found, _uneven_s(forward_s, backward_s, case, n))
     if case.entry[n] >= 0:

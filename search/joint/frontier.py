@@ -60,12 +60,11 @@ class Frontier:
         self._shared = multiprocessing.RawValue("d", known_s)
         """Time of the best plan that any process has found."""
 
-    def dive(self, end: float, *, raises: bool = True) -> BatchOutcome | None:
+    def dive(self, end: float) -> BatchOutcome | None:
         """Simulates plans, the least bound first, up to `DIVE` of them; then raises the bounds of all points that could beat the best of these. All processors take part.
 
         Args:
             end: moment (`time.monotonic`) at which no other bound is raised.
-            raises: whether bounds are raised once the plans are simulated.
 
         Returns:
             What came of it; None where few points could beat the known plan: the study looks at them anyway.
@@ -78,7 +77,7 @@ class Frontier:
 
         def part(number: int) -> tuple[Floats, float, BatchOutcome]:
             self.bound_s = np.where(part_of == number, whole, NOTHING)
-            outcome = self._dive_alone(DIVE // count, end, raises=raises)
+            outcome = self._dive_alone(DIVE // count, end)
             return self.bound_s[part_of == number], self.known_s, outcome
 
         found = shared_out(part, range(count))
@@ -88,7 +87,7 @@ class Frontier:
         self.known_s = min(known_s for _, known_s, _ in found)
         return reduce(lambda one, other: one.joined(other), (outcome for _, _, outcome in found))
 
-    def _dive_alone(self, most: int, end: float, *, raises: bool) -> BatchOutcome:
+    def _dive_alone(self, most: int, end: float) -> BatchOutcome:
         queue, rows = BestFirst(self.evaluator, self.known_s), np.arange(len(self.bound_s))
         while queue.num_simulated < most and queue.plan is None and time.monotonic() <= end:
             queue.incumbent = self.known_s = min(queue.incumbent, self._shared.value)
@@ -109,8 +108,7 @@ class Frontier:
             self.bound_s[point] = seconds
         self.known_s = queue.incumbent
         self._tell()
-        if raises:
-            self._raise_all(end)
+        self._raise_all(end)
         return queue.outcome(NOTHING)
 
     def _tell(self) -> None:

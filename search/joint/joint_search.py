@@ -5,10 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-
-import numpy as np
 
 from hardware_models.errors import InfeasibleError, InputError
 from hardware_models.profile import DeviceProfile
@@ -24,6 +22,7 @@ from search.joint.frontier import Frontier
 from search.joint.least_memory import least_memory
 from search.joint.processes import num_processes, shared_out
 from search.joint.sampled_study import Judge, SampledRun, run_sampled
+from search.joint.scout import scouted
 from search.joint.space import JointRequest, joint_space
 from search.joint.workers import run_together
 from search.study_key import fingerprint, study_text
@@ -37,10 +36,6 @@ FEW_PLANS = 32
 """Of experts' rules, up to which one process looks at them."""
 PRICING = 0.5
 """Part of the time left that goes into prices: bounds by arithmetic hold for what is not priced then."""
-SCOUTED = 128
-"""Ways to split a model whose plans are simulated before the others are priced."""
-MANY_SCOUTED = 4
-"""Times as many must be open for that to pay."""
 LEAST_MEMORY_S = 20.0
 """That a search with a time limit looks for the least memory that would do, where nothing fits."""
 
@@ -189,13 +184,12 @@ def joint_search(
     baselines = _baselines(evaluator, experts(request), end)
     known = min((one for one in baselines if one.fits), key=lambda one: one.step_time_s, default=None)
     first = FirstBounds(space, device, evaluator.tables)
-    scouted = _scouted(first, evaluator, known.step_time_s if known else NOTHING, end) if sampled is None else None
-    known_s = min(
-        known.step_time_s if known else NOTHING, NOTHING if scouted is None or scouted.value is None else scouted.value
-    )
+    known_s = known.step_time_s if known else NOTHING
+    seen = scouted(first, evaluator, known_s, _part_of_time(end, PRICING)) if sampled is None else None
+    known_s = min(known_s, NOTHING if seen is None or seen.value is None else seen.value)
     bounded = first.price(known_s, end=_part_of_time(end, PRICING))
     frontier = Frontier(bounded, evaluator, known_s)
-    probed = _joined(scouted, frontier.dive(end)) if sampled is None else None
+    probed = _joined(seen, frontier.dive(end)) if sampled is None else None
     prepared = _Prepared(
         evaluator=evaluator,
         bounded=bounded,
@@ -214,15 +208,6 @@ def joint_search(
         plan=plan, simulation=simulation, study=study, lower_bound_s=min(simulation.step_time_s, study.progress.lower_bound), space_size=len(space),
         elapsed_s=time.perf_counter() - started, num_probed=probed.num_simulated if probed else 0, baselines=baselines, expert=known, differences=contributions(plan, known.plan, evaluator.forecast) if known else (),
     )  # fmt: skip
-
-
-def _scouted(first: FirstBounds, evaluator: Evaluator, known_s: float, end: float) -> BatchOutcome | None:
-    """What plans of the first `SCOUTED` splits came to; None: so few are open that all of them are priced at once, or there is no time."""
-    if first.num_open_splits(known_s) < MANY_SCOUTED * SCOUTED:
-        return None
-    bounded = first.price(known_s, end=_part_of_time(end, PRICING), most_splits=SCOUTED)
-    priced = replace(bounded, bound_s=np.where(first.priced, bounded.bound_s, NOTHING))
-    return Frontier(priced, evaluator, known_s).dive(_part_of_time(end, PRICING), raises=False)
 
 
 def _part_of_time(end: float, part: float) -> float:

@@ -48,7 +48,9 @@ class Mesh:
         if axis == "ep":
             offsets = self.replicas()
             return self._placed(offsets[:: len(offsets) // self.ep] if self.ep_outermost else offsets[: self.ep])
-        return self._placed([rank * self.stride(axis) for rank in range(self.degree(axis))])
+        return self._counted(
+            self.degree(axis), self._inside([(self.degree(axis), self.stride(axis))], self.cluster.devices_per_node)
+        )
 
     def replicas(self) -> tuple[int, ...]:
         """Ranks, ascending from 0, that hold the same dense parameters: those of the dp and cp axes together."""
@@ -79,7 +81,11 @@ class Mesh:
             distance: of two pipeline ranks that hold the same stage, in orders of two directions.
         """
         if distance not in self._gradient_groups:
-            self._gradient_groups[distance] = self._placed(self._across(self.replicas(), distance))
+            axes, node = [(self.degree(axis), self.stride(axis)) for axis in ("dp", "cp")], self.cluster.devices_per_node
+            ranks, inside = self.degree("dp") * self.degree("cp"), self._inside(axes, node)
+            if distance:
+                ranks, inside = 2 * ranks, inside + self._inside(axes, node - distance * self.stride("pp"))
+            self._gradient_groups[distance] = self._counted(ranks, inside)
         return self._gradient_groups[distance]
 
     def expert_group(self, distance: int = 0) -> CommGroup:
@@ -125,8 +131,24 @@ class Mesh:
 
     def _placed(self, offsets: Sequence[int]) -> CommGroup:
         """The group of ranks at such distances from the first one, which begins a node."""
-        per_node = sum(offset < self.cluster.devices_per_node for offset in offsets)
-        return CommGroup(num_ranks=len(offsets), ranks_per_node=per_node, concurrent_groups=max(1, self._used // per_node))
+        return self._counted(len(offsets), sum(offset < self.cluster.devices_per_node for offset in offsets))
+
+    def _counted(self, ranks: int, per_node: int) -> CommGroup:
+        return CommGroup(num_ranks=ranks, ranks_per_node=per_node, concurrent_groups=max(1, self._used // per_node))
+
+    def _inside(self, axes: Sequence[tuple[int, int]], room: int) -> int:
+        """Ranks below a number among those at all sums of multiples of strides: counted, not listed, for there are thousands.
+
+        Args:
+            axes: (degree, stride).
+            room: the number.
+        """
+        if room <= 0:
+            return 0
+        if not axes:
+            return 1
+        (degree, stride), *others = axes
+        return sum(self._inside(others, room - place * stride) for place in range(min(degree, -(-room // stride))))
 
 
 def mesh_of(plan: Plan, cluster: Cluster) -> Mesh:

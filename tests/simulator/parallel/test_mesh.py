@@ -106,6 +106,8 @@ def test_groups_of_every_order_cover_the_cluster(order: str) -> None:
     assert ranks == set(range(64))
     assert len(own.replicas()) == 8
     assert own.gradient_group().num_ranks == 8
+    for distance in range(4):  # ranks that are counted are those that are listed
+        assert own.gradient_group(distance) == own.copy_group(1, distance)
     assert own.group("ep").num_ranks * own.expert_group().num_ranks == 8
     for group in (own.group("ep"), own.expert_group(), *(own.group(axis) for axis in strides)):
         assert group.ranks_per_node * group.concurrent_groups == 8

@@ -1,0 +1,69 @@
+"""A first look at a large space: a few plans simulated before most ways to split the model are priced, so that most of them need not be."""
+
+from __future__ import annotations
+
+import time
+from functools import reduce
+
+import numpy as np
+
+from search.joint.batch_study import NOTHING, BatchOutcome
+from search.joint.best_first import BestFirst
+from search.joint.bounded_space import FirstBounds, Ints
+from search.joint.evaluate import Evaluator
+from search.joint.points import groups_of
+from search.joint.processes import num_processes, shared_out
+
+SPLITS = 256
+"""Ways to split the model that are priced for it, the least bound first."""
+MANY_SPLITS = 1024
+"""That must be open for it to pay."""
+POINTS = 256
+"""Whose plans are bounded."""
+PLANS = 16
+"""That are simulated."""
+GUESS = 1.5
+"""Steps in which the time below which a first plan is looked for grows: the shorter a step, the less the host link carries, so that bounds are closer."""
+_ALIKE = ("tp", "cp", "pp", "ep", "micro_batch", "zero_stage")
+"""Of points that agree in these, only the one with the least bound is looked at."""
+
+
+def scouted(first: FirstBounds, evaluator: Evaluator, known_s: float, end: float) -> BatchOutcome | None:
+    """What the most promising plans of the most promising splits came to; None: so few are open that all of them are priced at once.
+
+    Args:
+        first: bounds of the space, which are raised.
+        evaluator: bounds and simulates plans.
+        known_s: of a plan that is known; infinite: none is.
+        end: moment (`time.monotonic`) at which no other plan is begun.
+    """
+    if first.num_open_splits(known_s) < MANY_SPLITS:
+        return None
+    guess_s = min(known_s, GUESS * float(first.bound_s.min()))
+    while True:
+        bound_s = np.where(first.priced, first.price(guess_s, end=end, most_splits=SPLITS).bound_s, NOTHING)
+        rows = np.flatnonzero(bound_s < guess_s)
+        rows = rows[np.argsort(bound_s[rows], kind="stable")]
+        found = _simulated(evaluator, rows, known_s, end) if len(rows) else None
+        if (found is not None and found.value is not None) or guess_s >= known_s or time.monotonic() > end:
+            return found
+        guess_s = min(known_s, GUESS * guess_s)
+
+
+def _simulated(evaluator: Evaluator, rows: Ints, known_s: float, end: float) -> BatchOutcome:
+    """Points in the order of their bounds, shared out over all processors."""
+    alike = np.sort(groups_of(evaluator.space.points.take(rows), _ALIKE)[0])
+    chosen, count = rows[alike[:POINTS]].tolist(), num_processes()
+
+    def part(number: int) -> BatchOutcome:
+        queue = BestFirst(evaluator, known_s)
+        for row in chosen[number::count]:
+            if time.monotonic() > end:
+                break
+            queue.add(row)
+        while queue.num_simulated < PLANS // count and queue.least_s < queue.incumbent and time.monotonic() <= end:
+            queue.step()
+        queue.settle(end)
+        return queue.outcome(NOTHING)
+
+    return reduce(lambda one, other: one.joined(other), shared_out(part, range(count)))
