@@ -80,6 +80,21 @@ class Staged(NamedTuple):
     """The same before it runs backward."""
 
 
+class Played(NamedTuple):
+    """What came of playing an order; of each rank, in seconds."""
+
+    begun: Floats
+    """When it begins its first pass."""
+    end: Floats
+    """When it has run all and its gradients are reduced; infinite where the order is stuck."""
+    turned: Floats
+    """When it begins its first backward pass, and what its passes take from then on."""
+    spoken: Floats
+    """Of these, what they wait for besides compute."""
+    traffic: Floats
+    """That is asked for from then on, or was not done by then."""
+
+
 class Slowdown(NamedTuple):
     """Times under overlap over times alone."""
 
@@ -130,8 +145,8 @@ def _durations(seconds: StageSeconds, stage: int, kind: int) -> tuple[float, flo
 @njit(cache=True)  # type: ignore[untyped-decorator]
 def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; parts of it would pass ten arrays on
     passes: Passes, seconds: StageSeconds, staged: Staged, message_s: float, waits: bool, every: bool, each: bool, slowdown: Slowdown
-) -> tuple[Floats, Floats]:  # fmt: skip
-    """When each rank begins its first pass, and when it has run all and its gradients are reduced; infinite where the order is stuck. Shape (ranks,) each.
+) -> Played:  # fmt: skip
+    """An order in time.
 
     **Model**: a pass begins when the rank is free and its input is there; one that gathers parameters also when the first of them have come, and it ends no sooner than the last ones have. Traffic of data
     parallelism goes one after the other on a rank; beside compute both are slower, beside what else a pass waits for and while the rank is idle it is as fast as alone. A bucket of gradients goes when it is made.
@@ -155,6 +170,7 @@ def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; par
     # traffic of a rank in seconds alone: asked for, done by the time of the rank's clock, gathered for the passes so far
     left, left_before, arrived, called = np.zeros(ranks), np.zeros(ranks), np.zeros(ranks), np.zeros(ranks)
     # copies of a rank: when all have left, all but the last one; when all have come; when it could begin the pass before
+    turned, worked, spoken, traffic = np.full(ranks, _NOT_YET), np.zeros(ranks), np.zeros(ranks), np.zeros(ranks)
     ran = np.zeros(staged.forward.shape[1])
     gone = np.zeros((stages, batches if staged.num.any() else 0, staged.forward.shape[1]))
     there, back = np.full((stages, batches), _NOT_YET), np.full((stages, batches), _NOT_YET)
@@ -183,12 +199,16 @@ def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; par
                         clock[rank] = free[rank]
                         wanted[rank] = asked[rank]
                         asked[rank] += seconds.gather[stage]
+                        traffic[rank] += seconds.gather[stage]
                     ahead = wanted[rank] + (seconds.first[stage] if kind == FORWARD else seconds.first_back[stage])
                     wanted[rank] += seconds.gather[stage]
                     target = wanted[rank]
                     begin = max(begin, clock[rank] + max(0.0, ahead - came[rank]))
                 if n == passes.first[rank]:
                     begun[rank] = begin
+                turns = kind != FORWARD and turned[rank] == _NOT_YET
+                if turns:
+                    spoken[rank] = 0.0
                 closes = passes.closes[n] and kind != FORWARD
                 reduced = seconds.reduce[stage] if closes or (every and kind >= WEIGHT_GRADIENT) else 0.0
                 buckets = seconds.chunks[stage] if kind == FULL_BACKWARD and (closes or each) else 1
@@ -196,6 +216,9 @@ def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; par
                 if chunks == 0:
                     came[rank] = min(asked[rank], came[rank] + begin - clock[rank])
                     clock[rank] = begin
+                    if turns:
+                        turned[rank], worked[rank], traffic[rank] = begin, 0.0, asked[rank] - came[rank]
+                    worked[rank] += compute
                     lead = seconds.lead[stage] if kind == FULL_BACKWARD else 0.0
                     for part in range(buckets):
                         own = (compute - lead) / buckets + (lead if part == 0 else 0.0)
@@ -221,6 +244,9 @@ def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; par
                         begin = max(begin, arrived[rank])
                     begin = max(begin, clock[rank])
                     came[rank] = min(asked[rank], came[rank] + begin - clock[rank])
+                    if turns and turn == 0:
+                        turned[rank], worked[rank], traffic[rank] = begin, 0.0, asked[rank] - came[rank]
+                    worked[rank] += own
                     took, beside = _together(own, asked[rank] - came[rank], slowdown)
                     clock[rank] = ran[turn] = begin + took
                     came[rank] += beside
@@ -229,6 +255,9 @@ def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; par
                     if kind == FORWARD and staged.leave[stage, turn] > 0.0:
                         left_before[rank] = left[rank]
                         left[rank] = gone[stage, batch, turn] = max(left[rank], clock[rank]) + staged.leave[stage, turn]
+                worked[rank] += waited
+                spoken[rank] += waited
+                traffic[rank] += reduced
                 made = clock[rank] + waited  # what another rank gets does not wait for gathered parameters
                 end = max(made, clock[rank] + target - came[rank])
                 came[rank] = min(asked[rank], came[rank] + end - clock[rank])
@@ -243,4 +272,4 @@ def play_step(  # noqa: C901, PLR0912, PLR0915 - one loop over shared state; par
     for rank in range(ranks):
         if done[rank] < passes.first[rank + 1]:
             free[rank] = np.inf
-    return begun, np.maximum(free, clock + asked - came)
+    return Played(begun, np.maximum(free, clock + asked - came), turned + worked, spoken, traffic)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -24,17 +23,6 @@ from simulator.precision import STORED_AS
 from simulator.program import Kind
 
 Floats = NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StagedPasses:
-    """Passes of a plan's stages in chunks."""
-
-    played: Staged
-    sent_bytes: Floats
-    """To the host by a forward pass, and back by the backward pass; shape (stages,)."""
-    fetched_bytes: Floats
-    """Parameters that each of both takes; same shape."""
 
 
 @lru_cache(maxsize=64)
@@ -59,10 +47,10 @@ class StagedTables:
         both = min(path.both_bytes_per_s, path.dram_bytes_per_s)
         self._down, self._up = min(path.to_host_bytes_per_s, both), min(path.to_device_bytes_per_s, both)
         self._latency_s = path.latency_s
-        self._found: dict[Hashable, StagedPasses] = {}
+        self._found: dict[Hashable, Staged] = {}
         self._chunks: dict[Hashable, tuple[object, tuple[tuple[ChunkCost, ...], ...]]] = {}
 
-    def of(self, plan: Plan, order: Order, stages: Stages) -> StagedPasses:
+    def of(self, plan: Plan, order: Order, stages: Stages) -> Staged:
         """The passes of a plan that keeps activations or parameters on the host.
 
         **Model**: chunks, their compute and their bytes are the simulator's own (`chunk_costs`, `staged_bytes`); a copy takes its latency and its bytes at the full rate of the rank's way.
@@ -91,27 +79,22 @@ class StagedTables:
 
     def _made(
         self, chunks: Sequence[tuple[ChunkCost, ...]], weight_s: Floats, share: float, activations: float, weights: float, width: int
-    ) -> StagedPasses:  # fmt: skip
+    ) -> Staged:  # fmt: skip
         """Equal stages have the same chunks."""
         rows: dict[int, int] = {}
-        found: list[tuple[Floats, float, float]] = []
+        found: list[Floats] = []
         for own, less_s in zip(chunks, weight_s.tolist(), strict=True):
             if id(own) not in rows:
                 rows[id(own)] = len(found)
                 found.append(self._stage(own, less_s, share, activations, weights, width))
-        of_stage = [rows[id(own)] for own in chunks]
-        table = np.array([one[0] for one in found])[of_stage]
+        table = np.array(found)[[rows[id(own)] for own in chunks]]
         count = np.array([len(own) for own in chunks], np.int64)
-        return StagedPasses(
-            played=Staged(count, *(np.ascontiguousarray(table[:, place]) for place in range(table.shape[1]))),
-            sent_bytes=np.array([one[1] for one in found])[of_stage],
-            fetched_bytes=np.array([one[2] for one in found])[of_stage],
-        )
+        return Staged(count, *(np.ascontiguousarray(table[:, place]) for place in range(table.shape[1])))
 
     def _stage(
         self, chunks: tuple[ChunkCost, ...], less_s: float, share: float, activations: float, weights: float, width: int
-    ) -> tuple[Floats, float, float]:
-        """Seconds of each chunk in the order of turns (rows as the fields of `Staged`), bytes sent and parameters fetched by a pass."""
+    ) -> Floats:
+        """Seconds of each chunk in the order of turns; rows as the fields of `Staged`."""
         sent = np.array(staged_bytes(chunks, activations, share), np.float64)
         fetched = np.array([weight_bytes(chunk, weights, width) for chunk in chunks], np.float64)
         whole = np.array([chunk.backward.total_s for chunk in chunks])
@@ -123,9 +106,9 @@ class StagedTables:
             share * np.array([chunk.forward.total_s for chunk in chunks]), share * whole[::-1], share * (whole - left * gradients)[::-1],
             self._seconds(sent, self._down), self._seconds(sent, self._up)[::-1], self._seconds(fetched, self._up), self._seconds(fetched, self._up)[::-1],
         )  # fmt: skip
-        table = np.zeros((len(rows), STAGING_CHUNKS))
+        table: Floats = np.zeros((len(rows), STAGING_CHUNKS))
         table[:, : len(chunks)] = rows
-        return table, float(sent.sum()), float(fetched.sum())
+        return table
 
     def _seconds(self, size_bytes: Floats, bytes_per_s: float) -> Floats:
         return np.where(size_bytes > 0.0, self._latency_s + size_bytes / bytes_per_s, 0.0)

@@ -6,8 +6,9 @@
 
 Passes beside which activations or parameters travel to the host and back run chunk by chunk (`staged_passes`), each with the copies that it waits for.
 
-**Traffic of data parallelism**: whatever a rank makes again, and whenever: a second of traffic takes c = t (1 - 1 / k) seconds from compute that it goes beside (both take t and k times as long), c <= 1, or none where the rank computes nothing:
-before its first pass (b), beside the E seconds of collectives that passes wait for, or while it waits, which is dearer. So with U seconds of passes and D of traffic a rank is over after b + U + c max(0, D - E - b) at the earliest.
+**Traffic of data parallelism**: whatever a rank makes again, and whenever: a second of traffic takes c = t (1 - 1 / k) seconds from compute that it goes beside (both take t and k times as long), c <= 1, or none where the rank computes
+nothing: beside the E seconds of collectives that passes wait for, or while it waits, which is dearer. Nothing is made again before a rank's first backward pass, at b in the play; with U seconds of passes from then on, A made again (C of it
+collectives) and D seconds of traffic that is left or comes, it is over after b + U + A + c max(0, D - E - C) at the earliest.
 
 **Not counted**: slow-down of compute beside messages and copies, links that are shared, what ZeRO 3 hides of its first gathers, the host's launches, what a running pass adds to what it keeps. All of these only add.
 """
@@ -36,7 +37,7 @@ from search.joint.played_stages import (
     stages_of_cut,
     sync_of,
 )
-from search.joint.played_step_kernels import Slowdown, play_step
+from search.joint.played_step_kernels import Played, Slowdown, play_step
 from search.joint.sharded_parameters import ShardedSeconds
 from search.joint.staged_passes import StagedTables, not_staged
 from simulator.model_source import ModelSource
@@ -90,7 +91,7 @@ class StepBounds:
         self._syncs: dict[Hashable, Sync] = {}
         self._stage_syncs: dict[Hashable, GradientSync] = {}
         self.sharded = ShardedSeconds(tables)
-        self._plays: dict[Hashable, tuple[Floats, Floats]] = {}
+        self._plays: dict[Hashable, Played] = {}
         self._alone: dict[Hashable, float] = {}
         self._ways: dict[Hashable, list[tuple[Hashable, Memory]]] = {}
 
@@ -129,7 +130,7 @@ class StepBounds:
             if key not in least:
                 stages = self._stages(one, order, split.table)
                 least[key] = (
-                    self._passes(one, order, split, stages)
+                    float(self._passes(one, order, split, stages).end.max())
                     if _is_staged(memory)
                     else self._played(one, order, split, stages, np.zeros(order.num_ranks))
                 )
@@ -144,11 +145,14 @@ class StepBounds:
         whole = (id(order), id(split.table), split.message_s(1.0 / order.microbatch_parts), tuple(held for held, _ in ways))
         if whole not in self._alone:
             plans = [replace(plan, memory=memory) for _, memory in ways]
-            self._alone[whole] = min(self._passes(one, order, split, self._stages(one, order, split.table)) for one in plans)
+            stages = [self._stages(one, order, split.table) for one in plans]
+            self._alone[whole] = min(
+                float(self._passes(one, order, split, own).end.max()) for one, own in zip(plans, stages, strict=True)
+            )
         return self._alone[whole]
 
-    def _passes(self, plan: Plan, order: Order, split: Split, stages: Stages) -> float:
-        """Seconds of a plan's passes in their order alone."""
+    def _passes(self, plan: Plan, order: Order, split: Split, stages: Stages) -> Played:
+        """A plan's passes in their order alone."""
         message_s = split.message_s(1.0 / order.microbatch_parts)
         key = (id(order), id(stages), message_s)
         if key not in self._plays:
@@ -156,7 +160,7 @@ class StepBounds:
             self._plays[key] = play_step(
                 passes_of(order), seconds, not_staged(order.num_stages), message_s, waits_for_messages(plan), False, False, self._slowdown
             )  # fmt: skip
-        return float(self._plays[key][1].max())
+        return self._plays[key]
 
     def _ways_to_cut(self, plan: Plan) -> list[tuple[Hashable, Memory]]:
         """Ways to save memory that may come to different cuts into stages, by what decides these."""
@@ -176,29 +180,34 @@ class StepBounds:
 
     def _bound(self, plan: Plan, order: Order, split: Split, best_s: float) -> Bound:
         stages, staged = self._stages(plan, order, split.table), _is_staged(plan.memory)
-        found = 0.0 if staged else self._played(plan, order, split, stages, np.zeros(order.num_ranks))
+        found = (
+            self._unplayed(plan, order, split, stages)
+            if staged
+            else self._played(plan, order, split, stages, np.zeros(order.num_ranks))
+        )
         if found >= best_s:
             return Bound(found, 0)
         again, needed = self._again(plan, order, split.table, stages)
         if needed:
             return Bound(NOT_POSSIBLE, needed)
         if staged:
-            found = self._copied(plan, order, stages)
+            found = max(found, self._copied(plan, order, stages))
         if found < best_s and (again.any() or staged):
             found = max(found, self._played(plan, order, split, stages, again))
         return Bound(found, 0)
 
     def _stages(self, plan: Plan, order: Order, table: LayerTable) -> Stages:
-        cut_as = plan if plan.memory.recompute != "optimal" else _plain(plan)
-        model, dtype = self.tables.model(cut_as), STORED_AS[plan.precision.compute]
-        each = static_memory(1.0, 0.0, plan, dtype=dtype)
-        key = (id(table), id(model), id(order), each)
+        own, memory = plan.parallel, plan.memory
+        recompute = "none" if memory.recompute == "optimal" else memory.recompute
+        states = (memory.zero_stage, memory.optimizer_offload, memory.grad_offload, memory.weight_offload)
+        key = (id(table), id(order), own.dp, own.cp, own.ep, plan.precision, plan.pipeline.partition, states, recompute)
         if key not in self._cuts:
+            cut_as = plan if memory.recompute == recompute else _plain(plan)
+            model, dtype = self.tables.model(cut_as), STORED_AS[plan.precision.compute]
             cut = partition_of(model.workload, cut_as, model.prices, order, self.device, dtype=dtype)
             if (id(table), cut) not in self._known_stages:
                 self._known_stages[id(table), cut] = stages_of_cut(table, cut)
             self._cuts[key] = self._known_stages[id(table), cut]
-            self._alive[id(model)] = model
         return self._cuts[key]
 
     def _again(self, plan: Plan, order: Order, table: LayerTable, stages: Stages) -> tuple[Floats, int]:
@@ -231,9 +240,13 @@ class StepBounds:
 
     def _copied(self, plan: Plan, order: Order, stages: Stages) -> float:
         """Least seconds of a rank's copies, all of them together."""
-        staged, passes, path = self._staged.of(plan, order, stages), held_of(order).passes, self._path
-        kept = passes @ staged.sent_bytes * order.microbatch_parts
-        fetched = 2.0 * (passes @ staged.fetched_bytes) * order.microbatch_parts
+        memory, passes, path = plan.memory, held_of(order).passes, self._path
+        shards = plan.parallel.shard_ranks if memory.zero_stage >= PARAMETERS_SHARDED else 1
+        width = DTYPE_BYTES[STORED_AS[plan.precision.compute]]
+        kept = _ALMOST * float(memory.activation_offload) * (memory.recompute == "none") * (passes @ stages.kept_bytes)
+        fetched = (
+            _ALMOST * float(memory.weight_offload) * 2.0 * order.microbatch_parts * (passes @ stages.moved) * width / shards
+        )
         both = min(path.both_bytes_per_s, path.dram_bytes_per_s)
         ways = (kept / path.to_host_bytes_per_s, (kept + fetched) / path.to_device_bytes_per_s, (2.0 * kept + fetched) / both)
         return float(max(seconds.max() for seconds in ways))
@@ -250,21 +263,32 @@ class StepBounds:
         if key not in self._plays:
             extra = again[[ranks[0] for ranks in order.ranks_of_stage]] if alone else 0.0
             seconds = stage_seconds(stages, sync, share, extra)
-            staged = self._staged.of(plan, order, stages).played if away else not_staged(order.num_stages)
+            staged = self._staged.of(plan, order, stages) if away else not_staged(order.num_stages)
             self._plays[key] = play_step(
                 passes_of(order), seconds, staged, message_s, waits_for_messages(plan), every, each, self._slowdown
             )
-        begin, end = self._plays[key]
-        compute, passes = held.passes @ stages.compute_s, held.passes @ (stages.forward_s + stages.backward_s)
-        spoken = passes - compute
-        if not alone:
-            passes = passes + held.passes.max(axis=1) * again
-            spoken = spoken + np.minimum(held.passes.max(axis=1) * again, spoken)
-        early = held.owns @ (sync.reduce_s * sync.reduce_early + sync.gather_s * sync.gather_early) * (not every)
-        beside = self._slowdown.price * np.maximum(0.0, early - spoken - begin)
-        late = held.owns @ (sync.reduce_s * ~sync.reduce_early + sync.gather_s * ~sync.gather_early)
-        updated = self._update_s(plan) * (held.owns @ stages.dense)
-        return float((np.maximum(end, begin + passes + beside) + late + updated).max())
+        played = self._plays[key]
+        more = np.zeros(order.num_ranks) if alone else held.passes.max(axis=1) * again
+        beside = np.maximum(0.0, played.traffic - played.spoken - np.minimum(more, played.spoken))
+        end = np.maximum(played.end, played.turned + more + self._slowdown.price * beside)
+        return float((end + self._late_s(plan, order, sync, stages)).max())
+
+    def _unplayed(self, plan: Plan, order: Order, split: Split, stages: Stages) -> float:
+        """Least seconds by what there is to do: passes, as played without traffic, and all traffic of the rank beside them; arguments as for `_played`."""
+        held, sync, played = held_of(order), self._sync(plan, order, split, stages), self._passes(plan, order, split, stages)
+        passes = held.passes @ (stages.forward_s + stages.backward_s)
+        spoken = passes - held.passes @ stages.compute_s
+        early = held.owns @ (sync.reduce_s * sync.reduce_early + sync.gather_s * sync.gather_early)
+        early *= plan.memory.zero_stage < PARAMETERS_SHARDED
+        beside = self._slowdown.price * np.maximum(0.0, early - spoken - played.begun)
+        end = np.maximum(played.end, played.begun + passes + beside)
+        return float((end + self._late_s(plan, order, sync, stages)).max())
+
+    def _late_s(self, plan: Plan, order: Order, sync: Sync, stages: Stages) -> Floats:
+        """Seconds of what each rank does when its passes are over."""
+        owns = held_of(order).owns
+        late: Floats = owns @ (sync.reduce_s * ~sync.reduce_early + sync.gather_s * ~sync.gather_early)
+        return late + self._update_s(plan) * (owns @ stages.dense)
 
     def _update_s(self, plan: Plan) -> float:
         """Least seconds of the optimizer's step for each parameter of a rank, wherever it runs."""
@@ -333,6 +357,10 @@ class StepBounds:
 def _is_staged(memory: Memory) -> bool:
     """Whether passes run in chunks, beside which copies travel."""
     return bool(memory.activation_offload or memory.weight_offload)
+
+
+_ALMOST = 1.0 - 1e-6
+"""Copies of rounded bytes may be a little less than what is asked for."""
 
 
 def _plain(plan: Plan) -> Plan:

@@ -131,6 +131,8 @@ class Communication:
         self.element_bytes, self.factors = DTYPE_BYTES[dtype], factors
         self.tokens = (plan.batch.micro_batch or 1) * seq_len // plan.parallel.cp
         self._known: dict[tuple[str, str, float], float] = {}
+        self._blocks: dict[tuple[int, float, bool, bool], tuple[Block, Exposed]] = {}
+        """By a block's identity, which stands for it as long as it is kept here."""
 
     def seconds(self, axis: str, collective: str, size_bytes: float) -> float:
         """Of a collective over an axis; layers of one kind ask for the same ones."""
@@ -168,6 +170,12 @@ class Communication:
 
     def block(self, block: Block, attention_s: float, *, backward: bool = False, again: bool = False) -> Exposed:
         """Of one block's forward or backward pass; ``again``: its forward pass inside the backward one, which may stop before its last collective."""
+        key = (id(block), attention_s, backward, again)
+        if key not in self._blocks:
+            self._blocks[key] = block, self._block(block, attention_s, backward=backward, again=again)
+        return self._blocks[key][1]
+
+    def _block(self, block: Block, attention_s: float, *, backward: bool, again: bool) -> Exposed:
         tp_s = cp_s = ep_s = 0.0
         stream = self.tokens * self.config.hidden * self.element_bytes
         if block.name in _TP_BLOCKS:

@@ -51,13 +51,22 @@ def partition_of(
     full = plan.memory.recompute == "full"
     each = static_memory(1.0, 0.0, plan, dtype=dtype)
     element_bytes = (each.parameters + each.gradients + each.states) * order.weight_versions
+    room_bytes = (plan.memory.budget_bytes or device.memory_bytes - device.context_bytes) // plan.parallel.virtual_stages
+    asked = (id(workload), full, element_bytes, stages, in_flight(order), room_bytes)
+    return prices.once(("cut", asked), lambda: _fastest_cut(workload, prices, order, full, element_bytes, stages, room_bytes))
+
+
+def _fastest_cut(
+    workload: Workload, prices: PassPrices, order: Order, full: bool, element_bytes: float, stages: int, room_bytes: int
+) -> tuple[int, ...]:
     _, sizes = prices.once(
         (id(workload), full), lambda: (workload, _sizes(workload, prices, full=full))
     )  # kept, so that no other one gets its id
+    bytes_of = {own: round(element_bytes * own) for own in {*sizes.layer_elements, *sizes.end_elements}}
     problem = PartitionProblem(
-        layer_s=sizes.layer_s, front_s=sizes.end_s[0], back_s=sizes.end_s[1], layer_bytes=tuple(round(element_bytes * own) for own in sizes.layer_elements),
-        kept_bytes=sizes.kept_bytes, front_bytes=round(element_bytes * sizes.end_elements[0]), back_bytes=round(element_bytes * sizes.end_elements[1]),
-        in_flight=in_flight(order), room_bytes=(plan.memory.budget_bytes or device.memory_bytes - device.context_bytes) // plan.parallel.virtual_stages,
+        layer_s=sizes.layer_s, front_s=sizes.end_s[0], back_s=sizes.end_s[1], layer_bytes=tuple(bytes_of[own] for own in sizes.layer_elements),
+        kept_bytes=sizes.kept_bytes, front_bytes=bytes_of[sizes.end_elements[0]], back_bytes=bytes_of[sizes.end_elements[1]],
+        in_flight=in_flight(order), room_bytes=room_bytes,
     )  # fmt: skip
     return best_partition(problem, stages)
 

@@ -65,10 +65,34 @@ def _worst_stage(spans: Spans, cuts: Ints) -> tuple[float, float]:
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]
+def _allowed(spans: Spans, stage: int, stages: int, first: int, end: int, most_over: float, most_s: float) -> bool:
+    return bool(_seconds(spans, stage, stages, first, end) <= most_s and _over(spans, stage, stages, first, end) <= most_over)
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
+def _reach(spans: Spans, stages: int, most_over: float, most_s: float) -> tuple[Ints, Ints]:
+    """The first and the last layer at which each stage can begin in a cut whose stages are all allowed; shape (stages + 1,)."""
+    count = len(spans.seconds) - 1
+    lowest, highest = np.zeros(stages + 1, np.int64), np.zeros(stages + 1, np.int64)
+    lowest[stages] = count
+    for stage in range(stages):  # a stage that begins later may end later
+        end = highest[stage]
+        while end < count - (stages - 1 - stage) and _allowed(spans, stage, stages, highest[stage], end + 1, most_over, most_s):
+            end += 1
+        highest[stage + 1] = end
+    for stage in range(stages - 1, -1, -1):
+        first = lowest[stage + 1]
+        while first > stage and _allowed(spans, stage, stages, first - 1, lowest[stage + 1], most_over, most_s):
+            first -= 1
+        lowest[stage] = first
+    return lowest, highest
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]
 def least_cuts(spans: Spans, stages: int, aim: int, most_over: float, most_s: float) -> tuple[Ints, float]:
     """First layer of each stage, and the number of layers; and what they come to.
 
-    Dynamic programming over (stages, layers); each stage has a layer, so that layers that leave too few for other stages are not looked at. Ties go to the earlier cut.
+    Dynamic programming over (stages, layers); each stage has a layer, and layers at which no cut under both limits has a stage begin are not looked at. Ties go to the earlier cut.
 
     Args:
         spans: of the layers.
@@ -81,8 +105,9 @@ def least_cuts(spans: Spans, stages: int, aim: int, most_over: float, most_s: fl
     best = np.full((stages + 1, count + 1), np.inf)
     before = np.zeros((stages + 1, count + 1), np.int64)
     best[0, 0] = 0.0
+    lowest, highest = _reach(spans, stages, most_over, most_s)
     for stage in range(stages):
-        for end in range(stage + 1, count - (stages - 1 - stage) + 1):
+        for end in range(max(stage + 1, lowest[stage + 1]), highest[stage + 1] + 1):
             least = np.inf
             for first in range(
                 end - 1, stage - 1, -1

@@ -20,6 +20,7 @@ from simulator.parallel.host_python import python_seconds
 from simulator.parallel.recompute import fit_framework
 from simulator.parallel.stages import ChunkCost, Stage, StageCost, chunk_costs, stage_cost
 from simulator.plan import Batch, Memory, Parallel, Plan, Precision, Runtime
+from simulator.plan_sections import MemoryBlock
 from simulator.precision import STORED_AS, price_in
 from simulator.presets import TransformerConfig, build_workload
 from simulator.sequence import Operation
@@ -89,28 +90,31 @@ def priced_model(config: TransformerConfig, plan: Plan, device: DeviceProfile, *
     Raises:
         InputError: a degree or length that breaks a rule.
     """
-    split = plan.parallel
+    split, memory = plan.parallel, plan.memory
     return _priced_model(
-        config, _Same(device), seq_len,
-        Parallel(tp=split.tp, cp=split.cp, dp=split.ep, ep=split.ep, sequence_parallel=split.sequence_parallel),
-        Batch(micro_batch=plan.batch.micro_batch or 1), Memory(recompute=plan.memory.recompute, block=plan.memory.block), plan.precision, plan.runtime,
+        config, _Same(device), seq_len, split.tp, split.cp, split.ep, split.sequence_parallel, plan.batch.micro_batch or 1, memory.recompute, memory.block,
+        plan.precision, plan.runtime,
     )  # fmt: skip
 
 
 @lru_cache(maxsize=MOST_MODELS)
 def _priced_model(
-    config: TransformerConfig, device: _Same, seq_len: int, parallel: Parallel, batch: Batch, memory: Memory, precision: Precision, runtime: Runtime
+    config: TransformerConfig, device: _Same, seq_len: int, tp: int, cp: int, ep: int, sequence_parallel: bool, micro_batch: int, recompute: str,
+    block: tuple[MemoryBlock, ...], precision: Precision, runtime: Runtime,
 ) -> PricedModel:  # fmt: skip
-    lone = replace(memory, block=tuple(replace(one, stage=0) for one in memory.block))
-    plan = Plan(parallel=parallel, batch=batch, memory=lone, precision=precision, runtime=runtime)
+    lone = tuple(replace(one, stage=0) for one in block)
+    plan = Plan(
+        parallel=Parallel(tp=tp, cp=cp, dp=ep, ep=ep, sequence_parallel=sequence_parallel), batch=Batch(micro_batch=micro_batch),
+        memory=Memory(recompute=recompute, block=lone), precision=precision, runtime=runtime,
+    )  # fmt: skip
     dtype = STORED_AS[precision.compute]
     made = build_workload(
-        config, micro_batch=batch.micro_batch or 1, seq_len=seq_len, dtype=dtype, tp=parallel.tp, cp=parallel.cp, ep=parallel.ep,
-        sequence_parallel=parallel.sequence_parallel and parallel.tp > 1, flash_attention=runtime.flash_attention, operators=operators_of(plan),
+        config, micro_batch=micro_batch, seq_len=seq_len, dtype=dtype, tp=tp, cp=cp, ep=ep,
+        sequence_parallel=sequence_parallel and tp > 1, flash_attention=runtime.flash_attention, operators=operators_of(plan),
     )  # fmt: skip
     fitted = fit_framework(made, plan, config, dtype=dtype, seq_len=seq_len, architecture=device.value.architecture)
     if precision.compute == "fp8":
-        tokens = (batch.micro_batch or 1) * seq_len // parallel.cp
+        tokens = micro_batch * seq_len // cp
         fitted = eight_bit_workload(fitted, plan, config, device.value, tokens=tokens)
     compiled = compiled_workload(fitted) if runtime.compile else fitted
     ready = with_early_stop(compiled) if stops_early(plan) else compiled

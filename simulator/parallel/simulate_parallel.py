@@ -146,7 +146,7 @@ class Assembly:
     def _copy_s(self, size_bytes: float) -> float:
         """Seconds of a kernel that copies so many bytes."""
         elements = max(1, round(size_bytes / DTYPE_BYTES[self.dtype]))
-        return float(self.price([copy("cat", elements, self.dtype)])[0])
+        return self.prices.once(("copy", elements), lambda: float(self.price([copy("cat", elements, self.dtype)])[0]))
 
     def _chunks(self) -> tuple[tuple[ChunkCost, ...], ...]:
         """Passes of each stage as offloaded bytes travel beside them."""

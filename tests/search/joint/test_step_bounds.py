@@ -9,7 +9,7 @@ import pytest
 
 from hardware_models.catalogue import load_hardware
 from search.joint.layer_tables import LayerTables
-from search.joint.played_step_kernels import Passes, Slowdown, Staged, StageSeconds, play_step
+from search.joint.played_step_kernels import Passes, Played, Slowdown, Staged, StageSeconds, play_step
 from search.joint.step_bounds import StepBounds
 from search.stage_recompute import simulate_on_cluster
 from simulator.model_source import ModelSource
@@ -44,8 +44,8 @@ def staged(chunks: int, forward: float, backward: float, *, leave: float, come: 
     return Staged(np.array([chunks]), *rows)
 
 
-def end_s(found: tuple[np.ndarray, np.ndarray]) -> float:
-    return float(found[1][0])
+def end_s(found: Played) -> float:
+    return float(found.end[0])
 
 
 def test_chunks_wait_for_their_copies() -> None:
@@ -76,6 +76,16 @@ def test_what_is_made_again_comes_before_gradients() -> None:
     none = Staged(np.zeros(1, np.int64), *(np.zeros((1, 0)) for _ in range(7)))
     found = play_step(order, seconds(1.0, 8.0, reduce=2.0, chunks=2, lead=6.0), none, 0.0, False, False, False, KEPT)
     assert end_s(found) == pytest.approx(1.0 + 6.0 + 1.0 + 1.25 + 2.0 - 0.625)
+
+
+def test_a_rank_turns_with_what_is_left() -> None:
+    """2.75 s of parameters beside 4 s forward: for 5 s both go on, which leaves 0.25 s that the pass ends with; 8 s backward and 4 s of gradients are left then."""
+    order = passes([0, 3], [0, 0])
+    none = Staged(np.zeros(1, np.int64), *(np.zeros((1, 0)) for _ in range(7)))
+    own = seconds(4.0, 8.0, reduce=4.0)._replace(gather=np.array([2.75]), first=np.array([0.0]))
+    found = play_step(order, own, none, 0.0, False, False, False, KEPT)
+    assert float(found.turned[0]) == pytest.approx(5.0 + 0.25 + 8.0)
+    assert float(found.traffic[0]) == pytest.approx(4.0)
 
 
 def test_a_second_of_traffic_has_its_price() -> None:
