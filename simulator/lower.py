@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -100,8 +99,7 @@ def optimizer_pass(workload: Workload, *, optimizer: str, tensors: Sequence[int]
     element_bytes = workload.gradient_bytes // max(1, sum(workload.optimizer_tensors))
     updated = workload.optimizer_tensors if tensors is None else tensors
     sizes = [(elements, elements * element_bytes) for elements in updated]
-    run = optimizer_elements_pass(sizes, optimizer=optimizer)
-    return replace(run, kernels=(*_scaling_kernels(sizes), *run.kernels)) if workload.loss_scaled else run
+    return optimizer_elements_pass(sizes, optimizer=optimizer, loss_scaled=workload.loss_scaled)
 
 
 def _scaling_kernels(tensors: Sequence[tuple[int, int]]) -> tuple[Kernel, ...]:
@@ -118,8 +116,8 @@ def _scaling_kernels(tensors: Sequence[tuple[int, int]]) -> tuple[Kernel, ...]:
     )  # fmt: skip
 
 
-def optimizer_elements_pass(tensors: Sequence[tuple[int, int]], *, optimizer: str) -> Pass:
-    """The optimizer's fused step over tensors of (elements, bytes), one kernel each."""
+def optimizer_elements_pass(tensors: Sequence[tuple[int, int]], *, optimizer: str, loss_scaled: bool = False) -> Pass:
+    """The optimizer's fused step over tensors of (elements, bytes), one kernel each; after a scaled loss one more each."""
     reads, writes = OPTIMIZER_PASSES[optimizer]
     kernels = tuple(
         Kernel(
@@ -128,7 +126,7 @@ def optimizer_elements_pass(tensors: Sequence[tuple[int, int]], *, optimizer: st
         )
         for elements, size_bytes in tensors
     )  # fmt: skip
-    return Pass(kernels=kernels, memory=())
+    return Pass(kernels=(*_scaling_kernels(tensors), *kernels) if loss_scaled else kernels, memory=())
 
 
 def lower(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -26,6 +26,10 @@ class FusedOptimizer:
         self.name, self._learning_rate = name, learning_rate
         self.loss_scale = 1.0
         """Of the loss whose gradients it is given: it scales them back, and does nothing where one is not finite (as ``torch.amp.GradScaler`` has it)."""
+        self.agree: Callable[[torch.Tensor], None] | None = None
+        """Makes a flag that is above 0 on any rank so on all: none updates where one cannot. Called in every step with a scaled loss, whatever there is to update."""
+        self.device = torch.device("cpu")
+        """Of the flag where there is nothing to update."""
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self._views = [
             torch.nn.Parameter(torch.view_as_real(parameter.detach())) if parameter.is_complex() else parameter
@@ -41,26 +45,27 @@ class FusedOptimizer:
 
     def step(self) -> None:
         """One step with the gradients in ``.grad``, which are let go."""
-        if self._optimizer is None:
-            return
         for parameter, view in zip(self.parameters, self._views, strict=True):
             if view is not parameter and parameter.grad is not None:
                 view.grad = torch.view_as_real(parameter.grad)
         if self.loss_scale != 1.0:
             self._scale_back()
+        if self._optimizer is None:
+            return
         self._optimizer.step()
         for parameter, view in zip(self.parameters, self._views, strict=True):
             parameter.grad = view.grad = None
 
     def _scale_back(self) -> None:
         grads = [view.grad for view in self._views if view.grad is not None]
-        if not grads:
-            return
-        found_inf = torch.zeros((), device=grads[0].device)
-        inverse = torch.full((), 1.0 / self.loss_scale, device=grads[0].device)
-        torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inverse)
-        assert self._optimizer is not None
-        self._optimizer.found_inf = found_inf  # the fused kernels read it
+        found_inf = torch.zeros((), device=grads[0].device if grads else self.device)
+        if grads:
+            inverse = torch.full((), 1.0 / self.loss_scale, device=found_inf.device)
+            torch._amp_foreach_non_finite_check_and_unscale_(grads, found_inf, inverse)
+        if self.agree is not None:
+            self.agree(found_inf)
+        if self._optimizer is not None:
+            self._optimizer.found_inf = found_inf  # the fused kernels read it
 
     @property
     def state_tensors(self) -> list[torch.Tensor]:

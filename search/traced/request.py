@@ -14,7 +14,7 @@ from simulator.model_source import ModelSource
 from simulator.parallel.check_traced import COMPUTE
 from simulator.precision import PRODUCTS_IN, STORED_AS
 
-ALLOWABLE = (SPLIT_BATCH, *(name for name in COMPUTE if name != "fp32"))
+ALLOWABLE = (SPLIT_BATCH, *(name for name in COMPUTE if name not in {"fp32", "fp16"}))
 """``split-batch``: micro-batches of a model that mixes samples (BatchNorm then sees these); the others compute products in fewer bits."""
 TRAINERS = ("any",)
 """Whose limits a traced model may keep to: torch runs any module, the others build their own transformers."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from simulator.plan import SCHEDULES_TWO_WAYS, Plan
 from simulator.plan_sections import OFFLOADS, plan_refusal
 
-COMPUTE = ("fp32", "tf32", "bf16")
+COMPUTE = ("fp32", "tf32", "bf16", "fp16")
 """Precisions in which a traced module runs over several devices."""
 
 

@@ -21,6 +21,8 @@ from simulator.plan import Plan
 from simulator.program import Kind, MemoryClass, Program, Stream, no_slowdown
 
 _TIED_RANKS = 2
+FLAG_BYTES = 4.0
+"""Whether a rank's gradients overflowed."""
 """The first and the last of a pipeline hold a table that its ends share."""
 
 
@@ -46,6 +48,8 @@ class TracedStep:
     collective_s: CollectiveSeconds
     """Among replicas."""
     optimizer: str
+    overflow_s: float = 0.0
+    """After a scaled loss: until all ranks know whether any of them has a gradient that is not finite."""
     shards: Shards | None = None
     """ZeRO 2 and 3: what replicas split beside the optimizer's states; None: nothing."""
     slowdown: NDArray[np.float64] = field(default_factory=no_slowdown)
@@ -127,8 +131,16 @@ class _Assembly:
                     label="tied",
                 )
                 after[rank] = (tied,)
+        ready = [after[rank] if exchange is None else exchange.rest(after[rank]) for rank, exchange in enumerate(exchanges)]
+        if self.step.overflow_s > 0.0:
+            every = sorted({one for own in ready for one in own})
+            told = [
+                writer.issue(Kind.TRANSFER, rank, Stream.DP, self.step.overflow_s, after=every, label="overflow")
+                for rank in range(ranks)
+            ]
+            ready = [(*own, one) for own, one in zip(ready, told, strict=True)]
         for rank, exchange in enumerate(exchanges):
-            self._optimizer(writer, rank, after[rank] if exchange is None else exchange.rest(after[rank]), exchange)
+            self._optimizer(writer, rank, ready[rank], exchange)
         return writer.program(resident_bytes(self.step), self.step.slowdown)
 
     def _exchange(self, writer: ProgramWriter, rank: int) -> Exchange | ShardedRank | None:
@@ -219,7 +231,8 @@ class _Assembly:
     ) -> None:
         trained = [(held.elements, held.size_bytes) for held in self.parameters(rank).values() if held.trained]
         updated = trained if exchange is None else exchange.updated(trained)
-        seconds = self.prices.seconds(optimizer_elements_pass(updated, optimizer=self.step.optimizer))
+        scaled = self.step.stages[0].workload.loss_scaled
+        seconds = self.prices.seconds(optimizer_elements_pass(updated, optimizer=self.step.optimizer, loss_scaled=scaled))
         changes = [] if exchange is None else exchange.waited()
         gradient_bytes = self._gradient_bytes(rank) + (0 if exchange is None else exchange.gradient_bytes)
         changes.append((seconds, -gradient_bytes, MemoryClass.GRADIENTS))
@@ -304,9 +317,10 @@ def step_of(
     shared = stages[0].parameters.keys() & stages[-1].parameters.keys()
     apart = order.ranks_of_stage[0] != order.ranks_of_stage[-1]
     tied_bytes = sum(stages[0].parameters[name].size_bytes for name in shared) if apart else 0
-    shards = shards_of(plan, stages)
+    shards, ranks = shards_of(plan, stages), plan.parallel.pp * plan.parallel.dp
     return TracedStep(
         order=order, stages=stages, link=link, tied_s=tied_s("all_reduce", float(tied_bytes), _TIED_RANKS) if tied_bytes else 0.0,
         replicas=None if shards else replicas_of(plan, stages, order.stages_of_rank), collective_s=collective_s, optimizer=plan.precision.optimizer, shards=shards,
+        overflow_s=tied_s("all_reduce", FLAG_BYTES, ranks) if stages[0].workload.loss_scaled and ranks > 1 else 0.0,
         slowdown=no_slowdown() if slowdown is None else slowdown,
     )  # fmt: skip

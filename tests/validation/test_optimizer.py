@@ -121,3 +121,31 @@ def test_gradients_of_a_scaled_loss_are_scaled_back_and_infinite_ones_change_not
     scaled[0].grad[0] = float("inf")
     wide.step()
     assert all(torch.equal(tensor, one) for tensor, one in zip(scaled, before, strict=True))
+
+
+def test_ranks_update_all_or_none() -> None:
+    """Ranks whose own gradients are finite ask the others, also where they have nothing to update."""
+    flags: list[float] = []
+
+    def elsewhere(flag: torch.Tensor) -> None:
+        flags.append(float(flag))
+        flag.fill_(1.0)
+
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer, nothing = FusedOptimizer([parameter], learning_rate=0.1), FusedOptimizer([])
+    for one in (optimizer, nothing):
+        one.loss_scale, one.agree = 8.0, elsewhere
+    parameter.grad = torch.full((3,), 16.0)
+    optimizer.step()
+    nothing.step()
+    assert flags == [0.0, 0.0]
+    assert torch.equal(parameter, torch.ones(3)), "another rank's gradients were not finite"
+    optimizer.agree = lambda _: None
+    parameter.grad = torch.full((3,), 16.0)
+    optimizer.step()
+    assert not torch.equal(parameter, torch.ones(3))
+    parameter.grad = torch.full((3,), float("inf"))
+    seen: list[float] = []
+    optimizer.agree = lambda flag: seen.append(float(flag))
+    optimizer.step()
+    assert seen == [1.0]

@@ -26,6 +26,7 @@ from simulator.program import Kind, Stream
 from simulator.simulate import INTERVAL_Z
 from simulator.timeline import MemoryProfile, Span, Timeline
 from simulator.tracing.capture import build_fake
+from simulator.tracing.compute_mode import LOSS_SCALED
 from simulator.tracing.kernels_of import kernels_of
 from simulator.tracing.live_storages import LiveStorages
 from simulator.tracing.side_values import fake_activations
@@ -254,7 +255,8 @@ def module_step(model: TracedModel, plan: Plan, *, num_microbatches: int, gloo: 
             rank.gradients()
             rank.gather()
         sizes = [(part.numel(), part.numel() * part.element_size()) for part in rank.optimizer.parameters]
-    updates = optimizer_elements_pass(sizes, optimizer=plan.precision.optimizer).kernels
+    scaled = plan.precision.compute in LOSS_SCALED
+    updates = optimizer_elements_pass(sizes, optimizer=plan.precision.optimizer, loss_scaled=scaled).kernels
     return ModuleStep(
         peak_bytes=peak.allocated_bytes, kernels=tuple(reader.kernels), repeated=tuple(reader.repeated), updates=updates,
         collectives=tuple(reader.collectives),

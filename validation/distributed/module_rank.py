@@ -23,7 +23,7 @@ from validation.distributed.check import GRADIENTS_SHARDED
 from validation.distributed.checkpointed_units import checkpoint_units
 from validation.distributed.fully_sharded import resizes_told, shard
 from validation.distributed.mesh import module_mesh
-from validation.distributed.replicas import ReplicaExchange
+from validation.distributed.replicas import ReplicaExchange, agree_on_overflow
 from validation.distributed.stage_run import OnBlock, RandomStates
 from validation.distributed.tensor_parallel import split, whole_order
 from validation.optimizer import FusedOptimizer
@@ -96,6 +96,11 @@ class ModuleRank:
     def watch(self, on_block: OnBlock | None) -> None:
         """Has the end of every pass told, as that of block 0."""
         self._on_block = on_block
+
+    def scale_loss(self, scale: float) -> None:
+        """Has the loss multiplied, and its gradients divided where they update parameters: not at all where any rank's are not finite."""
+        self._scale *= scale
+        self.optimizer.loss_scale, self.optimizer.agree = scale, agree_on_overflow
 
     def draw_as(self, states: RandomStates) -> None:
         """Has micro-batches draw the random numbers that the plain module draws; without states whatever comes."""

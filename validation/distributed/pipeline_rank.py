@@ -15,7 +15,7 @@ from simulator.tracing.plan_stages import PlannedStage
 from validation.distributed.job import Job
 from validation.distributed.mesh import Place
 from validation.distributed.pipeline_runtime import BlockStage, Layout, PipelineStep, layout_of
-from validation.distributed.replicas import ReplicaExchange
+from validation.distributed.replicas import ReplicaExchange, agree_on_overflow
 from validation.distributed.sharded_blocks import ShardedBlocks
 from validation.distributed.stage_run import OnBlock, RandomStates, StageRun
 from validation.optimizer import FusedOptimizer
@@ -127,6 +127,12 @@ class PipelineRank:
         """Has the end of every block's runs told."""
         for run in self.runs:
             run.on_block = on_block
+
+    def scale_loss(self, scale: float) -> None:
+        """Has the loss multiplied, and its gradients divided where they update parameters: not at all where any rank's are not finite."""
+        for run in self.runs:
+            run.scale *= scale
+        self.optimizer.loss_scale, self.optimizer.agree = scale, agree_on_overflow
 
     def draw_as(self, states: RandomStates) -> None:
         """Has blocks draw the random numbers that the plain module draws; without states whatever comes."""

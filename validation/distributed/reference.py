@@ -11,10 +11,10 @@ import torch
 from simulator.sequence import Operation, keep_all
 from simulator.tracing.block_run import random_state
 from simulator.tracing.capture import loss_of
-from simulator.tracing.compute_mode import compute_mode, float32_products
+from simulator.tracing.compute_mode import LOSS_SCALED, compute_mode, float32_products
 from simulator.tracing.trace import Traced
 from validation.run_step import ScheduledStep
-from validation.session import GradientsMatch
+from validation.session import FIRST_LOSS_SCALE, GradientsMatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +22,9 @@ class Reference:
     """Of one step over all replicas."""
 
     gradients: Mapping[str, torch.Tensor | None]
+    """Of the loss as it is."""
+    loss_scale: float
+    """At which a dynamic scale comes to rest; 1 where the loss is not scaled."""
     random_states: Mapping[tuple[int, int], Any]
     """By (micro-batch, block): what blocks that draw random numbers find."""
 
@@ -38,17 +41,32 @@ def plain_reference(
     if any(block.uses_randomness for block in traced.chain.blocks):
         states = _random_states(module, traced, micro_batches, seed=seed)
         _restore(module, before)
-    torch.manual_seed(seed)
-    precision, device = traced.chain.capture.precision, next(module.parameters()).device
+    precision = traced.chain.capture.precision
+    scale = FIRST_LOSS_SCALE if precision in LOSS_SCALED else 1.0
+    while True:
+        torch.manual_seed(seed)
+        gradients = _gradients(module, micro_batches, precision, scale)
+        _restore(module, before)
+        if scale <= 1.0 or all(one is None or bool(one.isfinite().all()) for one in gradients.values()):
+            break
+        scale /= 2.0
+    unscaled = {name: None if one is None else one / scale for name, one in gradients.items()}
+    return Reference(gradients=unscaled if scale != 1.0 else gradients, loss_scale=scale, random_states=states)
+
+
+def _gradients(
+    module: torch.nn.Module, micro_batches: Sequence[Mapping[str, Any]], precision: str, scale: float
+) -> dict[str, torch.Tensor | None]:
+    """Those of the scaled loss."""
+    device = next(module.parameters()).device
     for piece in micro_batches:
         with compute_mode(precision, device):
             loss = loss_of(module(**piece))
         with float32_products(precision, device):
-            (loss * (1.0 / len(micro_batches))).backward()
-    gradients = {name: parameter.grad for name, parameter in module.named_parameters()}
+            (loss * (1.0 / len(micro_batches)) * scale).backward()
+    found = {name: parameter.grad for name, parameter in module.named_parameters()}
     module.zero_grad(set_to_none=True)
-    _restore(module, before)
-    return Reference(gradients=gradients, random_states=states)
+    return found
 
 
 class _StateReader:

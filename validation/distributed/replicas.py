@@ -154,6 +154,11 @@ class ReplicaExchange:
         ]
 
 
+def agree_on_overflow(flag: torch.Tensor) -> None:
+    """Makes a flag that is above 0 on any rank so on all."""
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+
+
 def _real(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor as real numbers, which collectives sum."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -89,7 +89,10 @@ def _run(job: Job, rank: int, device: torch.device, progress: Progress) -> JobRe
     reference = plain_reference(module, traced, pieces, seed=job.seed) if rank == 0 else None
     own = pieces[place.dp * job.order.num_microbatches : (place.dp + 1) * job.order.num_microbatches]
     part = _part(job, rank, module, traced, own, device)
-    expected, states = _shared_reference(reference, module, part, first=place.dp * job.order.num_microbatches)
+    expected, states, loss_scale = _shared_reference(reference, module, part, first=place.dp * job.order.num_microbatches)
+    part.optimizer.device = device
+    if loss_scale != 1.0:
+        part.scale_loss(loss_scale)
     del reference, module, inputs, pieces, own
     progress("gradients under the plan")
     part.draw_as(states)
@@ -99,7 +102,7 @@ def _run(job: Job, rank: int, device: torch.device, progress: Progress) -> JobRe
     for name, value in buffers.items():
         part.buffers[name].copy_(value)
     gradients = part.take_gradients()
-    match = compare({name: None if grad is None else grad.cpu() for name, grad in gradients.items()}, expected)
+    match = compare({name: None if grad is None else grad.cpu() / loss_scale for name, grad in gradients.items()}, expected)
     num_compared = len(gradients)
     del expected, gradients, buffers
     part.draw_as({})
@@ -175,14 +178,15 @@ def _tied_groups(job: Job, rank: int, planned: Sequence[Any]) -> dict[str, dist.
 
 def _shared_reference(
     reference: Reference | None, module: torch.nn.Module, part: PipelineRank | ModuleRank, *, first: int
-) -> tuple[dict[str, torch.Tensor | None], Mapping[tuple[int, int], Any]]:
-    """Rank 0's reference, handed to all: gradients of this rank's parameters, random states of its replica's micro-batches."""
+) -> tuple[dict[str, torch.Tensor | None], Mapping[tuple[int, int], Any], float]:
+    """Rank 0's reference, handed to all: gradients of this rank's parameters, random states of its replica's micro-batches, the scale of the loss."""
     has: list[Any] = [
         None if reference is None else {name for name, grad in reference.gradients.items() if grad is not None},
         None if reference is None else reference.random_states,
+        None if reference is None else reference.loss_scale,
     ]
     dist.broadcast_object_list(has, src=0)
-    trained, states = has
+    trained, states, loss_scale = has
     device = next(iter(part.parameters.values())).device
     expected: dict[str, torch.Tensor | None] = {}
     for name, parameter in module.named_parameters():
@@ -194,7 +198,7 @@ def _shared_reference(
         dist.broadcast(torch.view_as_real(value) if value.is_complex() else value, src=0)
         if name in part.parameters:
             expected[name] = value.detach().cpu()
-    return expected, {(number - first, block): state for (number, block), state in states.items()}
+    return expected, {(number - first, block): state for (number, block), state in states.items()}, loss_scale
 
 
 def _spans(part: PipelineRank | ModuleRank, rank: int, device: torch.device) -> tuple[Span, ...]:

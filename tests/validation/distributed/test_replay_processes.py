@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,7 +61,7 @@ def test_a_pipeline_is_the_plain_module_and_takes_the_memory_predicted(tmp_path:
     split = Runtime(bucket_bytes=20_000)
     cases = [
         (MODEL, plan_of("zb-v", 2)),
-        (MODEL, plan_of("1f1b", pp=4, memory=Memory(recompute="full"))),
+        (MODEL, replace(plan_of("1f1b", pp=4, memory=Memory(recompute="full")), precision=Precision(compute="fp16"))),
         (MODEL, plan_of("gpipe", dp=2, memory=Memory(recompute="selective", zero_stage=2))),
         (MODEL, plan_of("1f1b", pp=1, dp=2, memory=Memory(recompute="full", zero_stage=1))),
         (MODEL, plan_of("zb-v", 2, dp=2, memory=Memory(zero_stage=1), runtime=split)),
@@ -76,7 +77,7 @@ def test_a_pipeline_is_the_plain_module_and_takes_the_memory_predicted(tmp_path:
             ),
         ),
     ]
-    sources = [(model_source(model, batch=plan.batch.global_batch), plan) for model, plan in cases]
+    sources = [(model_source(model, batch=plan.batch.global_batch).with_plan_batch(plan), plan) for model, plan in cases]
     for (_, plan), found in zip(
         cases, replay_several(sources, load_hardware("h100-sxm"), tmp_path, update_on_two), strict=True
     ):
@@ -162,7 +163,7 @@ def test_processes_that_torchrun_starts_join(tmp_path: Path) -> None:
         (plan_of("chimera"), "chimera keeps each stage on two ranks"),
         (plan_of("pipedream-2bw"), "two versions of the weights"),
         (Plan(parallel=Parallel(pp=2, cp=2)), r"parallel.cp = 2: not replayed over several processes yet; leave it at 1"),
-        (Plan(parallel=Parallel(pp=2), precision=Precision(compute="fp16")), "precision.compute = 'fp16'"),
+        (Plan(parallel=Parallel(pp=2), precision=Precision(compute="fp8")), "precision.compute = 'fp8'"),
         (
             Plan(parallel=Parallel(dp=2), memory=Memory(recompute="optimal", zero_stage=2)),
             "a rank runs the module as it is, whose layers all keep alike",
