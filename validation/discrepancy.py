@@ -4,7 +4,8 @@ A spread widens intervals and makes out-of-memory a probability. It never moves 
 
 **The rule of intervals**, all of it: an 80% interval is ``prediction (1 +- z sqrt(s^2 + (c k)^2))``. k: the relative standard error of the step's prices, which takes errors of one curve as one; c = `PRICE_SHARE`, since they are
 those of several shapes. s: the spread of runs of the same kind (`kind_of`: within a node or across nodes, with pipeline stages or without, since contention, stragglers and what the host does around messages are
-not simulated or only partly), the least with which intervals hold 80% of the *other* tables' rows of that kind, tables counting alike; of all kinds where no other table has that one.
+not simulated or only partly) over the *other* tables, of all kinds where no other table has that one: ``s^2 = t^2 + w^2``, random effects. Rows of a table share a cluster, a trainer and so an error (t, between tables), around which they
+scatter (w, within a table); a new table draws one of the former and each of its rows one of the latter (`spread_of`).
 
     python -m validation.published_results --tables DIR --out validation/results
 """
@@ -12,7 +13,6 @@ not simulated or only partly), the least with which intervals hold 80% of the *o
 from __future__ import annotations
 
 import tomllib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -36,7 +36,6 @@ and what a curve states are errors at single shapes, found by leaving these out:
 WITHOUT_TABLES = 0.15
 """Spread where no table was compared yet: the largest mean error that the project aims at on any table, rounded up."""
 _ANY = "any"
-_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,19 +94,24 @@ def probability_above(predicted: float, limit: float, spread: float) -> float:
 
 
 def spread_of(residuals: Sequence[Residual]) -> float:
-    """The least spread beyond the prices' errors with which 80% intervals hold 80% of some residuals.
+    """The spread of a row of a table that was not seen: between tables and within one.
 
-    **Model**: each residual lies in its own interval, ``|e| <= z sqrt(s^2 + k^2)``, k `PRICE_SHARE` of its own error of prices, from ``s = sqrt((e / z)^2 - k^2)`` on (0 where prices explain it). Tables count alike, however
-    many rows they have: the 0.8 quantile of these, each weighted by one over the rows of its table. A bias counts with its magnitude and widens both sides.
+    **Model**: ``sqrt(t^2 + w^2)``. t: root mean square of the tables' median errors, from 0, since predictions are not moved. w: mean over the tables of the width that holds 80% of a table's rows around their median, over z.
+    Tables count alike, however many rows they have; medians and quantiles, since single rows are far off (a layout that nothing explains, a run that was disturbed).
+
+    **Not modelled**: errors of prices are in these spreads already, and count once more with a row's own, which are of its device and may be worse than the others'.
+
+    **Source**: DerSimonian and Laird 1986, "Meta-analysis in clinical trials", Controlled Clinical Trials 7 (random effects; here with robust estimates and no common mean).
     """
-    needed = np.array(
-        [sqrt(max(0.0, (one.error / NORMAL_Z) ** 2 - (PRICE_SHARE * one.kernel_error) ** 2)) for one in residuals]
-    )
-    sizes = Counter(one.table for one in residuals)
-    weights = np.array([1.0 / sizes[one.table] for one in residuals])
-    order = np.argsort(needed, kind="stable")
-    reached = np.cumsum(weights[order]) / weights.sum()
-    return float(needed[order][min(int(np.searchsorted(reached, QUANTILE - _ROUNDING)), len(order) - 1)])
+    tables: dict[str, list[float]] = {}
+    for one in residuals:
+        tables.setdefault(one.table, []).append(one.error)
+    medians = [float(np.median(errors)) for errors in tables.values()]
+    widths = [
+        float(np.quantile(np.abs(np.array(errors) - middle), QUANTILE)) / NORMAL_Z
+        for errors, middle in zip(tables.values(), medians, strict=True)
+    ]
+    return hypot(float(np.sqrt(np.mean(np.square(medians)))), float(np.mean(widths)))
 
 
 def spreads_of(residuals: Sequence[Residual]) -> dict[str, dict[str, float]]:

@@ -2,7 +2,8 @@
 
     python -m validation.published_results --tables DIR [--tables DIR ...] --out validation/results
 
-Writes ``published.csv`` (a line a table), ``discrepancy.toml`` (spreads of `validation.discrepancy`, leaving each table out in turn) and ``published.png``.
+Writes ``published.csv`` (a line a table), ``coverage.csv`` (what intervals hold over all rows, by kind of run and of evidence), ``discrepancy.toml`` (spreads of `validation.discrepancy`, leaving each table out in turn) and
+``published.png``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +61,41 @@ def discrepancy_of(checks: Sequence[TableCheck]) -> dict[str, Any]:
     return {kind: _rounded(spreads_of(found)) for kind, found in (("time", times), ("memory", peaks)) if found}
 
 
+def coverage_lines(checks: Sequence[TableCheck]) -> list[dict[str, Any]]:
+    """Lines of ``coverage.csv``: timed rows and the share of them that 80% intervals hold, over all tables and by kind of run and of evidence."""
+    rows = [row for check in checks for row in check.timed]
+    groups = [("all", "", rows)]
+    for name, key in (("kind", attrgetter("kind")), ("evidence", attrgetter("evidence"))):
+        groups += [(name, value, [row for row in rows if key(row) == value]) for value in sorted({key(row) for row in rows})]
+    return [
+        {"of": of, "value": value, "rows": len(own), "held": round(sum(row.step_time.holds for row in own) / len(own), _DIGITS)}
+        for of, value, own in groups
+        if own
+    ]
+
+
 def _rounded(spreads: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     return {table: {kind: round(value, _DIGITS) for kind, value in of_table.items()} for table, of_table in spreads.items()}
 
 
 def write_results(checks: Sequence[TableCheck], out: Path) -> None:
-    """Writes the three files; intervals in the lines are those of the spreads that are written."""
+    """Writes the four files; intervals in the lines are those of the spreads that are written."""
     spreads = discrepancy_of(checks)
     renewed = Discrepancy(time=spreads.get("time", {}), memory=spreads.get("memory", {}))
     out.mkdir(parents=True, exist_ok=True)
     with whole_file(out / "discrepancy.toml") as temporary:
         temporary.write_text(tomli_w.dumps(spreads), encoding="utf-8")
-    with whole_file(out / "published.csv") as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(summary_line(check.with_spreads(renewed)) for check in checks)
+    ours = [check.with_spreads(renewed) for check in checks]
+    _write_lines(out / "published.csv", [summary_line(check) for check in ours], COLUMNS)
+    _write_lines(out / "coverage.csv", coverage_lines(ours), ("of", "value", "rows", "held"))
     save_figure(scatter_figure(checks), out / "published.png")
+
+
+def _write_lines(path: Path, lines: Sequence[dict[str, Any]], columns: Sequence[str]) -> None:
+    with whole_file(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(lines)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -27,6 +27,10 @@ def test_results_are_a_line_a_table_and_the_spreads_without_it(tmp_path: Path) -
         lines = list(csv.DictReader(stream))
     assert [line["table"] for line in lines] == ["a", "b"]
     assert tuple(lines[0]) == COLUMNS
+    with (tmp_path / "out" / "coverage.csv").open(encoding="utf-8") as stream:
+        shares = [(line["of"], line["value"], line["rows"]) for line in csv.DictReader(stream)]
+    assert shares[:2] == [("all", "", "3"), ("kind", "node", "3")]
+    assert {of for of, _, _ in shares} == {"all", "kind", "evidence"}
     spreads = read_discrepancy(tmp_path / "out" / "discrepancy.toml")
     assert set(spreads.time) == {"any", "a", "b"}
     assert (tmp_path / "out" / "published.png").stat().st_size > 1000
