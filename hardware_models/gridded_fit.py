@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import linalg
 
 from hardware_models.gridded import Evidence, GriddedCurve
 from hardware_models.physical_law import Floats, Integers, PhysicalLaw, Sizes, coordinates, law_seconds
@@ -115,6 +114,8 @@ def robust_weights(gram: Floats, residuals: Floats, noise: float) -> tuple[Float
 
     **Source**: Gelman et al. 2013, Bayesian Data Analysis, section 17.2 (EM for the t model); Rasmussen and Williams 2006, equation 2.25 (mean).
     """
+    from scipy import linalg  # noqa: PLC0415 - slow to import, needed where timings are fitted
+
     centre = float(np.median(residuals))
     target = residuals - centre
     trust = np.ones(len(target))

@@ -16,7 +16,6 @@ from search.joint.explain import Change
 from search.joint.explanation import FACTOR, Explanation, explained
 from search.joint.joint_search import JointResult
 from search.joint.published_plans import PUBLISHED
-from simulator.figures import save_figure, tornado_figure
 from simulator.model_source import ModelSource
 from validation.command_line import stderr
 from validation.reports import table_of
@@ -32,6 +31,8 @@ def write_explanation(result: JointResult, cluster: Cluster, source: ModelSource
         device: profile of the cluster's devices.
         out: folder.
     """
+    from simulator.figures import save_figure, tornado_figure  # noqa: PLC0415 - matplotlib only where a figure is drawn
+
     papers = {paper.name for paper in PUBLISHED.get(source.config.name, ())} if source.config else set()
     theirs = {one.name: one.plan for one in result.baselines if one is result.expert or one.name in papers}
     found = explained(result.plan, theirs, cluster, source, device)

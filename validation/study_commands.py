@@ -14,7 +14,6 @@ from hardware_models.network.cluster_file import find_cluster, single_gpu_cluste
 from search.export import EXPORTERS, export_plan
 from search.export_case import Case, Exported, resolved_plan
 from search.plan_simulator import PlanSimulator
-from simulator.figures import save_figure, tornado_figure
 from simulator.model_source import DEFAULT_SEQ_LEN, model_source
 from simulator.parallel.orders import order_of
 from simulator.plan import Plan, check_model
@@ -62,6 +61,8 @@ def what_if(
     alone = [effect_of((change,), setting, base, predict) for change in wanted] if len(wanted) > 1 else []
     pairs = sensitivities(setting, base, predict, factor=FACTOR)
     if plot_path:
+        from simulator.figures import save_figure, tornado_figure  # noqa: PLC0415 - matplotlib only where a figure is drawn
+
         bars = [(better.key, 1.0 / better.speedup - 1.0, 1.0 / worse.speedup - 1.0) for better, worse in telling(pairs)[0]]
         save_figure(tornado_figure(bars, title=f"{model_name}: values x{FACTOR:g} and /{FACTOR:g}"), plot_path)
     return {

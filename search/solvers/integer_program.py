@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
 
 Floats = npt.NDArray[np.float64]
 Terms = Mapping[int, float]
@@ -83,6 +81,9 @@ class IntegerProgram:
             time_limit_s: None: as long as it takes.
             relaxed: integers may be fractions: the objective is a bound.
         """
+        from scipy.optimize import Bounds, LinearConstraint, milp  # noqa: PLC0415 - slow to import, needed where a program is solved
+        from scipy.sparse import csr_array  # noqa: PLC0415 - as above
+
         if not self._costs:
             feasible = all(bound >= 0 for bound in self._bounds)
             return ProgramAnswer(values=np.zeros(0) if feasible else None, objective=0.0, bound=0.0, is_infeasible=not feasible)
