@@ -52,12 +52,18 @@ class PassPrices:
 
     def fill(self, runs: Sequence[Pass]) -> None:
         """Prices passes together, which is faster than one by one."""
-        new = list({id(run): run for run in runs if id(run) not in self._offsets and run.kernels}.values())
-        times = self._price([kernel for run in new for kernel in run.kernels]) if new else np.zeros(0)
-        end = 0
-        for run in new:
-            first, end = end, end + len(run.kernels)
-            self._keep(run, times[first:end])
+        self.fill_all([(self, runs)])
+
+    @staticmethod
+    def fill_all(wanted: Sequence[tuple[PassPrices, Sequence[Pass]]]) -> None:
+        """The same for several models with one price of kernels: the first one's counts."""
+        new = [(own, {id(run): run for run in runs if id(run) not in own._offsets and run.kernels}) for own, runs in wanted]  # noqa: SLF001 - of this class
+        kernels = [kernel for _, runs in new for run in runs.values() for kernel in run.kernels]
+        times, end = wanted[0][0]._price(kernels) if kernels else np.zeros(0), 0  # noqa: SLF001
+        for own, runs in new:
+            for run in runs.values():
+                first, end = end, end + len(run.kernels)
+                own._keep(run, times[first:end])  # noqa: SLF001
 
     def _keep(self, run: Pass, times: NDArray[np.float64]) -> None:
         if run.policy_calls and len(times):

@@ -62,6 +62,7 @@ class CrudeBounds:
     def __init__(self, space: JointSpace, tables: LayerTables) -> None:
         self.space, self.tables = space, tables
         self._models: dict[int, ModelSeconds] = {}
+        self._waits: dict[tuple[int, ...], float] = {}
         self._products_s = self._products()
 
     def alone(self) -> Floats:
@@ -73,8 +74,15 @@ class CrudeBounds:
         points, whole = self.space.points, self._products_s.copy()
         rows = np.flatnonzero(self.alone() < below_s)
         if len(rows):
-            first, group_of = groups(self._collective_columns(points.take(rows)))
-            waits = np.array([self._waits_s(self.space.plan(int(rows[one]))) for one in first.tolist()])
+            columns = self._collective_columns(points.take(rows))
+            first, group_of = groups(columns)
+            waits = np.empty(len(first))
+            for place, (one, key) in enumerate(
+                zip(first.tolist(), np.stack([own[first] for own in columns], axis=1).tolist(), strict=True)
+            ):
+                if tuple(key) not in self._waits:
+                    self._waits[tuple(key)] = self._waits_s(self.space.plan(int(rows[one])))
+                waits[place] = self._waits[tuple(key)]
             whole[rows] += waits[group_of]
         return self._step_seconds(whole)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from hardware_models.network.cluster import CommGroup
 from hardware_models.profile import DeviceProfile
 from search.joint.processes import num_processes, shared_out
 from search.joint.space import JointRequest
+from simulator.lower import PassPrices
 from simulator.parallel.communication import Behind, Communication
 from simulator.parallel.early_stop import STOPPED, option_again, stops_early
 from simulator.parallel.experts import expert_elements
@@ -22,7 +23,7 @@ from simulator.parallel.mesh import Mesh, mesh_of
 from simulator.parallel.messages import message_link
 from simulator.parallel.priced_model import PricedModel, priced_model
 from simulator.parallel.recompute import MEGATRON, stage_operations
-from simulator.parallel.stages import Stage, StageCost, layers_of, stages_of
+from simulator.parallel.stages import Stage, StageCost, layers_of, stage_between, stage_edges
 from simulator.plan import Pipeline, Plan
 from simulator.precision import STORED_AS
 from simulator.workload import BlockOption, Pass
@@ -30,6 +31,8 @@ from simulator.workload import BlockOption, Pass
 Floats = NDArray[np.float64]
 FEW_MODELS = 32
 """Ways to split a layer up to which one process prices all of them."""
+TOGETHER = 16
+"""Ways to split a layer whose kernels are priced at once, between two looks at the clock."""
 FAR_BELOW = 0.5
 """Part of a slope below which another one counts as cheap."""
 
@@ -104,6 +107,39 @@ class _Pieces:
     """What runs of it in a second forward pass at least, and whether that is all of it."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Cut:
+    """Pieces before they are priced; fields as of `_Pieces`."""
+
+    model: PricedModel
+    plan: Plan
+    stages: tuple[Stage, ...]
+    kind: NDArray[np.int64]
+    options: Mapping[int, tuple[BlockOption, ...]]
+    again: Mapping[int, tuple[Pass, bool]]
+
+    @property
+    def runs(self) -> list[Pass]:
+        """Passes whose prices a table needs."""
+        blocks = {id(block): block for stage in self.stages for block in stage.blocks}
+        found = [
+            run
+            for block in blocks.values()
+            for own in block.options[:1]
+            for run in (own.forward, own.backward, own.backward_accumulate)
+        ]
+        found += [run for place in blocks for own in self.options[place] for run in (own.forward, own.backward_accumulate)]
+        return found + [run for run, _ in self.again.values()]
+
+    def priced(self) -> _Pieces:
+        """With what the stages cost."""
+        self.model.prices.fill(self.runs)
+        costs = tuple(self.model.stage_cost(stage, stage_operations(self.plan, stage)) for stage in self.stages)
+        return _Pieces(
+            model=self.model, stages=self.stages, costs=costs, kind=self.kind, options=self.options, again=self.again
+        )
+
+
 class LayerTables:
     """Tables by what they depend on, made when first asked for.
 
@@ -168,10 +204,14 @@ class LayerTables:
 
         def priced(part: Sequence[Mapping[Hashable, Plan]]) -> list[tuple[Hashable, LayerTable]]:
             found = []
-            for one in part:
+            for place in range(0, len(part), TOGETHER):
                 if time.monotonic() > end:
                     break
-                found += [(key, self._table_of(plan, mesh_of(plan, self.request.cluster))) for key, plan in one.items()]
+                own = part[place : place + TOGETHER]
+                self._price_models([next(iter(one.values())) for one in own])
+                found += [
+                    (key, self._table_of(plan, mesh_of(plan, self.request.cluster))) for one in own for key, plan in one.items()
+                ]
             return found
 
         for found in shared_out(priced, [models[first::processes] for first in range(processes)]):
@@ -179,11 +219,22 @@ class LayerTables:
                 self._tables.setdefault(key, table)
         return next((place for place, (_, key) in enumerate(keys) if key not in self._tables), len(plans))
 
+    def _price_models(self, plans: Sequence[Plan]) -> None:
+        """The pieces of plans that split the model in different ways, kernels of all of them priced at once."""
+        alike: dict[Hashable, list[tuple[Hashable, _Cut]]] = {}
+        for plan in plans:
+            key, _ = _keys(plan, mesh_of(plan, self.request.cluster))
+            if key not in self._pieces:
+                alike.setdefault((plan.precision, plan.runtime), []).append((key, _cut(self.model(plan), plan)))
+        for own in alike.values():
+            PassPrices.fill_all([(cut.model.prices, cut.runs) for _, cut in own])
+            self._pieces.update((key, cut.priced()) for key, cut in own)
+
     def _table_of(self, plan: Plan, mesh: Mesh) -> LayerTable:
         priced, key = _keys(plan, mesh)
         if key not in self._tables:
             if priced not in self._pieces:
-                self._pieces[priced] = _pieces_of(self.model(plan), plan)
+                self._pieces[priced] = _cut(self.model(plan), plan).priced()
             self._tables[key] = self._table(self._pieces[priced], plan, mesh)
         return self._tables[key]
 
@@ -264,32 +315,25 @@ def _keys(plan: Plan, mesh: Mesh) -> tuple[Hashable, Hashable]:
     return priced, (priced, own.pp > 1, groups, mesh.neighbours("cp") if own.cp > 1 else None)
 
 
-def _pieces_of(model: PricedModel, plan: Plan) -> _Pieces:
-    """The embedding, each layer and the head as stages of their own, priced."""
+def _cut(model: PricedModel, plan: Plan) -> _Cut:
+    """The embedding, each layer and the head as stages of their own."""
     count = len(layers_of(model.workload))
     parallel = replace(plan.parallel, pp=count + 2, virtual_stages=1)
-    alone = replace(plan, parallel=parallel, pipeline=Pipeline(partition=(0, *(1,) * count, 0)))
+    edges = stage_edges(model.workload, replace(plan, parallel=parallel, pipeline=Pipeline(partition=(0, *(1,) * count, 0))))
     places: dict[tuple[object, ...], int] = {}
     stages: list[Stage] = []
     kinds: list[int] = []
-    for stage in stages_of(model.workload, alone):
-        key = (*(id(block) for block in stage.blocks), stage.receives, stage.sends)
+    for index, (first, end) in enumerate(pairwise(edges)):
+        key = (*(id(block) for block in model.workload.blocks[first:end]), index > 0, end < edges[-1])
         if key not in places:
             places[key] = len(stages)
-            stages.append(stage)
+            stages.append(stage_between(model.workload, edges, index))
         kinds.append(places[key])
-    blocks = list({id(block): block for stage in stages for block in stage.blocks}.values())
     options = _options(model, plan, stages)
-    runs: list[tuple[Pass, ...]] = [
-        (own.forward, own.backward, own.backward_accumulate) for block in blocks for own in block.options[:1]
-    ]
-    runs += [(own.forward, own.backward_accumulate) for block in blocks for own in options[id(block)]]
-    again = _second_runs(model, plan, stages)
-    model.prices.fill([*chain.from_iterable(runs), *(run for run, _ in again.values())])
-    costs = tuple(model.stage_cost(stage, stage_operations(plan, stage)) for stage in stages)
-    return _Pieces(
-        model=model, stages=tuple(stages), costs=costs, kind=np.array(kinds, dtype=np.int64), options=options, again=again
-    )
+    return _Cut(
+        model=model, plan=plan, stages=tuple(stages), kind=np.array(kinds, dtype=np.int64), options=options,
+        again=_second_runs(model, plan, stages),
+    )  # fmt: skip
 
 
 def _options(model: PricedModel, plan: Plan, stages: Sequence[Stage]) -> dict[int, tuple[BlockOption, ...]]:

@@ -1,4 +1,4 @@
-"""A first look at a large space: a few plans simulated before most ways to split the model are priced, so that most of them need not be."""
+"""A first look at a large space of which no good plan is known: a few plans simulated before most ways to split the model are priced, so that most of them need not be."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from search.joint.processes import num_processes, shared_out
 SPLITS = 256
 """Ways to split the model that are priced for it, the least bound first."""
 MANY_SPLITS = 1024
-"""That must be open for it to pay."""
+"""That there must be for it to pay."""
+FAR = 1.75
+"""Times the least bound from which on a plan is far above it."""
 POINTS = 256
 """Whose plans are bounded."""
 PLANS = 16
@@ -29,7 +31,7 @@ _ALIKE = ("tp", "cp", "pp", "ep", "micro_batch", "zero_stage")
 
 
 def scouted(first: FirstBounds, evaluator: Evaluator, known_s: float, end: float) -> BatchOutcome | None:
-    """What the most promising plans of the most promising splits came to; None: so few are open that all of them are priced at once.
+    """What the most promising plans of the most promising splits came to; None: there are so few that all of them are priced at once, or a plan is known that is not far above all bounds.
 
     Args:
         first: bounds of the space, which are raised.
@@ -37,15 +39,21 @@ def scouted(first: FirstBounds, evaluator: Evaluator, known_s: float, end: float
         known_s: of a plan that is known; infinite: none is.
         end: moment (`time.monotonic`) at which no other plan is begun.
     """
-    if first.num_open_splits(known_s) < MANY_SPLITS:
+    least_s = float(first.bound_s.min())
+    if known_s < FAR * least_s or first.num_open_splits(known_s) < MANY_SPLITS:
         return None
-    guess_s = min(known_s, GUESS * float(first.bound_s.min()))
+    guess_s = min(known_s, GUESS * least_s)
     while True:
         bound_s = np.where(first.priced, first.price(guess_s, end=end, most_splits=SPLITS).bound_s, NOTHING)
         rows = np.flatnonzero(bound_s < guess_s)
         rows = rows[np.argsort(bound_s[rows], kind="stable")]
         found = _simulated(evaluator, rows, known_s, end) if len(rows) else None
-        if (found is not None and found.value is not None) or guess_s >= known_s or time.monotonic() > end:
+        if (
+            (found is not None and found.value is not None)
+            or guess_s >= known_s
+            or first.priced.all()
+            or time.monotonic() > end
+        ):
             return found
         guess_s = min(known_s, GUESS * guess_s)
 

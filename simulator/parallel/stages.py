@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
+from itertools import accumulate
 
 from hardware_models.kernel import Kernel
 from simulator.builder import Builder
@@ -112,7 +112,21 @@ def layers_of(workload: Workload) -> list[tuple[int, int]]:
 
 
 def stages_of(workload: Workload, plan: Plan, partition: Sequence[int] | None = None) -> tuple[Stage, ...]:
-    """The plan's stages.
+    """The plan's stages; arguments and errors as for `stage_edges`."""
+    edges = stage_edges(workload, plan, partition)
+    return tuple(stage_between(workload, edges, index) for index in range(len(edges) - 1))
+
+
+def stage_between(workload: Workload, edges: Sequence[int], index: int) -> Stage:
+    """One of the stages that edges cut a workload into."""
+    return Stage(
+        index=index, first=edges[index], workload=replace(workload, blocks=workload.blocks[edges[index] : edges[index + 1]]), receives=index > 0,
+        sends=index < len(edges) - 2,
+    )  # fmt: skip
+
+
+def stage_edges(workload: Workload, plan: Plan, partition: Sequence[int] | None = None) -> list[int]:
+    """The first block of each of the plan's stages, and the number of blocks.
 
     **Model**: the embedding is on the first stage and the head on the last, with or without layers (``k pp - 2`` layers, one less at either end: Qi et al. 2024,
     arXiv 2401.10241, section 4.1, with chunks of one layer); a stage in the middle that has no layers hands on what it receives.
@@ -136,13 +150,7 @@ def stages_of(workload: Workload, plan: Plan, partition: Sequence[int] | None = 
     if num_stages > 1 and (edges[1] == 0 or edges[-2] == edges[-1]):
         rule = f"the first and the last stage have a layer, or the embedding and the head, but got {list(counts)}"
         raise plan_refusal("pipeline.partition", list(counts), rule, "give both at least one layer")
-    return tuple(
-        Stage(
-            index=index, first=first, workload=replace(workload, blocks=workload.blocks[first:end]), receives=index > 0,
-            sends=index < num_stages - 1,
-        )
-        for index, (first, end) in enumerate(pairwise(edges))
-    )  # fmt: skip
+    return edges
 
 
 def _ends(workload: Workload) -> tuple[int, int]:

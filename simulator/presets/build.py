@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 
 from hardware_models.kernel import Kernel
 from hardware_models.units import DTYPE_BYTES
@@ -19,6 +22,8 @@ from simulator.presets.tape import INDEX_DTYPE, Parameter, Tape, Value, pointwis
 from simulator.workload import Block, ParameterTensor, Pass, Workload
 
 Half = Callable[[Tape, Setting, Value], Value]
+MOST_SECTIONS = 512
+"""Networks that are kept."""
 
 
 def build_workload(
@@ -69,16 +74,20 @@ def build_workload(
     )  # fmt: skip
     words = word_table(setting)
     sections = _sections(setting, words)
-    made: dict[int, Block] = {id(section): block_of(section) for section in dict.fromkeys(sections)}
-    parameters = [parameter for section in sections for parameter in section.tape.parameters if not parameter.shared]
-    parameters += [] if words is None else [words]
-    size_bytes = sum(parameter.size_bytes for parameter in parameters)
+    made: dict[int, Block] = {id(section): _block(section) for section in dict.fromkeys(sections)}
+    own = {
+        id(section): tuple(one.elements for one in section.tape.parameters if not one.shared)
+        for section in dict.fromkeys(sections)
+    }
+    elements = tuple(chain.from_iterable(own[id(section)] for section in sections))
+    elements += () if words is None else (words.elements,)
+    size_bytes = sum(elements) * DTYPE_BYTES[dtype]
     return Workload(
         model=config.name, micro_batch=micro_batch, tokens=micro_batch if config.head == "image" else micro_batch * seq_len,
         blocks=tuple(made[id(section)] for section in sections),
-        parameter_elements=sum(parameter.elements for parameter in parameters), parameter_bytes=size_bytes, buffer_bytes=buffer_bytes(setting),
+        parameter_elements=sum(elements), parameter_bytes=size_bytes, buffer_bytes=buffer_bytes(setting),
         gradient_bytes=size_bytes, shared_gradient_bytes=0 if words is None else words.size_bytes,
-        shared_accumulate=_shared_accumulate(words), optimizer_tensors=tuple(parameter.elements for parameter in parameters),
+        shared_accumulate=_shared_accumulate(words), optimizer_tensors=elements,
         batch_bytes=_batch_bytes(setting), mixes_samples=False, notes=_notes(setting),
         shared_parameters=() if words is None else (ParameterTensor(elements=words.elements, size_bytes=words.size_bytes, trained=True),),
     )  # fmt: skip
@@ -95,7 +104,7 @@ def _sections(setting: Setting, words: Parameter | None) -> list[Section]:
     for layer in range(config.layers):
         key = (config.has_experts(layer), last_is_normed and layer == config.layers - 1)
         if key not in kinds:
-            kinds[key] = _network_section(setting, experts=key[0], final=key[1])
+            kinds[key] = _network_section(_Rows(setting), experts=key[0], final=key[1])
         sections += [attention, kinds[key]]
     if config.head == "masked_lm":
         sections.append(_half(setting, "transform", transform))
@@ -123,7 +132,26 @@ def _half(setting: Setting, name: str, half: Half, remade: tuple[Kernel, ...] = 
     )  # fmt: skip
 
 
-def _network_section(setting: Setting, *, experts: bool, final: bool) -> Section:
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """A setting by what a layer without attention depends on: its rows, however samples and context parallelism come to them."""
+
+    setting: Setting
+
+    @property
+    def _key(self) -> tuple[Hashable, ...]:
+        own = self.setting
+        return (own.config, own.tokens, own.tp, own.ep, own.gathers, own.dtype, own.device, own.operators)
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Rows) and self._key == other._key
+
+
+@lru_cache(maxsize=MOST_SECTIONS)
+def _network_section(rows: _Rows, *, experts: bool, final: bool) -> Section:
     def half(tape: Tape, setting: Setting, x: Value) -> Value:
         config = setting.config
         normed = x if config.post_norm else norm(tape, setting, x, "network_norm")
@@ -131,7 +159,13 @@ def _network_section(setting: Setting, *, experts: bool, final: bool) -> Section
         out = residual(tape, setting, x, branch, "network_norm")
         return norm(tape, setting, out, "final_norm") if final else out
 
-    return _half(setting, "experts" if experts else "network", half, _residual_again(setting))
+    return _half(rows.setting, "experts" if experts else "network", half, _residual_again(rows.setting))
+
+
+@lru_cache(maxsize=2 * MOST_SECTIONS)
+def _block(section: Section) -> Block:
+    """The block of a section, which is made once: splits of a search that agree in rows share a layer's network."""
+    return block_of(section)
 
 
 def _residual_again(setting: Setting) -> tuple[Kernel, ...]:

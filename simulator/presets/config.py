@@ -100,6 +100,10 @@ class TransformerConfig:
     """Images: side of a patch; ``max_positions`` counts the patches and the class token."""
     num_classes: int = 0
 
+    def __hash__(self) -> int:
+        """Of what tells most configurations apart: priced models are looked up by theirs again and again."""
+        return hash((self.name, self.layers, self.hidden))
+
     def __post_init__(self) -> None:
         for key in ("layers", "hidden", "heads", "ffn", "max_positions"):
             self._check(key, getattr(self, key) >= 1, f"{key} >= 1 must hold")
