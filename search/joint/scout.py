@@ -15,18 +15,18 @@ from search.joint.points import groups_of
 from search.joint.processes import num_processes, shared_out
 
 SPLITS = 256
-"""Ways to split the model that are priced for it, the least bound first."""
+"""Ways to split the model that are priced for it, the least bound first; twice as many each time that nothing is found."""
 MANY_SPLITS = 1024
 """That there must be for it to pay."""
 FAR = 1.75
 """Times the least bound from which on a plan is far above it."""
 POINTS = 256
-"""Whose plans are bounded."""
+"""Whose plans are bounded; others each time."""
 PLANS = 16
 """That are simulated."""
 GUESS = 1.5
 """Steps in which the time below which a first plan is looked for grows: the shorter a step, the less the host link carries, so that bounds are closer."""
-_ALIKE = ("tp", "cp", "pp", "ep", "micro_batch", "zero_stage")
+_ALIKE = ("tp", "cp", "pp", "ep", "zero_stage")
 """Of points that agree in these, only the one with the least bound is looked at."""
 
 
@@ -42,30 +42,29 @@ def scouted(first: FirstBounds, evaluator: Evaluator, known_s: float, end: float
     least_s = float(first.bound_s.min())
     if known_s < FAR * least_s or first.num_open_splits(known_s) < MANY_SPLITS:
         return None
-    guess_s = min(known_s, GUESS * least_s)
+    guess_s, splits, seen = min(known_s, GUESS * least_s), SPLITS, np.zeros(len(first.space), np.bool_)
+    found: BatchOutcome | None = None
     while True:
-        bound_s = np.where(first.priced, first.price(guess_s, end=end, most_splits=SPLITS).bound_s, NOTHING)
-        rows = np.flatnonzero(bound_s < guess_s)
-        rows = rows[np.argsort(bound_s[rows], kind="stable")]
-        found = _simulated(evaluator, rows, known_s, end) if len(rows) else None
-        if (
-            (found is not None and found.value is not None)
-            or guess_s >= known_s
-            or first.priced.all()
-            or time.monotonic() > end
-        ):
+        first.price(guess_s, end=end, most_splits=splits)
+        rows = np.flatnonzero(first.priced & ~seen & (first.bound_s < guess_s))
+        rows = rows[np.argsort(first.bound_s[rows], kind="stable")]
+        if len(rows):
+            chosen = rows[np.sort(groups_of(first.space.points.take(rows), _ALIKE)[0])[:POINTS]]
+            seen[chosen] = True
+            outcome = _simulated(evaluator, chosen, known_s, end)
+            found = outcome if found is None else found.joined(outcome)
+        if (found is not None and found.value is not None) or guess_s >= known_s or seen.all() or time.monotonic() > end:
             return found
-        guess_s = min(known_s, GUESS * guess_s)
+        guess_s, splits = min(known_s, GUESS * guess_s), 2 * splits
 
 
 def _simulated(evaluator: Evaluator, rows: Ints, known_s: float, end: float) -> BatchOutcome:
-    """Points in the order of their bounds, shared out over all processors."""
-    alike = np.sort(groups_of(evaluator.space.points.take(rows), _ALIKE)[0])
-    chosen, count = rows[alike[:POINTS]].tolist(), num_processes()
+    """Some of the plans of points, shared out over all processors."""
+    count = num_processes()
 
     def part(number: int) -> BatchOutcome:
         queue = BestFirst(evaluator, known_s)
-        for row in chosen[number::count]:
+        for row in rows[number::count].tolist():
             if time.monotonic() > end:
                 break
             queue.add(row)
