@@ -38,7 +38,7 @@ class HostLanes:
 
     **Source**: `hardware_models.profile.CopyEngine`, measured or published by device; memory of the host of the device's usual node.
 
-    **Not modelled**: other processes on the host; copies of pageable memory (buffers are pinned).
+    **Not modelled**: other processes on the host; copies of pageable memory (buffers are pinned); the computing thread's own time to queue an errand, about 0.1 ms on a CPU.
     """
 
     to_device_bytes_per_s: float
