@@ -61,8 +61,30 @@ def _cheapest_step(
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]  # numba's decorators carry no types
+def _change(ways: Ways, stage: int, now: int, way: int, held: float, is_running: bool, is_backward: bool) -> float:
+    """Bytes that a moment has more with another way of a stage."""
+    found = held * (ways.kept_bytes[stage, way] - ways.kept_bytes[stage, now])
+    if is_running:
+        rises = ways.backward_bytes if is_backward else ways.forward_bytes
+        found += rises[stage, way] - rises[stage, now]
+    return float(found)
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]  # numba's decorators carry no types
+def _take(
+    ways: Ways, chosen: Ints, stage: int, way: int, peaks: Floats, held: Floats, running: Ints, backward: npt.NDArray[np.bool_]
+) -> None:
+    """Changes a stage's way, and what the moments have by it."""
+    for moment in range(peaks.size):
+        peaks[moment] += _change(
+            ways, stage, chosen[stage], way, held[moment, stage], running[moment] == stage, backward[moment]
+        )
+    chosen[stage] = way
+
+
+@njit(cache=True)  # type: ignore[untyped-decorator]  # numba's decorators carry no types
 def _best_return(
-    ways: Ways, chosen: Ints, held: Floats, running: Ints, backward: npt.NDArray[np.bool_], room_bytes: float
+    ways: Ways, chosen: Ints, peaks: Floats, held: Floats, running: Ints, backward: npt.NDArray[np.bool_], room_bytes: float
 ) -> tuple[int, int]:
     """Stage and faster way that still fits and saves most; -1 where none does."""
     best_stage, best_way, best_s = -1, -1, 0.0
@@ -72,20 +94,23 @@ def _best_return(
             saved_s = ways.seconds[stage, now] - ways.seconds[stage, way]
             if saved_s <= best_s:
                 continue
-            chosen[stage] = way
-            if peaks_of(ways, chosen, held, running, backward).max() <= room_bytes:
+            fits = True
+            for moment in range(peaks.size):
+                more = _change(ways, stage, now, way, held[moment, stage], running[moment] == stage, backward[moment])
+                if peaks[moment] + more > room_bytes:
+                    fits = False
+                    break
+            if fits:
                 best_stage, best_way, best_s = stage, way, saved_s
-            chosen[stage] = now
     return best_stage, best_way
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]  # numba's decorators carry no types
 def _fit_down(
-    ways: Ways, chosen: Ints, held: Floats, running: Ints, backward: npt.NDArray[np.bool_], room_bytes: float
+    ways: Ways, chosen: Ints, peaks: Floats, held: Floats, running: Ints, backward: npt.NDArray[np.bool_], room_bytes: float
 ) -> bool:
     """Steps to slower ways until all fits; whether it does."""
     while True:
-        peaks = peaks_of(ways, chosen, held, running, backward)
         moment = int(np.argmax(peaks))
         excess = peaks[moment] - room_bytes
         if excess <= 0.0:
@@ -93,7 +118,7 @@ def _fit_down(
         stage, way = _cheapest_step(ways, chosen, held[moment], running[moment], backward[moment], excess)
         if stage < 0:
             return False
-        chosen[stage] = way
+        _take(ways, chosen, stage, way, peaks, held, running, backward)
 
 
 @njit(cache=True)  # type: ignore[untyped-decorator]  # numba's decorators carry no types
@@ -116,13 +141,14 @@ def spread_ways(
     best, best_s = np.full(starts.shape[1], -1, np.int64), np.inf
     for start in range(starts.shape[0]):
         chosen = starts[start].copy()
-        if not _fit_down(ways, chosen, held, running, backward, room_bytes):
+        peaks = peaks_of(ways, chosen, held, running, backward)
+        if not _fit_down(ways, chosen, peaks, held, running, backward, room_bytes):
             continue
         while True:
-            stage, way = _best_return(ways, chosen, held, running, backward, room_bytes)
+            stage, way = _best_return(ways, chosen, peaks, held, running, backward, room_bytes)
             if stage < 0:
                 break
-            chosen[stage] = way
+            _take(ways, chosen, stage, way, peaks, held, running, backward)
         seconds = 0.0
         for stage in range(chosen.size):
             seconds += ways.seconds[stage, chosen[stage]]
