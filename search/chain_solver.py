@@ -99,10 +99,12 @@ def choose_slot_bytes(stacked_bytes: Ints, available_bytes: int, num_slots: int)
     least = max(1, -(-available_bytes // num_slots))
     fitting = (stacked_bytes > 0) & (stacked_bytes <= available_bytes)
     sizes, counts = np.unique(stacked_bytes[fitting], return_counts=True)
-    candidates = {least}
-    for size in sizes[np.argsort(-counts, kind="stable")][:_SIZES_TO_ALIGN].tolist():
-        candidates.update(-(-size // parts) for parts in range(max(1, size // (2 * least)), size // least + 1))
-    ordered = np.array(sorted(slot for slot in candidates if least <= slot <= 2 * least), np.int64)
+    candidates = [
+        -(-size // np.arange(max(1, size // (2 * least)), size // least + 1))
+        for size in sizes[np.argsort(-counts, kind="stable")][:_SIZES_TO_ALIGN].tolist()
+    ]
+    ordered = np.unique(np.concatenate([[least], *candidates]).astype(np.int64))
+    ordered = ordered[(ordered >= least) & (ordered <= 2 * least)]
     losses = (-stacked_bytes[None] % ordered[:, None, None]).max(axis=2).sum(axis=1) + ordered
     return int(ordered[np.argmin(losses)])
 

@@ -72,7 +72,7 @@ class RecomputeSolver:
 
     def least(self) -> Candidate:
         """The sequence of least memory that is known."""
-        candidates = [*self.experts(), self._least_of_chain()]
+        candidates = [*self.experts(), self._least_of_chain]
         return min(candidates, key=lambda candidate: (candidate.peak_bytes, candidate.step_time_s))
 
     def best(self, budget_bytes: int) -> Candidate:
@@ -81,7 +81,7 @@ class RecomputeSolver:
         Raises:
             InfeasibleError: none fits; says the least budget that does.
         """
-        candidates = [*self.experts(), self._least_of_chain(), *self._answers(budget_bytes)]
+        candidates = [*self.experts(), self._least_of_chain, *self._answers(budget_bytes)]
         fitting = [candidate for candidate in candidates if candidate.peak_bytes <= budget_bytes]
         if not fitting:
             least = self.least().peak_bytes
@@ -162,6 +162,7 @@ class RecomputeSolver:
             if raised >= table.minimum_limit_bytes:
                 yield self.evaluate("optimal", table.solve(int(raised)).operations)
 
+    @cached_property
     def _least_of_chain(self) -> Candidate:
         least = minimum_limit_bytes(self._problem)
         return self.evaluate("optimal", ChainTable(self._problem, least, self._num_slots).solve(least).operations)

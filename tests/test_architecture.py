@@ -54,21 +54,23 @@ def files_of(*suffixes: str) -> list[Path]:
     return [path for path in all_files() if path.suffix in suffixes]
 
 
-@cache
-def tree_of(path: Path) -> ast.Module:
-    return ast.parse((ROOT / path).read_text(encoding="utf-8"))
-
-
 def source_files() -> list[Path]:
     return [path for path in files_of(".py") if path.parts[0].removesuffix(".py") in LAYERS]
 
 
+@cache
+def import_nodes(path: Path) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    """Every import, also inside functions."""
+    tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
+    return tuple(node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom))
+
+
 def imported_by(path: Path) -> Iterator[tuple[int, str]]:
     """Line and dotted name of every import, also inside functions."""
-    for node in ast.walk(tree_of(path)):
+    for node in import_nodes(path):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             yield node.lineno, "." * node.level + (node.module or "")
 
 
@@ -110,7 +112,7 @@ def test_no_star_imports() -> None:
     wrong = [
         f"{path}:{node.lineno}"
         for path in source_files()
-        for node in ast.walk(tree_of(path))
+        for node in import_nodes(path)
         if isinstance(node, ast.ImportFrom) and any(alias.name == "*" for alias in node.names)
     ]
     assert not wrong

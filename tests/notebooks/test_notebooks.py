@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from datetime import datetime
 from pathlib import Path
 
 import nbformat
@@ -11,6 +13,8 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MOST_CODE_CELLS = 10
+LONGEST_QUICK_S = 60.0
+MOST_RAW_BYTES = 20 * 10**6
 
 
 def code_cells(path: Path) -> list[nbformat.NotebookNode]:
@@ -41,3 +45,19 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     drawn = sorted((tmp_path / "figures").glob("*.pdf"))
     assert bool(drawn) == ("save_figure" in path.read_text(encoding="utf-8"))
     assert all(b"/Subtype /Image" not in one.read_bytes() for one in drawn), "vectors, not pixels"
+    if "calibrate" in path.read_text(encoding="utf-8"):
+        check_quick_calibration(notebook, tmp_path)
+
+
+def check_quick_calibration(notebook: nbformat.NotebookNode, cache: Path) -> None:
+    """The notebook measured the whole quick grid of this CPU, within a minute, and left a profile."""
+    (cell,) = (cell for cell in notebook.cells if cell.cell_type == "code" and "calibrate(" in cell.source)
+    begin, end = (datetime.fromisoformat(cell.metadata["execution"][f"iopub.status.{state}"]) for state in ("busy", "idle"))
+    assert (end - begin).total_seconds() < LONGEST_QUICK_S
+    (path,) = (cache / "hardware").glob("*/raw.json")
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    assert raw["complete"]
+    classes = {row["kernel_class"] for row in raw["results"]}
+    assert classes >= {"gemm", "attention", "convolution", "fft", "pointwise", "optimizer"}
+    assert path.stat().st_size < MOST_RAW_BYTES
+    assert path.with_name("device.toml").exists()

@@ -18,7 +18,7 @@ from validation.distributed.job import Job
 from validation.distributed.replay import ProcessesReplay, prepare
 from validation.distributed.worker import run_job
 
-LIMIT_S = 300.0
+LIMIT_S = 600.0
 TIMEOUT_S = 120.0
 
 
