@@ -108,11 +108,12 @@ def test_search_gives_the_keys_of_the_design_and_a_plan_that_simulates(tmp_path:
 
 
 def test_search_under_a_budget_and_the_least_budget(tmp_path: Path) -> None:
-    refused = run("search", "--model", MODEL, "--hardware", GPU, "--memory-budget", "1KiB")
+    asked = "search", "--model", MODEL, "--global-batch", "2", "--hardware", GPU, "--memory-budget"
+    refused = run(*asked, "1KiB")
     assert refused.exit_code == EXIT_INFEASIBLE
     assert "a memory budget of 1024 bytes" in refused.stderr
     least = refused.stderr.rsplit("the least budget that fits is ", 1)[1].split(" bytes", 1)[0]
-    found = as_json("search", "--model", MODEL, "--hardware", GPU, "--memory-budget", least, "--out", str(tmp_path))
+    found = as_json(*asked, least, "--out", str(tmp_path))
     assert found["best"]["simulate"]["peak_memory_bytes"][0] <= int(least)
     assert found["best"]["simulate"]["fits"]
 

@@ -90,6 +90,7 @@ def test_timed_devices_get_back_the_ramps_that_made_the_table(updated: tuple[Pat
         assert sections[name]["evidence"] == "published"
 
 
+@pytest.mark.slow
 def test_mixes_follow_the_tables(updated: tuple[Path, dict[str, dict[str, object]]]) -> None:
     _folder, sections = updated
     h100 = sections["h100-pcie"]
