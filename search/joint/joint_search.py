@@ -19,7 +19,7 @@ from search.joint.evaluate import Evaluator
 from search.joint.experts import Expert, experts
 from search.joint.explain import Contribution, contributions
 from search.joint.frontier import Frontier
-from search.joint.least_memory import least_memory
+from search.joint.least_memory import LeastMemory, least_memory
 from search.joint.processes import num_processes, shared_out
 from search.joint.sampled_study import Judge, SampledRun, run_sampled
 from search.joint.scout import scouted
@@ -202,7 +202,7 @@ def joint_search(
     study = run_together(prepared.run, workers, storage, limit_s, on_progress)
     plan = _best_plan(study, probed, known)
     if plan is None:
-        raise _infeasible(evaluator, study, limited=time_limit_s is not None)
+        plan = _least_plan(evaluator, study, limited=time_limit_s is not None)
     simulation = evaluator.simulate(plan)
     return JointResult(
         plan=plan, simulation=simulation, study=study, lower_bound_s=min(simulation.step_time_s, study.progress.lower_bound), space_size=len(space),
@@ -229,10 +229,23 @@ def _best_plan(study: JointStudyResult, probed: BatchOutcome | None, known: Base
     return known.plan if known else None
 
 
-def _infeasible(evaluator: Evaluator, study: JointStudyResult, *, limited: bool) -> InfeasibleError:
-    """The error that names the least memory that would do; a search with a time limit looks for it for `LEAST_MEMORY_S`."""
-    request, device = evaluator.space.request, evaluator.device
+def _least_plan(evaluator: Evaluator, study: JointStudyResult, *, limited: bool) -> Plan:
+    """The plan that needs the least memory, which may fit where the time did not suffice to find another; a search with a time limit looks for it for `LEAST_MEMORY_S`.
+
+    Raises:
+        InfeasibleError: it does not fit; names the least memory that would do.
+    """
     least = least_memory(evaluator, end=time.monotonic() + LEAST_MEMORY_S if limited else NOTHING)
+    if least.plan is not None:
+        with suppress(InfeasibleError):
+            if evaluator.simulate(least.plan).fits:
+                return least.plan
+    raise _infeasible(evaluator, study, least)
+
+
+def _infeasible(evaluator: Evaluator, study: JointStudyResult, least: LeastMemory) -> InfeasibleError:
+    """The error that names the least memory that would do."""
+    request, device = evaluator.space.request, evaluator.device
     need, room = least.needed_bytes, request.budget_bytes or device.memory_bytes - device.context_bytes
     said = "the least that fits is" if least.exact else "the least that was seen is"
     proven = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import reduce
+from itertools import chain
 
 import numpy as np
 
@@ -24,6 +25,8 @@ POINTS = 256
 """Whose plans are bounded; others each time."""
 PLANS = 16
 """That are simulated."""
+PARTS = 4
+"""Into which the points are dealt, however many processors there are: workers of several machines begin with the same plan."""
 GUESS = 1.5
 """Steps in which the time below which a first plan is looked for grows: the shorter a step, the less the host link carries, so that bounds are closer."""
 _ALIKE = ("tp", "cp", "pp", "ep", "zero_stage")
@@ -60,17 +63,18 @@ def scouted(first: FirstBounds, evaluator: Evaluator, known_s: float, end: float
 
 def _simulated(evaluator: Evaluator, rows: Ints, known_s: float, end: float) -> BatchOutcome:
     """Some of the plans of points, shared out over all processors."""
-    count = num_processes()
 
     def part(number: int) -> BatchOutcome:
         queue = BestFirst(evaluator, known_s)
-        for row in rows[number::count].tolist():
+        for row in rows[number::PARTS].tolist():
             if time.monotonic() > end:
                 break
             queue.add(row)
-        while queue.num_simulated < PLANS // count and queue.least_s < queue.incumbent and time.monotonic() <= end:
+        while queue.num_simulated < PLANS // PARTS and queue.least_s < queue.incumbent and time.monotonic() <= end:
             queue.step()
         queue.settle(end)
         return queue.outcome(NOTHING)
 
-    return reduce(lambda one, other: one.joined(other), shared_out(part, range(count)))
+    count = num_processes()
+    parts = shared_out(lambda first: [part(number) for number in range(first, PARTS, count)], range(min(count, PARTS)))
+    return reduce(lambda one, other: one.joined(other), chain.from_iterable(parts))
