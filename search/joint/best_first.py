@@ -16,6 +16,7 @@ from search.joint.batch_study import NOTHING, BatchOutcome
 from search.joint.evaluate import Evaluator, RefinedPoint
 from search.joint.refusals import reason_of, together
 from simulator.parallel.simulation import ParallelSimulation
+from simulator.pipeline.action import Order
 from simulator.plan import Memory, Plan
 from simulator.plan_file import plan_to_dict
 from simulator.program import Kind
@@ -37,20 +38,21 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Plain:
-    """The plan of a point that saves no memory: what all others of the same cut are measured against."""
+    """The plan of a point that saves no memory: what all others of the same order and cut are measured against."""
 
+    order: Order
     cut: tuple[int, ...]
     step_time_s: float
     update_s: float
     """Most that a rank spends in its optimizer."""
 
-    def least_s(self, plan: Plan, cut: tuple[int, ...]) -> float:
+    def least_s(self, plan: Plan, order: Order, cut: tuple[int, ...]) -> float:
         """Seconds that another plan of the point is not below.
 
         **Model**: order and cut are the same, so that each of its passes follows the same ones; recompute and offload add to passes and to what they wait for, and a fixed
         order of longer passes does not end sooner. The host's optimizer step takes the place of the device's, which is left out for it.
         """
-        if cut != self.cut:
+        if order is not self.order or cut != self.cut:
             return 0.0
         return self.step_time_s - (self.update_s if plan.memory.optimizer_offload else 0.0)
 
@@ -153,19 +155,22 @@ class BestFirst:
 
     def _simulate(self, one: Candidate) -> None:
         point, plan = self._points[one.point], self._plan(one)
-        cut = self.evaluator.bounds.cut(plan, point.order) if point.order is not None else ()
-        plain = self._plain.get(one.point)
-        if plain is not None and plain.least_s(plan, cut) >= self.incumbent:
+        order = point.orders[one.memory]
+        cut, plain = self.evaluator.bounds.cut(plan, order), self._plain.get(one.point)
+        least_s = plain.least_s(plan, order, cut) if plain is not None else 0.0
+        if least_s >= self.incumbent:
             return
-        if plain is not None and plain.least_s(plan, cut) > one.seconds:
-            self._push(plain.least_s(plan, cut), BOUNDED, one.point, one.memory)
+        if least_s > one.seconds:
+            self._push(least_s, BOUNDED, one.point, one.memory)
             return
         result = self._asked(plan, reserved=False)
         if result is None:
             return
         self.num_simulated += 1
         if one.memory == point.plain.memory:
-            self._plain[one.point] = _Plain(cut=cut, step_time_s=result.step_time_s, update_s=_update_seconds(result))
+            self._plain[one.point] = _Plain(
+                order=order, cut=cut, step_time_s=result.step_time_s, update_s=_update_seconds(result)
+            )
         if not result.fits:
             self._needs(self._used(result))
         elif result.step_time_s < self.incumbent:

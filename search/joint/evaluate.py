@@ -34,8 +34,8 @@ class RefinedPoint:
     index: int
     plain: Plan
     """Its plan that saves no memory."""
-    order: Order | None
-    """None: the simulator refuses all of its plans."""
+    orders: Mapping[Memory, Order]
+    """Of the pipelines of its plans; none where the simulator refuses them."""
     ways: tuple[tuple[Bound, Memory], ...]
     """Least bound first."""
     refused: Mapping[str, int]
@@ -84,7 +84,7 @@ class Evaluator:
         """Seconds that any plan of the request is not below; infinite where it does not fit or the simulator refuses it."""
         plain = replace(plan, memory=Memory(zero_stage=plan.memory.zero_stage, budget_bytes=plan.memory.budget_bytes))
         try:
-            return self.bounds.bounds(plain, self.bounds.order(plain), [plan.memory], NOTHING)[0].seconds
+            return self.bounds.bounds(plain, {plan.memory: self.bounds.order(plan)}, NOTHING)[0].seconds
         except InputError:
             return NOTHING
 
@@ -120,16 +120,15 @@ class Evaluator:
         return self._refined[index]
 
     def _refine(self, index: int, incumbent: float) -> RefinedPoint:
-        plain, refused = self.space.plan(index), Counter[str]()
-        try:
-            order = self.bounds.order(plain)
-        except InputError as error:
-            refused[reason_of(error)] += 1  # a point that the simulator refuses by name
-            return RefinedPoint(index=index, plain=plain, order=None, ways=(), refused=refused)
-        ways = self._ways(plain)
-        bounds = self.bounds.bounds(plain, order, ways, incumbent)
-        found = sorted(zip(bounds, ways, strict=True), key=lambda way: way[0].seconds)
-        return RefinedPoint(index=index, plain=plain, order=order, ways=tuple(found), refused=refused)
+        plain, refused, orders = self.space.plan(index), Counter[str](), dict[Memory, Order]()
+        for memory in self._ways(plain):
+            try:
+                orders[memory] = self.bounds.order(replace(plain, memory=memory))
+            except InputError as error:  # a plan that the simulator refuses by name
+                refused[reason_of(error)] += 1
+        bounds = self.bounds.bounds(plain, orders, incumbent)
+        found = sorted(zip(bounds, orders, strict=True), key=lambda way: way[0].seconds)
+        return RefinedPoint(index=index, plain=plain, orders=orders, ways=tuple(found), refused=refused)
 
     def states_bytes(self, plan: Plan, plain: Plan) -> int:
         """Bytes that no plan is below on its fullest rank: parameters, gradients and optimizer states, spread evenly over the pipeline.

@@ -15,7 +15,7 @@ collectives) and D seconds of traffic that is left or comes, it is over after b 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -94,33 +94,39 @@ class StepBounds:
         self._plays: dict[Hashable, Played] = {}
         self._alone: dict[Hashable, float] = {}
         self._ways: dict[Hashable, list[tuple[Hashable, Memory]]] = {}
+        self._timed: dict[Plan, Order] = {}
 
     def order(self, plan: Plan) -> Order:
-        """The order of a plan's pipeline.
+        """The order of a plan's pipeline; one that is made for the times of passes depends on the cut, and so on what memory is saved.
 
         Raises:
             InputError: the simulator refuses the plan.
         """
         if plan.pipeline.schedule not in TIMED_SCHEDULES:
             return order_of(plan)
-        return parallel_case(self.source, plan, self.request.cluster, device=self.device).order
+        alike = replace(plan, memory=replace(plan.memory, activation_offload=0.0, recompute=_decided(plan.memory)))
+        if alike not in self._timed:
+            self._timed[alike] = parallel_case(self.source, alike, self.request.cluster, device=self.device).order
+        return self._timed[alike]
 
-    def bounds(self, plan: Plan, order: Order, memories: Sequence[Memory], best_s: float) -> list[Bound]:
+    def bounds(self, plan: Plan, orders: Mapping[Memory, Order], best_s: float) -> list[Bound]:
         """Bounds of a point's plans.
 
         Args:
             plan: of the request, without recompute or offload.
-            order: of its pipeline.
-            memories: of the plans.
+            orders: of the pipelines of plans, by how these save memory (`order`).
             best_s: of a plan that is known: a bound that reaches it is not looked at further.
+
+        Returns:
+            One for each of ``orders``.
         """
-        self._alive[id(order)] = order
-        split = self.tables.split(plan)
-        plans = [replace(plan, memory=memory) for memory in memories]
-        least: dict[Hashable, float] = {}
-        for one in plans:  # of those alike in what decides cut and traffic, once
+        split, least = self.tables.split(plan), dict[Hashable, float]()
+        plans = [replace(plan, memory=memory) for memory in orders]
+        for one, order in zip(plans, orders.values(), strict=True):  # of those alike in what decides cut and traffic, once
+            self._alive[id(order)] = order
             memory = one.memory
             key = (
+                id(order),
                 memory.optimizer_offload,
                 memory.grad_offload,
                 bool(memory.weight_offload),
@@ -136,7 +142,7 @@ class StepBounds:
                 )
         if min(least.values(), default=best_s) >= best_s:
             return [Bound(min(least.values()), 0)] * len(plans)
-        return [self._bound(one, order, split, best_s) for one in plans]
+        return [self._bound(one, order, split, best_s) for one, order in zip(plans, orders.values(), strict=True)]
 
     def alone(self, plan: Plan, order: Order) -> float:
         """Seconds that none of a point's plans is below, by its passes in their order alone: no data parallelism, no memory; arguments as for `bounds`."""
@@ -198,7 +204,7 @@ class StepBounds:
 
     def _stages(self, plan: Plan, order: Order, table: LayerTable) -> Stages:
         own, memory = plan.parallel, plan.memory
-        recompute = "none" if memory.recompute == "optimal" else memory.recompute
+        recompute = _decided(memory)
         states = (memory.zero_stage, memory.optimizer_offload, memory.grad_offload, memory.weight_offload)
         key = (id(table), id(order), own.dp, own.cp, own.ep, plan.precision, plan.pipeline.partition, states, recompute)
         if key not in self._cuts:
@@ -361,6 +367,11 @@ def _is_staged(memory: Memory) -> bool:
 
 _ALMOST = 1.0 - 1e-6
 """Copies of rounded bytes may be a little less than what is asked for."""
+
+
+def _decided(memory: Memory) -> str:
+    """What is recomputed, as far as it is known before it is solved for."""
+    return "none" if memory.recompute == "optimal" else memory.recompute
 
 
 def _plain(plan: Plan) -> Plan:

@@ -127,7 +127,7 @@ def checked_points(setting: Setting, count: int, rng: np.random.Generator, *, op
                 found = simulate_on_cluster(source, plan, request.cluster, reserved=False, device=device)
             except (InputError, InfeasibleError):
                 continue
-            own_s = refined.bounds(plain, refined.order(plain), [memory], np.inf)[0].seconds
+            own_s = refined.bounds(plain, {memory: refined.order(plan)}, np.inf)[0].seconds
             if found.fits:  # of others a bound says nothing
                 left -= 1
                 yield Checked(

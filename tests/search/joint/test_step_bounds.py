@@ -106,5 +106,5 @@ def test_bounds_of_staged_plans_are_near_simulated_steps(part: float) -> None:
     step_s = simulate_on_cluster(source, plan, request.cluster, reserved=False, device=device).step_time_s
     bounds = StepBounds(LayerTables(request, device), source)
     plain = replace(plan, memory=Memory(zero_stage=2))
-    found = bounds.bounds(plain, bounds.order(plain), [memory], np.inf)[0]
+    found = bounds.bounds(plain, {memory: bounds.order(replace(plain, memory=memory))}, np.inf)[0]
     assert 0.95 * step_s < found.seconds <= step_s
