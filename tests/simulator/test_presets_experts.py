@@ -66,7 +66,7 @@ def test_more_rows_keep_more_bytes_and_all_come_back(ep: int) -> None:
 def test_model_flops_count_no_padding() -> None:
     plain, padded = (simulated(plan_of(dp=8, ep=8), config(capacity_factor=factor)) for factor in (0.0, 1.25))
     assert padded.model_flops == plain.model_flops
-    assert padded.step_time_s > plain.step_time_s
+    assert padded.program.duration_s.sum() > plain.program.duration_s.sum()  # the step of so small a model waits for launches
 
 
 def test_a_more_even_routing_is_never_slower() -> None:
