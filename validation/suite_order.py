@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Any
 
@@ -29,6 +29,8 @@ class PlanOrder:
     num_in_order: int
     products: tuple[float, float, float]
     """Over those pairs: sums of predicted times measured difference of ranks, of the predicted one's square, of the measured one's."""
+    repeat_products: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """The same of two halves of the measurement, every second round as if it predicted the others, over the pairs that these tell apart."""
 
     @property
     def pair_spearman(self) -> float | None:
@@ -39,9 +41,12 @@ class PlanOrder:
 
         **Source**: Daniels 1944, "The relation between measures of correlation in the universe of sample permutations" (the general coefficient).
         """
-        both, predicted, measured = self.products
-        scale = sqrt(predicted * measured)
-        return both / scale if scale else None
+        return _coefficient(self.products)
+
+    @property
+    def repeat_spearman(self) -> float | None:
+        """What measurement reaches against itself: `pair_spearman` of every second round against the others; a prediction is held to no more than that."""
+        return _coefficient(self.repeat_products)
 
     @property
     def share_in_order(self) -> float | None:
@@ -52,7 +57,7 @@ class PlanOrder:
         """As ``summary.json`` has it."""
         return {
             "model": self.model, "num_plans": self.num_plans, "spearman": self.spearman, "num_pairs": self.num_pairs, "num_in_order": self.num_in_order,
-            "share_in_order": self.share_in_order, "pair_spearman": self.pair_spearman,
+            "share_in_order": self.share_in_order, "pair_spearman": self.pair_spearman, "repeat_spearman": self.repeat_spearman,
         }  # fmt: skip
 
 
@@ -77,28 +82,46 @@ def plan_order(model: str, predicted_s: Sequence[float], measured_s: Sequence[fl
 
 def pooled(orders: Sequence[PlanOrder]) -> PlanOrder:
     """All models' pairs together."""
-    both, predicted, measured = (sum(one.products[place] for one in orders) for place in range(3))
     return PlanOrder(
         model=POOLED, num_plans=sum(one.num_plans for one in orders), spearman=None, num_pairs=sum(one.num_pairs for one in orders),
-        num_in_order=sum(one.num_in_order for one in orders), products=(both, predicted, measured),
+        num_in_order=sum(one.num_in_order for one in orders), products=_summed([one.products for one in orders]), repeat_products=_summed([one.repeat_products for one in orders]),
     )  # fmt: skip
 
 
-def orders_of(times: Mapping[str, Sequence[tuple[float, float]]]) -> tuple[PlanOrder, ...]:
-    """Of each model with its (predicted, measured) seconds by plan, then `pooled`."""
-    own = [plan_order(model, [one[0] for one in pairs], [one[1] for one in pairs]) for model, pairs in times.items()]
+def orders_of(times: Mapping[str, Sequence[tuple[float, Sequence[float]]]]) -> tuple[PlanOrder, ...]:
+    """Of each model with its predicted and, round by round, measured seconds by plan, then `pooled`."""
+    own = [_with_repeat(model, [one[0] for one in pairs], [one[1] for one in pairs]) for model, pairs in times.items()]
     return (*own, pooled(own))
+
+
+def _with_repeat(model: str, predicted_s: Sequence[float], rounds_s: Sequence[Sequence[float]]) -> PlanOrder:
+    found = plan_order(model, predicted_s, [float(np.median(seconds)) for seconds in rounds_s])
+    if not all(len(seconds) > 1 for seconds in rounds_s):
+        return found
+    halves = ([float(np.median(seconds[start::2])) for seconds in rounds_s] for start in range(2))
+    return replace(found, repeat_products=plan_order(model, *halves).products)
+
+
+def _coefficient(products: tuple[float, float, float]) -> float | None:
+    both, first, second = products
+    scale = sqrt(first * second)
+    return both / scale if scale else None
+
+
+def _summed(products: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+    both, first, second = (sum(one[place] for one in products) for place in range(3))
+    return both, first, second
 
 
 def order_table(orders: Sequence[PlanOrder]) -> str:
     """The same as a Markdown table."""
     lines = [
-        f"| model | plans | rank correlation over its plans | pairs that differ by more than {TOLD_APART:.0%} | rank correlation over them | in order |",
-        "|---|---|---|---|---|---|",
+        f"| model | plans | rank correlation over its plans | pairs that differ by more than {TOLD_APART:.0%} | rank correlation over them | in order | measurement against itself |",
+        "|---|---|---|---|---|---|---|",
     ]
     lines += [
         f"| {one.model} | {one.num_plans} | {_number(one.spearman)} | {one.num_pairs} | {_number(one.pair_spearman)} "
-        f"| {'' if one.share_in_order is None else f'{one.share_in_order:.0%}'} |"
+        f"| {'' if one.share_in_order is None else f'{one.share_in_order:.0%}'} | {_number(one.repeat_spearman)} |"
         for one in orders
     ]
     return "\n".join(lines) + "\n"

@@ -178,10 +178,10 @@ def _errors(errors: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, float] |
 
 def orders(rows: Sequence[SuiteRow]) -> tuple[PlanOrder, ...]:
     """Of every model's plans, and of all: by the times measured, which were taken in turn."""
-    times: dict[str, list[tuple[float, float]]] = {}
+    times: dict[str, list[tuple[float, list[float]]]] = {}
     for row in rows:
         if row.predicted is not None and not row.failed and row.case.kind == "plan":
-            times.setdefault(row.model, []).append((row.predicted.step_time_s, row.measured["step_time_s"]["median"]))
+            times.setdefault(row.model, []).append((row.predicted.step_time_s, row.measured["step_time_s"]["seconds"]))
     return orders_of(times)
 
 
