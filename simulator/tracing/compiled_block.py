@@ -13,7 +13,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import config
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Interpreter
+from torch.fx import Graph, GraphModule, Interpreter, Node
 from torch.utils._python_dispatch import _disable_current_modes
 
 from hardware_models.errors import InputError
@@ -39,7 +39,7 @@ class PartitionedGraph:
 
     **Source**: torch 2.13, torch/_functorch/partitioners.py (``min_cut_rematerialization_partition``, which inductor takes, torch/_inductor/compile_fx.py); operators are taken apart by inductor's own table.
 
-    **Not modelled**: inductor's rewriting of patterns before the cut, and its order of kernels for the least peak (it makes a weight's gradient before the input's where that frees more).
+    **Not modelled**: inductor's rewriting of patterns before the cut, and its order of products for the least peak (it makes a weight's gradient before the input's where that frees more).
     """
 
     graph: GraphModule
@@ -69,13 +69,38 @@ def _twin(argument: Any) -> Any:
 
 
 def _one_by_one(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[[list[Any]], Any]:  # noqa: ARG001 - torch's names
-    """A "compiler" that runs a graph's operators in order and lets go of each value, the arguments too, after its last use."""
+    """A "compiler" that runs a graph's operators, each where it is needed, and lets go of each value, the arguments too, after its last use."""
+    _sink(gm.graph)
 
     def run(arguments: list[Any]) -> Any:
         return Interpreter(gm).boxed_run(arguments)
 
     run._boxed_call = True  # type: ignore[attr-defined]  # noqa: SLF001 - how aot_autograd knows the convention
     return run
+
+
+def _sink(graph: Graph) -> None:
+    """Moves what one element of a result needs no other element of down to its first use, past reductions and its like.
+
+    **Model**: generated code makes such values inside the kernel that reads them, wherever the graph lists them; one listed before a reduction and read only behind it is never written to memory.
+
+    **Source**: torch 2.13, torch/_inductor/ir.py (``StorageBox.realize``: pointwise values are inlined where they are read).
+    """
+    for node in reversed(list(graph.nodes)):
+        if not _tagged(node, torch.Tag.pointwise) or not node.users:
+            continue
+        after = node.next
+        while after not in node.users and (_tagged(after, torch.Tag.pointwise) or _tagged(after, torch.Tag.reduction)):
+            after = after.next
+        after.prepend(node)
+
+
+def _tagged(node: Node, tag: torch.Tag) -> bool:
+    """Whether an operator says so of itself; views count as pointwise."""
+    operator = node.target
+    return isinstance(operator, torch._ops.OpOverload) and (
+        tag in operator.tags or (tag is torch.Tag.pointwise and operator.is_view)
+    )  # noqa: SLF001 - has no public name
 
 
 def partitioned_chain(chain: Chain) -> Chain:

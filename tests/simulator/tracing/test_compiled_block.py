@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._inductor.cpp_builder import get_cpp_compiler
 from torch._inductor.exc import InvalidCxxCompiler
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hardware_models.errors import InputError
 from hardware_models.kernel import Kernel
@@ -84,6 +85,21 @@ def test_a_compiled_block_keeps_less_in_fewer_kernels() -> None:
         assert len(compiled) < len(eager)
         assert FUSED_OP in {kernel.op for kernel in compiled}
         assert sum(kernel.flops for kernel in compiled) == sum(kernel.flops for kernel in eager)
+
+
+def test_values_are_made_where_they_are_read() -> None:
+    def loss(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        early, before = x.exp(), x.sin()
+        scale = before.sum(1, keepdim=True)
+        kept = x.cos()
+        product = x @ weight
+        return product + early * scale + kept
+
+    graph = make_fx(loss)(torch.ones(4, 4), torch.ones(4, 4)).graph
+    compiled_block._sink(graph)
+    names = [node.name for node in graph.nodes if node.op == "call_function"]
+    # behind the reduction, yet before the product, which is no part of any generated kernel
+    assert names == ["sin", "sum_1", "cos", "exp", "mm", "mul", "add", "add_1"]
 
 
 def test_a_generated_kernel_writes_on_what_it_reads_last() -> None:
