@@ -11,6 +11,7 @@ import click
 
 from hardware_models.calibration import calibrate as run_calibration
 from hardware_models.catalogue import list_hardware, load_hardware, this_profile_path
+from hardware_models.files import writable_files
 from hardware_models.network.cluster_file import find_cluster, list_clusters, load_cluster
 from hardware_models.profile import DeviceProfile
 from search.plan_search import search as run_search
@@ -155,6 +156,7 @@ def simulate(
     trace_path: Path | None, plot_path: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Predicts the step time and the memory of a plan."""
+    writable_files(trace_path, plot_path)
     plan = read_plan(plan_path) if plan_path else Plan()
     folder = plan_path.parent if plan_path else None
     cluster = find_cluster(hardware_name)
@@ -212,6 +214,7 @@ def replay(
     from validation.replay_comparison import bundle_replay, replay_case  # noqa: PLC0415
     from validation.replay_comparison import replay as run_replay  # noqa: PLC0415 - torch only where something runs
 
+    writable_files(trace_path, bundle)
     profile = device_profile(hardware_name, device=device)
     plan = read_plan(plan_path) if plan_path else Plan()
     source = model_source(model_name, batch=batch, seq_len=seq_len).with_plan_batch(plan)

@@ -17,6 +17,7 @@ import numpy as np
 from hardware_models.calibration_device import PEAK_CLASSES, device_table, load_ratios, measured_bandwidth, measured_peaks
 from hardware_models.curves import Curve, Floats
 from hardware_models.errors import InputError
+from hardware_models.files import writable_folder
 from hardware_models.fit import fit_curve
 from hardware_models.kernel import Kernel
 from hardware_models.profile import DeviceProfile
@@ -62,7 +63,7 @@ def calibrate(out_dir: Path, *, quick: bool = False, device: str = "cpu", progre
     if problem := problem_of(device):
         raise InputError(source="--device", key="device", value=device, rule=problem, remedy=NO_GPU_REMEDY)
     tell = progress or (lambda _what, _fraction: None)
-    out_dir.mkdir(parents=True, exist_ok=True)
+    writable_folder(out_dir)
     raw_path = out_dir / RAW_FILE
     if raw_path.exists() and json.loads(raw_path.read_text()).get("complete"):
         raw_path.unlink()

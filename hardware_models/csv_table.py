@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from hardware_models.errors import InputError
+from hardware_models.text_files import text_of
 
 Format = TypeVar("Format")
 
@@ -115,11 +116,4 @@ def _broken(path: Path, line: int, problem: csv.Error) -> InputError:
 
 
 def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as problem:
-        raise InputError(source=str(path), key="", value=None, rule="no such file", remedy="correct the path") from problem
-    except (UnicodeDecodeError, IsADirectoryError) as problem:
-        raise InputError(
-            source=str(path), key="", value=None, rule=f"a CSV file: {problem}", remedy="name the table"
-        ) from problem
+    return text_of(path, remedy="name a table in CSV")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hardware_models.errors import InputError
 from hardware_models.files import whole_file
 from hardware_models.profile import Evidence
+from hardware_models.text_files import text_of, toml_of
 
 LEAST_LINK_RATE = 1e8
 """No link of a training machine moves fewer bytes in a second: a smaller value is in another unit (GB/s, Gb/s)."""
@@ -87,14 +87,7 @@ def read_section(model: type[_Model], path: Path, *, remedies: Remedies | None =
         InputError: no such file, not TOML, or a value that breaks a rule.
     """
     remedies = remedies or Remedies()
-    try:
-        values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as problem:
-        raise InputError(source=str(path), key="", value=None, rule="no such file", remedy=remedies.absent) from problem
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
-        raise InputError(
-            source=str(path), key="", value=None, rule=f"not whole or not TOML: {problem}", remedy=remedies.broken
-        ) from problem
+    values = toml_of(text_of(path, remedy=remedies.absent), source=str(path), remedy=remedies.broken)
     try:
         return model.model_validate(values)
     except ValidationError as problem:

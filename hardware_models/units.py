@@ -21,6 +21,9 @@ DTYPE_BYTES = MappingProxyType(
 )  # fmt: skip
 """Bytes of one element, by torch's name of the dtype (tf32 is stored as float32)."""
 
+MOST_BYTES = 2**20 * TIB
+"""No device, host or budget holds more; products with it stay within 64 bits."""
+
 _SIZE_UNITS = {"": 1, "B": 1, "KB": KB, "MB": MB, "GB": GB, "TB": TB, "KIB": KIB, "MIB": MIB, "GIB": GIB, "TIB": TIB}
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*$")
 
@@ -29,7 +32,7 @@ def parse_bytes(text: str, *, source: str, key: str) -> int:
     """Bytes of a size such as ``40GiB``, ``512 MB`` or ``1000000``.
 
     Raises:
-        InputError: no number, or a unit other than B, KB .. TB (powers of 1000) and KiB .. TiB (powers of 1024).
+        InputError: no number, 0, more than `MOST_BYTES`, or a unit other than B, KB .. TB (powers of 1000) and KiB .. TiB (powers of 1024).
     """
     match = _SIZE.match(text)
     factor = _SIZE_UNITS.get(match.group(2).upper()) if match else None
@@ -37,7 +40,12 @@ def parse_bytes(text: str, *, source: str, key: str) -> int:
         raise InputError(
             source=source, key=key, value=text, rule="a size is a number and a unit", remedy="write 40GiB, 512MB or 1e9 as 1GB"
         )
-    return int(float(match.group(1)) * factor)
+    size_bytes = int(float(match.group(1)) * factor)
+    if not 0 < size_bytes <= MOST_BYTES:
+        raise InputError(
+            source=source, key=key, value=text, rule=f"0 < size <= {format_bytes(MOST_BYTES)} must hold", remedy="correct the number or its unit"
+        )  # fmt: skip
+    return size_bytes
 
 
 def format_bytes(size_bytes: float) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hardware_models.errors import InputError
+from hardware_models.text_files import text_of, toml_of
 
 HOUR_S = 3600.0
 
@@ -59,13 +59,7 @@ def read_prices(path: Path) -> Prices:
         InputError: no such file, TOML that does not parse, another key, or a price that is no positive number.
     """
     source = str(path)
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        rule = f"cannot be read: {error.strerror}"
-        raise InputError(source="--prices", key="", value=source, rule=rule, remedy="give the path of a price file") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(source=source, key="", value=None, rule=f"not TOML: {error}") from error
+    table = toml_of(text_of(path, remedy="give the path of a price file"), source=source)
     for key in table:
         if key not in {"currency", "per_hour"}:
             raise InputError(source=source, key=key, value=table[key], rule="unknown key; known are currency, per_hour")

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hardware_models.errors import UnknownNameError
+from hardware_models.errors import InputError, UnknownNameError
 from hardware_models.profile import DeviceProfile
 from simulator.models import MODELS
 from simulator.plan import Plan, check_model, check_single_device, resolve_batch
@@ -25,6 +25,8 @@ TRACED_PRECISIONS = ("fp32", "tf32", "bf16", "fp16", "fp8", "int8")
 """Those in which models are traced."""
 DEFAULT_BATCH = 8
 DEFAULT_SEQ_LEN = 2048
+MOST_TOKENS = 1e12
+"""Tokens of a step; beyond it lie slips of the keyboard, and sizes that leave 64 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,14 @@ class ModelSource:
     """Whether a traced model runs compiled, block by block."""
     _workloads: dict[int, Workload] = field(default_factory=dict, repr=False, compare=False)
     _traces: dict[int, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        size = (self.batch or 1) * (self.seq_len or 1)
+        if size > MOST_TOKENS:
+            raise InputError(
+                source=f"model {self.name}", key="batch, seq_len", value=(self.batch, self.seq_len),
+                rule=f"batch * seq_len <= {MOST_TOKENS:.0e} must hold, but got {size:.3g}", remedy="give samples and tokens, not bytes",
+            )  # fmt: skip
 
     @cached_property
     def _tracing(self) -> Any:

@@ -51,6 +51,8 @@ __all__ = [
 
 SCHEDULES_TWO_WAYS = ("chimera", "dualpipe")
 """Schedules that keep each stage on two ranks."""
+MOST_MICROBATCHES = 10**6
+"""In a step of one replica; an order of more fills the memory of the machine that simulates it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,9 @@ class Plan:
         if whole is not None and whole % (dp * part):
             rule = f"global_batch % (dp * micro_batch) == 0 must hold, but got {whole} % ({dp}*{part}) = {whole % (dp * part)}"
             raise plan_refusal("batch.global_batch", whole, rule)
+        if whole is not None and self.num_microbatches > MOST_MICROBATCHES:
+            rule = f"global_batch / (dp * micro_batch) <= {MOST_MICROBATCHES} must hold, but got {self.num_microbatches}"
+            raise plan_refusal("batch.global_batch", whole, rule, "take a larger micro_batch")
 
     def _check_stages(self) -> None:
         pp, chunks, schedule = self.parallel.pp, self.parallel.virtual_stages, self.pipeline.schedule
@@ -129,13 +134,12 @@ def expand_ranges(text: str, count: int, *, key: str) -> tuple[int, ...]:
     """
     if text == "all":
         return tuple(range(count))
-    found: set[int] = set()
-    for part in text.split(","):
-        low, _, high = part.partition("-")
-        found.update(range(int(low), int(high or low) + 1))
-    if max(found) >= count:
-        raise plan_refusal(key, text, f"index < {count} must hold, but got {max(found)}")
-    return tuple(sorted(found))
+    pairs = [part.partition("-") for part in text.split(",")]
+    ends = [(int(low), int(high or low)) for low, _, high in pairs]
+    last = max(high for _, high in ends)
+    if last >= count:
+        raise plan_refusal(key, text, f"index < {count} must hold, but got {last}")
+    return tuple(sorted({index for low, high in ends for index in range(low, high + 1)}))
 
 
 def resolve_batch(plan: Plan, *, batch: int, seq_len: int | None) -> Plan:
@@ -158,7 +162,7 @@ def check_gpus(plan: Plan, num_gpus: int) -> None:
     if plan.num_gpus != num_gpus:
         degrees = (plan.parallel.tp, plan.parallel.cp, plan.parallel.pp, plan.parallel.dp)
         rule = f"tp * cp * pp * dp == gpus must hold, but got {'*'.join(map(str, degrees))} = {prod(degrees)} != {num_gpus}"
-        raise plan_refusal("parallel", None, rule)
+        raise plan_refusal("parallel", None, rule, "change a degree of the plan, or the number of devices")
 
 
 def check_single_device(

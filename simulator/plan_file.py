@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from difflib import get_close_matches
@@ -18,9 +17,8 @@ from pydantic_core import ErrorDetails
 
 from hardware_models.errors import InputError, UnknownNameError
 from hardware_models.files import whole_file
+from hardware_models.text_files import text_of, toml_of
 from simulator.plan import FILE_PREFIX, MemoryBlock, Plan
-
-_TOML_PLACE = re.compile(r"^(?P<what>.*) \(at (?:line (?P<line>\d+), column \d+|end of document)\)$", re.DOTALL)
 
 
 def read_plan(path: Path) -> Plan:
@@ -29,14 +27,7 @@ def read_plan(path: Path) -> Plan:
     Raises:
         InputError: no such file, TOML that does not parse (names the line), or a key or value that breaks a rule.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        rule = f"cannot be read: {error.strerror}"
-        raise InputError(source=str(path), key="", value=None, rule=rule, remedy="give the path of a plan file") from error
-    except UnicodeDecodeError as error:
-        raise InputError(source=str(path), key=f"byte {error.start}", value=None, rule="TOML is UTF-8 text") from error
-    return parse_plan(text, source=str(path))
+    return parse_plan(text_of(path, remedy="give the path of a plan file"), source=str(path))
 
 
 def parse_plan(text: str, *, source: str = "plan") -> Plan:
@@ -45,14 +36,7 @@ def parse_plan(text: str, *, source: str = "plan") -> Plan:
     Raises:
         InputError: as `read_plan`.
     """
-    try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        place = _TOML_PLACE.match(str(error))
-        line = (place and place["line"]) or text.count("\n") + 1
-        rule = f"not TOML: {place['what'] if place else error}"
-        raise InputError(source=source, key=f"line {line}", value=None, rule=rule) from error
-    return plan_from_dict(table, source=source)
+    return plan_from_dict(toml_of(text, source=source), source=source)
 
 
 def plan_from_dict(table: Mapping[str, Any], *, source: str = "plan") -> Plan:

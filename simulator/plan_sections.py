@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from hardware_models.errors import InputError, UnknownNameError
+from hardware_models.units import MOST_BYTES
 
 CpMethod = Literal["ring", "all-to-all"]
 ChimeraMode = Literal["direct", "doubling", "halving"]
@@ -15,6 +16,8 @@ ComputePrecision = Literal["fp32", "tf32", "bf16", "fp16", "fp8", "int8", "fp4"]
 Optimizer = Literal["adamw", "sgd", "adamw8bit"]
 Fraction = float | Literal["optimal"]
 
+PLAN = "plan"
+"""What errors call a plan until its file is known."""
 MESH_AXES = ("tp", "cp", "ep", "dp", "pp")
 SCHEDULES_ONE_CHUNK = ("gpipe", "1f1b", "zb-h1", "zb-h2", "zb-1p", "zb-2p", "pipedream-2bw")
 """Pipeline orders in which a rank holds one model chunk."""
@@ -40,18 +43,24 @@ FILE_PREFIX = "file:"
 """Begins a value that names a file; relative paths start at the plan's folder."""
 OFFLOADS = ("activation_offload", "weight_offload", "grad_offload", "optimizer_offload")
 
+MOST_COUNT = 1e9
+"""No count of devices, samples or tokens is larger: beyond it lie slips of the keyboard, and products that leave 64 bits."""
+
 _RANGES = re.compile(r"all|\d+(-\d+)?(,\d+(-\d+)?)*")
 
 
 def plan_refusal(key: str, value: object, rule: str, remedy: str = "") -> InputError:
     """The error for a plan whose ``key`` breaks ``rule``."""
-    return InputError(source="plan", key=key, value=value, rule=rule, remedy=remedy)
+    return InputError(source=PLAN, key=key, value=value, rule=rule, remedy=remedy)
 
 
 def _check_positive(section: str, **values: float | None) -> None:
     for name, value in values.items():
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise plan_refusal(f"{section}.{name}", value, f"{name} > 0 must hold")
+        most = MOST_BYTES if name.endswith("_bytes") else MOST_COUNT
+        if value is not None and value > most:
+            raise plan_refusal(f"{section}.{name}", value, f"{name} <= {most:.3g} must hold")
 
 
 def _check_known(key: str, value: str, known: tuple[str, ...], *, files: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from hardware_models.text_files import text_of
 from simulator.plan import FILE_PREFIX, Plan, expand_ranges
 from simulator.plan_sections import plan_refusal
 from simulator.sequence import Operation, check_sequence, checkpoint_blocks, parse_sequence
@@ -79,11 +80,8 @@ def read_sequence(value: str, folder: Path) -> tuple[Operation, ...]:
         InputError: no such file, or a line that is none of the four forms.
     """
     path = folder / value.removeprefix(FILE_PREFIX)
-    if not path.is_file():
-        raise plan_refusal(
-            "memory.recompute", value, f"no such file: {path}", "write one operation a line: F_ck 0, F_all 1:all, B 1"
-        )
-    return parse_sequence(path.read_text(encoding="utf-8"), source=str(path))
+    text = text_of(path, remedy=f"memory.recompute = {value!r} names it; write one operation a line: F_ck 0, F_all 1:all, B 1")
+    return parse_sequence(text, source=str(path))
 
 
 def _from_file(value: str, workload: Workload, folder: Path) -> tuple[Operation, ...]:

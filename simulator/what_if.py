@@ -18,6 +18,8 @@ from simulator.plan_file import plan_from_dict, plan_to_dict
 
 SOURCE = "--set"
 _FACTOR = re.compile(r"^(?P<sign>[x/*])(?P<value>\d+(\.\d+)?([eE][-+]?\d+)?)$")
+FARTHEST = 1e6
+"""How many times larger or smaller a value of the hardware may be made: what is farther off is in another unit."""
 SECTIONS = ("parallel", "batch", "pipeline", "memory", "precision", "runtime")
 """Sections of a plan whose keys may be set."""
 
@@ -92,9 +94,13 @@ def _number(change: Change, present: float) -> float:
         raise InputError(source=SOURCE, key=change.key, value=change.value, rule=rule) from error
     if not value > 0.0:
         raise InputError(source=SOURCE, key=change.key, value=change.value, rule=f"value > 0 must hold, but got {value:g}")
-    if match is None:
-        return value
-    return present / value if match["sign"] == "/" else present * value
+    wanted = value if match is None else present / value if match["sign"] == "/" else present * value
+    if not present / FARTHEST <= wanted <= present * FARTHEST:
+        rule = f"no value changes more than {FARTHEST:,.0f} times either way, but {present:.4g} would become {wanted:.4g}"
+        raise InputError(
+            source=SOURCE, key=change.key, value=change.value, rule=rule, remedy="write SI units (bytes, bytes/s, FLOP/s, s)"
+        )
+    return wanted
 
 
 def _changed_plan(plan: Plan, change: Change) -> Plan:

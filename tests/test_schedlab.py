@@ -138,7 +138,14 @@ def test_replay_gives_the_keys_of_the_design(tmp_path: Path) -> None:
         (("simulate", "--model", "gpt2", "--hardware", "selenee"), ("--hardware", "'selenee'", GPU, "hgx-h200", "did you mean 'selene'?")),
         (("trace", "tests.command_line_models:nothing"), ("cannot be imported", "nothing")),
         (("search", "--model", MODEL, "--hardware", GPU, "--memory-budget", "12 parsecs"), ("--memory-budget", "12 parsecs", "40GiB")),
-        (("search", "--model", MODEL, "--hardware", GPU, "--allow", "fp9"), ("--allow", "fp9", "split-batch")),
+        (("search", "--model", MODEL, "--hardware", GPU, "--allow", "bf16, fp9"), ("--allow = 'fp9'", "split-batch")),
+        (("search", "--model", MODEL, "--hardware", GPU, "--memory-budget", "0GB"), ("--memory-budget = '0GB'", "0 < size")),
+        (("search", "--model", MODEL, "--hardware", GPU, "--time-limit", "nan"), ("--time-limit", "seconds > 0")),
+        (("search", "--model", MODEL, "--hardware", GPU, "--out", "/dev/null/out"), ("/dev/null/out", "cannot be written")),
+        (("simulate", "--model", MODEL, "--hardware", GPU, "--trace", "."), ("cannot be written: Is a directory",)),
+        (("export", "--plan", "/dev/null", "--to", "pytorch", "--out", "/dev/null/out"), ("/dev/null: batch.global_batch", "give it")),
+        (("what-if", "--model", MODEL, "--hardware", "/dev/null/profile"), ("--hardware", "known are")),
+        (("trace", "no_such_file.py:star:f"), ("no_such_file.py:star:f",)),
     ],
 )  # fmt: skip
 def test_unknown_names_are_refused_with_what_would_do(arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
@@ -152,7 +159,7 @@ def test_unknown_names_are_refused_with_what_would_do(arguments: tuple[str, ...]
     ("text", "words"),
     [
         ('[memory]\nrecompte = "full"\n', ("plan.toml", "recompte", "recompute")),
-        ("[parallel]\ntp = 5\n", ("parallel.tp", "does not divide heads", "32 % 5")),
+        ("[parallel]\ntp = 5\n", ("plan.toml: parallel.tp", "does not divide heads", "32 % 5")),
         ("[batch]\nglobal_batch = 5\nmicro_batch = 2\n", ("global_batch", "5 % (1*2)")),
         ('[memory]\nrecompute = "file:gone.seq"\n', ("memory.recompute", "no such file", "gone.seq")),
         ("[serving]\n", ("serving", "not yet")),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hardware_models.errors import InputError
+from hardware_models.files import whole_file
 from simulator.plan import Batch, Memory, Parallel, Pipeline, Plan, Precision, Runtime
 from simulator.plan_sections import MemoryBlock
 from simulator.sequence import Operation, format_sequence, parse_sequence
@@ -56,8 +57,8 @@ class BundleCase:
 def write_bundle(cases: Sequence[BundleCase], path: Path) -> None:
     """Writes the file."""
     text = json.dumps({"format": FORMAT, "cases": [_case_to_json(case) for case in cases]})
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    with whole_file(path) as temporary:
+        temporary.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
 
 
 def read_bundle(path: Path) -> tuple[BundleCase, ...]:

@@ -6,16 +6,19 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
 from hardware_models.calibration import calibrate as run_calibration
 from hardware_models.catalogue import THIS, load_hardware, this_profile_path
 from hardware_models.errors import InfeasibleError, InputError, RunFailedError
 from hardware_models.profile import DeviceProfile
+from simulator.plan_sections import PLAN
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INFEASIBLE = 1, 2, 3
 PIPE_COLUMNS = 150
@@ -38,7 +41,7 @@ class _Times(click.ParamType):  # type: ignore[type-arg]  # generic since click 
 TIMES = _Times()
 Command = Callable[..., dict[str, Any]]
 Result = TypeVar("Result")
-stderr = Console(stderr=True)
+stderr = Console(stderr=True, markup=False, emoji=False)
 
 
 def reported(command: Command) -> Callable[..., None]:
@@ -49,13 +52,13 @@ def reported(command: Command) -> Callable[..., None]:
         try:
             result = command(**arguments)
         except InfeasibleError as error:
-            stderr.print(f"[bold]{error.limit}[/bold]\n{error.smallest_change}", highlight=False, soft_wrap=True)
+            stderr.print(Text(error.limit, style="bold"), error.smallest_change, sep="\n", highlight=False, soft_wrap=True)
             sys.exit(EXIT_INFEASIBLE)
         except InputError as error:
-            stderr.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+            stderr.print(f"error: {in_file(error, arguments.get('plan_path'))}", highlight=False, soft_wrap=True)
             sys.exit(EXIT_INPUT)
         except RunFailedError as error:
-            stderr.print(f"run failed: {error}", markup=False, highlight=False, soft_wrap=True)
+            stderr.print(f"run failed: {error}", highlight=False, soft_wrap=True)
             sys.exit(EXIT_FAILED)
         table = result.pop("_table", None)
         if as_json:
@@ -63,9 +66,16 @@ def reported(command: Command) -> Callable[..., None]:
         elif isinstance(table, str):
             click.echo(table)
         elif table is not None:
-            Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS).print(table)
+            Console(width=None if sys.stdout.isatty() else PIPE_COLUMNS, markup=False, emoji=False).print(table)
 
     return click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")(run)
+
+
+def in_file(error: InputError, plan_path: Path | None) -> InputError:
+    """An error of a plan under the name of its file; rules that need the model or the devices are checked after it is read."""
+    if plan_path is None or error.source != PLAN:
+        return error
+    return InputError(source=str(plan_path), key=error.key, value=error.value, rule=error.rule, remedy=error.remedy)
 
 
 def model_options(command: Callable[..., Any]) -> Callable[..., Any]:

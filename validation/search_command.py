@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,7 @@ import click
 
 from hardware_models.catalogue import load_hardware
 from hardware_models.errors import InputError
-from hardware_models.files import whole_file
+from hardware_models.files import whole_file, writable_folder
 from hardware_models.network.cluster import Cluster
 from hardware_models.network.cluster_file import cluster_of_device, find_cluster
 from hardware_models.profile import DeviceProfile
@@ -132,13 +133,17 @@ def search(
     sampler: str, simulations: int | None, seed: int, out: Path | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Finds the best plan for a model on exactly the devices given, and how far it is from a proven bound."""
-    budget = parse_bytes(memory_budget, source="--memory-budget", key="") if memory_budget else None
+    budget = parse_bytes(memory_budget, source="--memory-budget", key="") if memory_budget is not None else None
     asked = Asked(
         model=model_name, seq_len=seq_len, hardware=hardware_name, gpus=gpus, global_batch=global_batch, budget_bytes=budget, objective=objective,
-        allow=tuple(part for part in allow.split(",") if part), trainer=trainer, time_limit_s=time_limit, storage=storage, workers=workers, out=out,
+        allow=tuple(part.strip() for part in allow.split(",") if part.strip()), trainer=trainer, time_limit_s=time_limit, storage=storage, workers=workers, out=out,
         sampled=_sampled(sampler, simulations, seed, workers),
         within=within / PERCENT, prices=None if prices_path is None else read_prices(prices_path),
     )  # fmt: skip
+    if math.isnan(time_limit):
+        raise InputError(source="--time-limit", key="", value=time_limit, rule="seconds > 0 must hold", remedy="give a number")
+    if out is not None:
+        writable_folder(out)
     if objective == "cost" and asked.prices is None:
         raise InputError(source="--objective", key="", value=objective, rule="cost needs prices", remedy="give --prices FILE")
     cluster = find_cluster(hardware_name)
@@ -182,7 +187,7 @@ def search_alone(asked: Asked) -> dict[str, Any]:
     )  # fmt: skip
     unusable = usable_techniques(device)[1]
     if unusable and device.kind != "cpu":
-        stderr.print(f"nothing goes to the host: {unusable}", highlight=False, markup=False)
+        stderr.print(f"nothing goes to the host: {unusable}", highlight=False)
     result = run_search(request, storage=asked.storage, time_limit_s=asked.time_limit_s, on_trial=_tell_trial)
     found = result.to_json()
     if asked.prices is not None:
@@ -205,7 +210,7 @@ def search_together(asked: Asked, cluster: Cluster) -> dict[str, Any]:
     find = _found_traced if source.config is None else _found_generated
     result, more = find(asked, source, cluster, device)
     if result.study.refused:
-        stderr.print(refusal_line(result.study.refused), highlight=False, markup=False, soft_wrap=True)
+        stderr.print(refusal_line(result.study.refused), highlight=False, soft_wrap=True)
     found = result.to_json() | {"cluster": cluster.name, "num_gpus": cluster.num_gpus} | more
     if asked.prices is not None:
         step_s = result.simulation.step_time_s
@@ -258,7 +263,7 @@ def _found_traced(
 
 def _told() -> Callable[[Progress], None]:
     """What one search tells as it goes on."""
-    return progress_lines(partial(stderr.print, highlight=False, markup=False, soft_wrap=True))
+    return progress_lines(partial(stderr.print, highlight=False, soft_wrap=True))
 
 
 def _by_objective(asked: Asked, request: Request, run: Search[Request]) -> tuple[JointResult, dict[str, Any]]:
@@ -310,10 +315,12 @@ def _tell_trial(_study: Any, trial: Any) -> None:
     if "step_time_s" in found:
         stderr.print(
             f"{trial.params['point']}: {found['step_time_s']:.4f} s, {format_bytes(found['peak_memory_bytes'])}, {found['recompute']}",
-            highlight=False,
-        )
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     else:
-        stderr.print(f"{trial.params['point']}: does not fit; {found['infeasible']['smallest_change']}", highlight=False)
+        stderr.print(
+            f"{trial.params['point']}: does not fit; {found['infeasible']['smallest_change']}", highlight=False, soft_wrap=True
+        )
 
 
 def write_lone(result: SearchResult, found: dict[str, Any], out: Path) -> None:

@@ -42,7 +42,7 @@ def write_explanation(result: JointResult, cluster: Cluster, source: ModelSource
     save_figure(tornado_figure(bars, title=f"{source.name}: values x{FACTOR:g} and /{FACTOR:g}"), out / "sensitivities.png")
     for name, way in found.ways.items():
         stderr.print(way_table(name, way))
-    stderr.print(limits_text(found.limits()), highlight=False, markup=False)
+    stderr.print(limits_text(found.limits()), highlight=False)
     stderr.print(effects_table(found))
 
 

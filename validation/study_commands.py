@@ -8,8 +8,8 @@ from typing import Any
 import click
 
 from hardware_models.catalogue import load_hardware
-from hardware_models.errors import UnknownNameError
-from hardware_models.files import whole_file
+from hardware_models.errors import InputError, UnknownNameError
+from hardware_models.files import whole_file, writable_folder
 from hardware_models.network.cluster_file import find_cluster, single_gpu_cluster
 from search.export import EXPORTERS, export_plan
 from search.export_case import Case, Exported, resolved_plan
@@ -47,8 +47,7 @@ def what_if(
     """Predicts a plan on other hardware, or with other values, and which values its time hangs on."""
     plan = read_plan(plan_path) if plan_path else Plan()
     wanted = tuple(parse_change(text) for text in changes)
-    cluster = find_cluster(hardware_name) or single_gpu_cluster(hardware_name)
-    setting = Setting(plan=plan, cluster=cluster, device=load_hardware(cluster.device))
+    setting = _setting(plan, hardware_name)
     plans = PlanSimulator(model_source(model_name, device=setting.device, seq_len=seq_len))
 
     def predict(one: Setting) -> Prediction:
@@ -72,6 +71,24 @@ def what_if(
     }  # fmt: skip
 
 
+def _setting(plan: Plan, hardware_name: str) -> Setting:
+    """The plan on the hardware of a name: a cluster, or one GPU and its host.
+
+    Raises:
+        InputError: a CPU, of which no links are known.
+    """
+    cluster = find_cluster(hardware_name)
+    if cluster is not None:
+        return Setting(plan=plan, cluster=cluster, device=load_hardware(cluster.device))
+    device = load_hardware(hardware_name)
+    if device.kind == "cpu":
+        rule = "what-if changes GPUs, their links and their hosts, but this is a CPU"
+        raise InputError(
+            source="--hardware", key="", value=hardware_name, rule=rule, remedy="name a GPU or a cluster (schedlab hardware)"
+        )
+    return Setting(plan=plan, cluster=single_gpu_cluster(device), device=device)
+
+
 @click.command()
 @click.option("--plan", "plan_path", type=click.Path(path_type=Path), required=True, help="Plan TOML.")
 @click.option("--to", type=click.Choice(sorted(EXPORTERS)), required=True, help="Trainer.")
@@ -83,7 +100,7 @@ def export(plan_path: Path, to: str, model_name: str | None, out: Path | None) -
     made = export_plan(export_case(read_plan(plan_path), model_name, folder=plan_path.parent), to)
     shown = _files_text(made) if out is None else ", ".join(map(str, _write(made, out)))
     for note in made.notes:
-        stderr.print(note, markup=False, highlight=False, soft_wrap=True)
+        stderr.print(note, highlight=False, soft_wrap=True)
     return {
         "to": to,
         "files": dict(made.files),
@@ -118,7 +135,7 @@ def _configuration(name: str) -> TransformerConfig:
 
 def _write(made: Exported, folder: Path) -> list[Path]:
     """The files' paths, once they are written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    writable_folder(folder)
     for name, text in made.files:
         with whole_file(folder / name) as temporary:
             temporary.write_text(text, encoding="utf-8")

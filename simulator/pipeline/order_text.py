@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from hardware_models.errors import InputError
+from hardware_models.text_files import text_of
 from simulator.pipeline.action import LETTERS, OVERLAP_WORD, Action, ActionKind, Cell, Order, Overlap, actions_of
 from simulator.pipeline.check_order import check_order
 from simulator.pipeline.grid import grid_of_texts
@@ -84,12 +85,7 @@ def read_order(path: Path) -> Order:
     Raises:
         InputError: the file cannot be read, or `parse_order` refuses it.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        rule = f"an order is a readable CSV file, but {error}"
-        raise InputError(source=str(path), key="", value=None, rule=rule, remedy="name a file with a row per rank") from error
-    return parse_order(text, source=str(path))
+    return parse_order(text_of(path, remedy="name a CSV file with a row per rank"), source=str(path))
 
 
 def _bad_cell(rows: list[list[str]], rank: int, step: int, source: str) -> InputError:

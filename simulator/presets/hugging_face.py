@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from hardware_models.errors import InputError, UnknownNameError
+from hardware_models.text_files import json_of, text_of
 from simulator.presets.config import Activation, Experts, TransformerConfig
 
 _MISSING: Any = object()
@@ -143,12 +143,7 @@ def load_config(path: str | Path, *, name: str = "") -> TransformerConfig:
     """
     file = Path(path)
     file = file / "config.json" if file.is_dir() else file
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(source=str(file), key="", value=None, rule=f"cannot be read: {error.strerror}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(source=str(file), key="", value=None, rule=f"is not JSON: {error}") from error
+    values = json_of(text_of(file, remedy="give the path of a config.json"), source=str(file))
     if not isinstance(values, dict):
         raise InputError(source=str(file), key="", value=None, rule="must hold one JSON object")
     kind = values.get("model_type")

@@ -6,6 +6,7 @@ the same operators, in the same order, on the module's own parameters and buffer
 
 from __future__ import annotations
 
+import importlib
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,11 +32,12 @@ from torch.utils._pytree import tree_flatten
 from hardware_models.errors import InputError
 from simulator.tracing.compute_mode import compute_mode
 from simulator.tracing.eight_bit_linear import EIGHT_BIT_NODES
+from simulator.tracing.fake_conversion import converting_by_replacement
 from simulator.tracing.side_values import fake_activations, new_fake_mode, to_fake
 
 LossFunction = Callable[[Any], torch.Tensor]
 
-_NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+_NOT_THE_MODEL = (str(Path(torch.__file__).parent), str(Path(__file__).parent), str(Path(importlib.__file__).parent), "<")
 """Folders whose lines a trace error does not point at."""
 _OPERATOR_ERRORS: dict[type[Exception], str] = {
     DataDependentOutputException: "needs the values of an activation",
@@ -84,7 +86,12 @@ def loss_of(output: Any) -> torch.Tensor:
     """
     found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(found, torch.Tensor):
-        return found
+        if found.numel() == 1:
+            return found
+        raise InputError(
+            source="model", key="output.loss", value=f"shape {list(found.shape)}", rule="a loss is one number",
+            remedy="return its mean or sum",
+        )  # fmt: skip
     for leaf in tree_flatten(output)[0]:
         if isinstance(leaf, torch.Tensor) and leaf.dtype.is_floating_point:
             return leaf if leaf.ndim == 0 else leaf.square().mean()
@@ -97,8 +104,12 @@ def loss_of(output: Any) -> torch.Tensor:
 def build_fake(factory: Callable[[], Any]) -> tuple[Any, FakeTensorMode]:
     """What a factory of (module, example inputs) returns, built without memory for weights."""
     fake_mode = new_fake_mode()
-    with fake_activations(fake_mode):
-        return factory(), fake_mode
+    with fake_activations(fake_mode), converting_by_replacement() as conversions:
+        made = factory()
+        for part in made if isinstance(made, tuple) else (made,):
+            if isinstance(part, torch.nn.Module):
+                conversions.settle(part)
+        return made, fake_mode
 
 
 def capture(
@@ -219,17 +230,24 @@ def _autograd_nodes(loss: torch.Tensor) -> Iterator[Any]:
         stack.extend(parent for parent, _ in node.next_functions)
 
 
+def said_by_model(error: BaseException) -> str:
+    """What a model's code raised, in one line: kind, message and the last line of the model that it passed."""
+    text = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {text}{_line_of_model(error)}"
+
+
+def _line_of_model(error: BaseException) -> str:
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_THE_MODEL)]
+    return f", called at {frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else ""
+
+
 def _trace_error(error: Exception, name: str) -> InputError:
     """The operator that stopped a trace and the model's line that called it."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_THE_MODEL)]
-    line = f"{frames[-1].filename}:{frames[-1].lineno} ({frames[-1].line})" if frames else "an unknown line"
     what = next((said for kind, said in _OPERATOR_ERRORS.items() if isinstance(error, kind)), "")
     operator = getattr(error, "func", None)
-    if what and operator is not None:
-        reason = f"operator {operator} {what}"
-    else:
-        reason = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    of_operator = what and operator is not None
+    reason = f"operator {operator} {what}{_line_of_model(error)}" if of_operator else said_by_model(error)
     return InputError(
-        source="model", key=name, value=None, rule=f"cannot be traced: {reason}, called at {line}",
-        remedy="make shapes and branches independent of activations' values there, or pass a module that is",
+        source="model", key=name, value=None, rule=f"cannot be traced: {reason}",
+        remedy="make shapes and branches independent of activations' values there, or pass a module that is" if what else "see that module(**inputs) runs",
     )  # fmt: skip

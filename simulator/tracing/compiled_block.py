@@ -98,9 +98,9 @@ def _sink(graph: Graph) -> None:
 def _tagged(node: Node, tag: torch.Tag) -> bool:
     """Whether an operator says so of itself; views count as pointwise."""
     operator = node.target
-    return isinstance(operator, torch._ops.OpOverload) and (
-        tag in operator.tags or (tag is torch.Tag.pointwise and operator.is_view)
-    )  # noqa: SLF001 - has no public name
+    if not isinstance(operator, torch._ops.OpOverload):  # noqa: SLF001 - has no public name
+        return False
+    return tag in operator.tags or (tag is torch.Tag.pointwise and operator.is_view)
 
 
 def partitioned_chain(chain: Chain) -> Chain:

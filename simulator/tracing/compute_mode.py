@@ -81,20 +81,4 @@ def prepared(
         key: value.to(torch.bfloat16) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for key, value in inputs.items()
     }
-    _cast_in_place(module)
-    return module, cast
-
-
-def _cast_in_place(module: torch.nn.Module) -> None:
-    """``module.to(torch.bfloat16)``, which torch does not do with fake tensors that a fake mode knows; what is tied stays tied."""
-    new: dict[int, torch.Tensor] = {}
-    for part in module.modules():
-        for held in (part._parameters, part._buffers):  # noqa: SLF001 - as torch.nn.Module._apply does
-            for key, value in held.items():
-                if value is None or not value.is_floating_point():
-                    continue
-                if id(value) not in new:
-                    cast = value.detach().to(torch.bfloat16)
-                    is_parameter = isinstance(value, torch.nn.Parameter)
-                    new[id(value)] = torch.nn.Parameter(cast, requires_grad=value.requires_grad) if is_parameter else cast
-                held[key] = new[id(value)]  # type: ignore[assignment]
+    return module.to(torch.bfloat16), cast

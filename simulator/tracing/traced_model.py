@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -14,13 +15,16 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from hardware_models.errors import InputError
 from simulator import models
-from simulator.tracing.capture import build_fake
+from simulator.tracing.capture import build_fake, said_by_model
 from simulator.tracing.compute_mode import prepared
 from simulator.tracing.trace import Traced, trace
 
+_FUNCTION = "name a module on the Python path, or a file, and a function in it: package.module:function, FILE.py:function"
+"""What a name of a model of one's own is."""
 Factory = Callable[[], tuple[torch.nn.Module, Mapping[str, Any]]]
 
 
@@ -49,20 +53,35 @@ class TracedModel:
         """
         return prepared(*self.build(), precision, name=self.name)
 
+    def _made(self) -> Any:
+        """What the factory returns.
+
+        Raises:
+            InputError: it raises; names its line.
+        """
+        try:
+            return self.factory()
+        except InputError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise InputError(
+                source=f"model {self.name}", key="", value=None, rule=f"the function that makes it fails: {said_by_model(error)}",
+                remedy="it is called without arguments beyond batch and seq_len, and must return (nn.Module, example inputs) on the CPU",
+            ) from error  # fmt: skip
+
     def build(self) -> tuple[torch.nn.Module, dict[str, Any]]:
         """The module and its inputs, from torch's current generator.
 
         Raises:
-            InputError: the factory does not return a module and a mapping of keyword arguments.
+            InputError: the factory fails, does not return a module and a mapping of keyword arguments, or returns what cannot be traced.
         """
-        result = self.factory()
-        if isinstance(result, tuple) and len(result) == 2:  # noqa: PLR2004 - a pair
+        result = self._made()
+        if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], torch.nn.Module):  # noqa: PLR2004 - a pair
             module, inputs = result
-            if isinstance(module, torch.nn.Module) and isinstance(inputs, torch.Tensor):
-                inputs = _named_inputs(module, (inputs,))
-            elif isinstance(module, torch.nn.Module) and isinstance(inputs, tuple):
-                inputs = _named_inputs(module, inputs)
-            if isinstance(module, torch.nn.Module) and isinstance(inputs, Mapping):
+            if isinstance(inputs, torch.Tensor | tuple):
+                inputs = _named_inputs(module, inputs if isinstance(inputs, tuple) else (inputs,), name=self.name)
+            if isinstance(inputs, Mapping):
+                _check_example(module, inputs, name=self.name)
                 return module, dict(inputs)
         raise InputError(
             source=f"model {self.name}", key="return value", value=type(result).__name__, rule="a pair (nn.Module, example inputs)",
@@ -70,11 +89,44 @@ class TracedModel:
         )  # fmt: skip
 
 
-def _named_inputs(module: torch.nn.Module, values: tuple[Any, ...]) -> dict[str, Any]:
-    """Positional inputs by the names of the forward pass's parameters."""
-    code = type(module).forward.__code__
-    names = code.co_varnames[1 : code.co_argcount]
+def _named_inputs(module: torch.nn.Module, values: tuple[Any, ...], *, name: str) -> dict[str, Any]:
+    """Positional inputs by the names of the forward pass's parameters.
+
+    Raises:
+        InputError: the forward pass names fewer.
+    """
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [one.name for one in inspect.signature(module.forward).parameters.values() if one.kind in kinds]
+    if len(values) > len(names):
+        raise InputError(
+            source=f"model {name}", key="example inputs", value=f"{len(values)} of them", rule=f"the forward pass names {len(names)}: {', '.join(names) or 'none'}",
+            remedy="give each input a parameter of forward",
+        )  # fmt: skip
     return dict(zip(names, values, strict=False))
+
+
+def _check_example(module: torch.nn.Module, inputs: Mapping[str, Any], *, name: str) -> None:
+    """Refuses modules and inputs that cannot be traced, in words that say what would do.
+
+    Raises:
+        InputError: names the input or the module.
+    """
+
+    def refusal(key: str, value: object, rule: str, remedy: str) -> InputError:
+        return InputError(source=f"model {name}", key=key, value=value, rule=rule, remedy=remedy)
+
+    if isinstance(module, torch.jit.ScriptModule) or hasattr(module, "_orig_mod"):
+        remedy = "return the module itself; runtime.compile = true compiles it"
+        raise refusal("return value", type(module).__name__, "the module is compiled or scripted already", remedy)
+    for key, part in module.named_modules():
+        if isinstance(part, torch.nn.Embedding | torch.nn.EmbeddingBag) and part.sparse:
+            raise refusal(f"{key}.sparse", True, "sparse gradients are not simulated", "leave sparse at False")
+    for key, value in inputs.items():
+        if not isinstance(value, torch.Tensor) and any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value)):
+            rule = "each tensor is an input of its own, but these are inside another"
+            raise refusal(key, type(value).__name__, rule, "let the forward pass take them as arguments")
+    if batch_size(inputs) == 0:
+        raise refusal("example inputs", 0, "they hold one sample or more", "return a batch")
 
 
 def batch_size(inputs: Mapping[str, Any]) -> int:
@@ -123,11 +175,14 @@ def traced_model(name: str, *, batch: int | None, seq_len: int | None) -> Traced
     try:
         module = _module_of_file(Path(module_name)) if module_name.endswith(".py") else importlib.import_module(module_name)
         factory = getattr(module, function)
-    except (ImportError, AttributeError, OSError, SyntaxError) as error:
+    except (Exception, SystemExit) as error:
+        said = str(error) if isinstance(error, ImportError | AttributeError | OSError | SyntaxError) else said_by_model(error)
         raise InputError(
-            source="--model", key="name", value=name, rule=f"cannot be imported: {error}",
-            remedy="name a module on the Python path, or a file, and a function in it: package.module:function, FILE.py:function",
-        ) from error  # fmt: skip
+            source="--model", key="name", value=name, rule=f"cannot be imported: {said}", remedy=_FUNCTION
+        ) from error
+    if not callable(factory):
+        rule = f"a function is asked for, but {function} is {type(factory).__name__}"
+        raise InputError(source="--model", key="name", value=name, rule=rule, remedy=_FUNCTION)
     if batch is not None or seq_len is not None:
         factory = _with_arguments(factory, name, batch=batch, seq_len=seq_len)
     return TracedModel(name=name, factory=factory)
@@ -156,10 +211,12 @@ def _module_of_file(path: Path) -> ModuleType:
 
 def _with_arguments(factory: Any, name: str, *, batch: int | None, seq_len: int | None) -> Any:
     """A user's factory with the sizes that the command line gives, where it takes them."""
-    accepted = factory.__code__.co_varnames[: factory.__code__.co_argcount + factory.__code__.co_kwonlyargcount]
+    parameters = inspect.signature(factory).parameters.values()
+    accepted = {one.name for one in parameters}
+    takes_any = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters)
     given = {key: value for key, value in (("batch", batch), ("seq_len", seq_len)) if value is not None}
     for key, value in given.items():
-        if key not in accepted:
+        if key not in accepted and not takes_any:
             raise InputError(
                 source=f"model {name}",
                 key=key,

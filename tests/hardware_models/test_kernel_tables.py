@@ -219,7 +219,7 @@ def test_empty_file_is_refused(tmp_path: Path) -> None:
 def test_binary_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "picture.csv"
     path.write_bytes(content)
-    with pytest.raises(InputError, match="a CSV file") as caught:
+    with pytest.raises(InputError, match="text in UTF-8 is asked for; name a table in CSV") as caught:
         read_kernels(path)
     assert str(path) in str(caught.value)
 
@@ -234,7 +234,7 @@ def test_open_quote_is_refused(tmp_path: Path) -> None:
 def test_missing_file_and_folder_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         read_kernels(tmp_path / "absent.csv")
-    with pytest.raises(InputError, match="a CSV file"):
+    with pytest.raises(InputError, match="cannot be read: Is a directory; name a table in CSV"):
         read_kernels(tmp_path)
 
 

@@ -193,7 +193,7 @@ def test_writing_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monk
             raise OSError(message)
 
     monkeypatch.setattr(microbench_samples, "json", Full)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match=r"raw\.json: cannot be written: disk full"):
         microbench_samples.write_raw(path, {"second": 2})
     assert json.loads(path.read_text()) == {"first": 1}
     assert [one.name for one in tmp_path.iterdir()] == ["raw.json"]

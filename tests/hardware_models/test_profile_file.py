@@ -84,7 +84,7 @@ def test_truncated_file_is_named(tmp_path: Path) -> None:
     folder = _changed(tmp_path / "device", lambda _values: None)
     text = (folder / "device.toml").read_text()
     (folder / "device.toml").write_text(text[: len(text) // 2])
-    with pytest.raises(InputError, match=r"device\.toml: not whole or not TOML: .*repeat 'schedlab calibrate'"):
+    with pytest.raises(InputError, match=r"device\.toml: line \d+: not TOML: .*repeat 'schedlab calibrate'"):
         load_profile(folder)
 
 

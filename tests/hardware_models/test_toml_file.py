@@ -67,7 +67,7 @@ def test_a_written_file_reads_back(tmp_path: Path) -> None:
         ("[[inner]]\nrate = 1e15", r"inner\.0\.rate = 1000000000000000\.0: .*; give the rate in bytes/s"),
         ("[[inner]]\nstart_s = 12.0", r"inner\.0\.start_s = 12\.0: .*; give seconds, not microseconds"),
         ("[[inner]]\nsize_bytes = 80", r"inner\.0\.size_bytes = 80: .*; give bytes, not GB or GiB"),
-        ("number = [", r"a\.toml: not whole or not TOML: .*; restore the file"),
+        ("number = [", r"a\.toml: line \d+: not TOML: .*; restore the file"),
     ],
 )
 def test_violations_name_key_value_rule_and_remedy(tmp_path: Path, line: str, message: str) -> None:

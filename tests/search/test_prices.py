@@ -44,5 +44,5 @@ def test_refusals(tmp_path: Path, text: str, words: str) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="no such file; give the path of a price file"):
         read_prices(tmp_path / "none.toml")

@@ -72,6 +72,9 @@ def test_sections_are_frozen() -> None:
         (lambda: Pipeline(schedule="1f1b2"), "pipeline.schedule = '1f1b2': unknown name; known are gpipe, 1f1b"),
         (lambda: Pipeline(schedule="file:"), "pipeline.schedule = 'file:': unknown name"),
         (lambda: Pipeline(memory_limit=0.0), "pipeline.memory_limit = 0.0: memory_limit > 0 must hold"),
+        (lambda: Pipeline(memory_limit=float("nan")), "pipeline.memory_limit = nan: memory_limit > 0 must hold"),
+        (lambda: Batch(seq_len=10**10), "batch.seq_len = 10000000000: seq_len <= 1e+09 must hold"),
+        (lambda: Plan(batch=Batch(global_batch=10**7, micro_batch=1)), "global_batch / (dp * micro_batch) <= 1000000 must hold, but got 10000000"),
         (lambda: Pipeline(partition=(1, -1)), "pipeline.partition = (1, -1): layers >= 0 must hold, but got -1"),
         (lambda: Plan(parallel=Parallel(pp=2), pipeline=Pipeline(partition=(1, 2, 3))),
          "pp * virtual_stages entries must be given, but got 3 != 2*1"),
@@ -198,6 +201,8 @@ def test_ranges() -> None:
     assert expand_ranges("5,0-2,1", 6, key="memory.block.blocks") == (0, 1, 2, 5)
     with pytest.raises(InputError, match=re.escape("memory.block.blocks = '0-11': index < 6 must hold, but got 11")):
         expand_ranges("0-11", 6, key="memory.block.blocks")
+    with pytest.raises(InputError, match="index < 6 must hold, but got 999999999999"):  # without a set of so many
+        expand_ranges("0-999999999999", 6, key="memory.block.blocks")
 
 
 def test_unknown_names_list_the_known() -> None:

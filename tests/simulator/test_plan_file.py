@@ -117,10 +117,10 @@ def test_unknown_names_stay_unknown_names() -> None:
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"plan\.toml: cannot be read: No such file or directory"):
+    with pytest.raises(InputError, match=r"plan\.toml: no such file; give the path of a plan file"):
         read_plan(tmp_path / "plan.toml")
     (tmp_path / "plan.toml").write_bytes(b"a = '\xff'")
-    with pytest.raises(InputError, match=r"plan\.toml: byte 5: TOML is UTF-8 text"):
+    with pytest.raises(InputError, match=r"plan\.toml: byte 5: text in UTF-8 is asked for"):
         read_plan(tmp_path / "plan.toml")
 
 

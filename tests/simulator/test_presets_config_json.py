@@ -82,7 +82,7 @@ def test_what_the_family_cannot_have_is_refused(tmp_path: Path) -> None:
 
 
 def test_files_that_cannot_be_read_say_so(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"config\.json: cannot be read: No such file or directory"):
+    with pytest.raises(InputError, match=r"config\.json: no such file; give the path of a config"):
         load_config(tmp_path)
     path = tmp_path / "config.json"
     path.write_text("{", encoding="utf-8")

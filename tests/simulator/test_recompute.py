@@ -116,7 +116,7 @@ def test_a_file_with_an_illegal_sequence_is_refused(workload: Workload, tmp_path
 
 def test_a_file_that_is_not_there_is_refused(workload: Workload, tmp_path: Path) -> None:
     with pytest.raises(
-        InputError, match=r"memory.recompute = 'file:none.seq': no such file: .*none.seq; write one operation a line"
+        InputError, match=r"none\.seq: no such file; memory\.recompute = 'file:none\.seq' names it; write one operation a line"
     ):
         operations_of(plan("file:none.seq"), workload, folder=tmp_path)
 

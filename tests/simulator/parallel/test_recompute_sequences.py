@@ -119,7 +119,7 @@ def test_an_illegal_file_is_refused_by_stage(tmp_path: Path, text: str, message:
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     plan = replace(plan_of(pp=2), memory=Memory(recompute="file:none.seq"))
-    with pytest.raises(InputError, match=r"memory\.recompute.*no such file"):
+    with pytest.raises(InputError, match=r"none\.seq: no such file; memory\.recompute"):
         simulate_source(source(), plan, load_cluster("selene"), folder=tmp_path)
 
 

@@ -34,7 +34,7 @@ def test_a_report_s_orders_are_a_file_that_gives_the_same_report(tmp_path: Path)
     assert pipeline_report(play_request(asked(f"file:{path}"))) == report
     with pytest.raises(InputError, match="num_microbatches == 2, but 3 are asked for"):
         play_request(OrderRequest(schedule=f"file:{path}", num_ranks=2, num_microbatches=3))
-    with pytest.raises(InputError, match="an order is a readable CSV file"):
+    with pytest.raises(InputError, match=r"missing\.csv: no such file; name a CSV file with a row per rank"):
         play_request(asked(f"file:{tmp_path / 'missing.csv'}"))
 
 

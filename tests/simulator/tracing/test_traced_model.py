@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 from typing import Any
@@ -149,3 +150,58 @@ def test_a_file_that_has_no_such_function_is_refused(
         path.write_text(text, encoding="utf-8")
     with pytest.raises(InputError, match=rf"cannot be imported: .*{rule}"):
         traced_model(f"{path}:f", batch=None, seq_len=None)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ((TwoInputs(), (torch.ones(2, 4),) * 4), "the forward pass names 3: x, y, scale"),
+        ((TwoInputs(), {"x": {"x": torch.ones(2, 4)}}), "x = 'dict': each tensor is an input of its own"),
+        ((TwoInputs(), {"x": torch.ones(0, 4)}), "example inputs = 0: they hold one sample or more"),
+        ((nn.Embedding(4, 4, sparse=True), {}), "sparse gradients are not simulated"),
+    ],
+)
+def test_examples_that_cannot_be_traced_are_refused(result: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        model(lambda: result).build()
+
+
+class Wrapped(TwoInputs):
+    @functools.wraps(TwoInputs.forward)
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return super().forward(*args, **kwargs)
+
+
+def test_inputs_of_a_wrapped_forward_pass_have_its_names() -> None:
+    _, named = model(lambda: (Wrapped(), (torch.ones(2, 4), torch.ones(2, 4)))).build()
+    assert list(named) == ["x", "y"]
+
+
+def fails() -> None:
+    raise KeyError("my own mistake")
+
+
+def exits() -> None:
+    raise SystemExit(7)
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"), [(fails, "KeyError: 'my own mistake', called at .*test_traced_model.py:"), (exits, "SystemExit: 7")]
+)
+def test_a_factory_that_fails_is_the_users_error(factory: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        model(factory).build()
+
+
+@pytest.mark.parametrize("name", [":", ".relative:f", "tests.small_models:BATCH"])
+def test_names_that_mean_no_function_are_refused(name: str) -> None:
+    with pytest.raises(InputError, match="name a module on the Python path"):
+        traced_model(name, batch=None, seq_len=None)
+
+
+def test_sizes_go_to_anything_that_is_called() -> None:
+    _, inputs = traced_model("tests.simulator.tracing.test_traced_model:partial_factory", batch=3, seq_len=None).build()
+    assert inputs["input"].shape == (3, 4)
+
+
+partial_factory = functools.partial(lambda width, batch=2: (nn.Linear(width, 2), torch.zeros(batch, width)), 4)
